@@ -1,0 +1,42 @@
+# make serve   set up and serve the embedded model on port 8000 (ARGS="--port 9000" adds flags)
+# make test    set up and run the complete check: format, lint, types, tests
+# make lint    the check without the tests
+# make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
+
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: serve test check lint test-oldest-jax setup setup-dev clean
+
+serve: $(VENV)/.installed
+	@$(BIN)/jaxserve serve --port 8000 $(ARGS)
+
+test check: $(VENV)/.installed-dev
+	@VENV=$(VENV) tools/check $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@VENV=$(VENV) tools/check --fast
+
+test-oldest-jax:
+	@tools/test_oldest_jax $(ARGS)
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+clean:
+	rm -rf $(VENV) .venv-oldest-jax .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+$(VENV)/bin/python:
+	@python="$$(tools/find_python.sh)" && echo "making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)
+
+# The stamps say which pyproject.toml the environment was installed from.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing jaxserve into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo "installing jaxserve[dev] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed

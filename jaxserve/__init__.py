@@ -1,0 +1,20 @@
+"""The public names of jaxserve, and its version; importing it loads no JAX until `LLM` is used."""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.errors import JaxserveError
+from jaxserve.request import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.llm import LLM, RequestOutput
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "JaxserveError", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("LLM", "RequestOutput"):
+        from jaxserve import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")

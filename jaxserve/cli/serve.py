@@ -1,0 +1,105 @@
+"""`jaxserve serve`: an OpenAI-compatible HTTP server and a gRPC server for one model."""
+
+import asyncio
+import json
+import logging
+import shlex
+from typing import Any
+
+from jaxserve.cli import options as cli
+from jaxserve.cli.opening import make_client
+from jaxserve.cli.progress import progress
+from jaxserve.client import EngineClient
+from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
+from jaxserve.request import EngineInfo
+from jaxserve.text import TextModel
+
+
+def serve(
+    model: cli.Model = None,
+    *,
+    config: cli.ConfigFile = None,
+    models: cli.Models = cli.ModelFlags(),
+    schedule: cli.Schedule = ScheduleOptions(),
+    device: cli.Device = DeviceOptions(),
+    server: cli.Server = ServerOptions(),
+) -> int:
+    """Serve a model over HTTP (OpenAI's API) and gRPC until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    model
+        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is served.
+    config
+        TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("uvicorn", "httpx", "jax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    engine = cli.engine_options(model, models, schedule, device)
+    name = cli.model_name(model, server.served_model_name)
+    asyncio.run(_serve(engine, server, name), loop_factory=_loop)
+    return 0
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
+    from jaxserve.server import serve as run_server
+
+    client, open_text = make_client(engine, options.in_process)
+    text = open_text(name)
+    addresses: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
+
+    def on_started(url: str, grpc: str | None) -> None:
+        addresses.set_result((url, grpc))
+
+    await client.start()
+    ready = asyncio.create_task(_announce(client, text, addresses))
+    try:
+        await run_server(options, text, client, on_started)
+    finally:
+        ready.cancel()
+        await asyncio.gather(ready, return_exceptions=True)  # what ended the engine's start, run_server raised too
+        await client.stop()  # when no port could be had, nobody else has
+
+
+async def _announce(client: EngineClient, text: TextModel, addresses: asyncio.Future[tuple[str, str | None]]) -> None:
+    async with progress(client):
+        await client.wait_ready()
+    url, grpc = await addresses
+    print(ready_text(client.info, text.name, text.template is not None, url, grpc), flush=True)
+
+
+def ready_text(info: EngineInfo, name: str, chat: bool, url: str, grpc: str | None) -> str:
+    """What is said when requests can come: what was worked out, where to connect, and a request to paste."""
+    memory = ", ".join(f"{kind} {size / 2**20:.0f} MiB" for kind, size in info.device_bytes.items())
+    lines = [
+        f"{name} is ready: {info.architecture}, {info.num_params / 1e6:.1f} M parameters, "
+        f"{info.dtype} on {info.platform}",
+        f"  steps    up to {info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens, "
+        f"attention {info.attention}",
+        f"  context  {info.max_model_len} tokens; KV cache {info.num_pages} pages of {info.page_size} tokens",
+        f"  memory   {memory}",
+        f"  HTTP     {url}",
+        f"  gRPC     {grpc or 'off'}",
+        "Try it:",
+        f"  {curl(url, name, chat)}",
+    ]
+    return "\n".join(lines)
+
+
+def curl(url: str, name: str, chat: bool) -> str:
+    """A shell command that asks the server something."""
+    body: dict[str, Any] = {"model": name}
+    if chat:
+        path = "/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    else:
+        path = "/v1/completions"
+        body |= {"prompt": "Once upon a time", "max_tokens": 64}
+    return f"curl {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -1,0 +1,129 @@
+"""Every setting, once: these dataclasses are the command line's flags, the JAXSERVE_* variables and the TOML keys.
+
+Field names follow vLLM's flags for what vLLM has. None means "worked out from the model and the machine",
+and what was worked out is printed at start-up.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from jaxserve.errors import ConfigError
+
+DEFAULT_MODEL_NAME = "jaxserve-tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and in what precision."""
+
+    model: str | None = None
+    """Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is served."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of weights and KV cache. auto: float32 on CPU, bfloat16 on TPU and GPU."""
+    max_model_len: int | None = None
+    """Longest prompt plus completion, in tokens. Default: what the model was made for, if the memory holds it."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_model_len", self.max_model_len, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """How requests share the steps."""
+
+    max_num_seqs: int | None = None
+    """Sequences computed at once. Default: 64 on CPU, 256 on TPU and GPU."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of a step. Default: 512 on CPU, 2048 on TPU and GPU."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """fcfs: first come, first served. priority: lower `priority` first, then first come."""
+    enable_prefix_caching: bool = True
+    """Keep the pages of finished prompts and share them with prompts that begin alike."""
+    max_queued_requests: int = 1024
+    """Requests that may wait; one more is refused with 503 and Retry-After."""
+
+    def __post_init__(self) -> None:
+        _at_least("max_num_seqs", self.max_num_seqs, 1)
+        _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("max_queued_requests", self.max_queued_requests, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """What runs on the device, and how much of it may be used."""
+
+    block_size: int = 16
+    """Tokens in a page of the KV cache."""
+    num_kv_pages: int | None = None
+    """Pages in the KV cache. Default: what the memory budget leaves after weights and workspace."""
+    memory_utilization: float | None = None
+    """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
+    attention: str = "auto"
+    """Attention kernel by name; auto chooses by platform and says which."""
+    warmup: Literal["full", "min", "lazy"] = "full"
+    """Step shapes compiled before the first request: all, the fewest that can serve anything, or none."""
+    compile_cache_dir: str | None = None
+    """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
+
+    def __post_init__(self) -> None:
+        _at_least("block_size", self.block_size, 1)
+        _at_least("num_kv_pages", self.num_kv_pages, 1)
+        if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
+            raise ConfigError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The front end."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = 8000
+    """HTTP port; 0 picks a free one and prints it."""
+    grpc_port: int | None = None
+    """gRPC port; 0 picks a free one. Default: HTTP port + 1 (a free one if that is taken); -1 turns gRPC off."""
+    served_model_name: str | None = None
+    """Name that requests use. Default: the directory's name or the hub id."""
+    in_process: bool = False
+    """Run the engine inside the front end's process: for debugging."""
+    shutdown_timeout: float = 30.0
+    """Seconds that requests in flight get to finish after SIGTERM; a second signal aborts at once."""
+    max_body_bytes: int = 16 * 1024 * 1024
+    """Largest request body; a larger one is refused with 413."""
+    sse_keep_alive_interval: float = 15.0
+    """Seconds of silence in a stream after which a comment is sent; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("port", "grpc_port"):
+            value = getattr(self, name)
+            if value is not None and not (-1 if name == "grpc_port" else 0) <= value < 65536:
+                raise ConfigError(f"{name} must be in [0, 65535], got {value}")
+        if self.max_body_bytes < 1024:
+            raise ConfigError(f"max_body_bytes must be at least 1024, got {self.max_body_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Everything the engine needs; the front end keeps ServerOptions to itself."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def option_names(*sections: type) -> dict[str, str]:
+    """Every option's field name and the section it belongs to. Raises ConfigError when two sections share one."""
+    owners: dict[str, str] = {}
+    for section in sections:
+        for f in fields(section):
+            if f.name in owners:
+                raise ConfigError(f"option {f.name} is declared in {owners[f.name]} and {section.__name__}")
+            owners[f.name] = section.__name__
+    return owners

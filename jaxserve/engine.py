@@ -1,0 +1,171 @@
+"""The loop: admit, plan, launch, then commit and deliver the step before. Tokens only: no text, HTTP or gRPC."""
+
+import queue
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from jaxserve.config import EngineOptions
+from jaxserve.errors import EngineStopped, JaxserveError, Overloaded
+from jaxserve.metrics import EngineMetrics
+from jaxserve.pages import PagePool
+from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, check_request
+from jaxserve.runner import Launched, Progress, Runner
+from jaxserve.scheduler import Plan, Scheduler, Stats
+
+IDLE_WAIT_S = 1.0
+"""How long an idle loop sleeps before it looks at deadlines again; any arrival wakes it."""
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+class Engine:
+    """A loaded model and its step loop. `submit`, `abort` and `stop` may be called from any thread.
+
+    `deliver` is called by the loop's thread with the deltas of each step. Raises ConfigError or CheckpointError.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        path: Path,
+        *,
+        model_name: str,
+        deliver: Callable[[list[Delta]], None],
+        progress: Progress = lambda message: None,
+    ):
+        self.metrics = EngineMetrics(model_name)
+        self.runner = Runner(options, path, self.metrics, progress)
+        self.info: EngineInfo = self.runner.info
+        schedule = options.schedule
+        self.scheduler = Scheduler(
+            PagePool(self.info.num_pages, self.info.page_size),
+            max_num_seqs=self.info.max_num_seqs,
+            max_num_batched_tokens=self.info.max_num_batched_tokens,
+            max_model_len=self.info.max_model_len,
+            max_queued_requests=schedule.max_queued_requests,
+            priorities=schedule.scheduling_policy == "priority",
+            prefix_caching=schedule.enable_prefix_caching,
+        )
+        self.metrics.cache_config(self.info.page_size, self.info.num_pages, schedule.enable_prefix_caching)
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._seen = Stats()
+        self._stopping = False
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. What it is refused with comes back as a delta with an error."""
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its pages are free for the next step. No delta follows."""
+        self._inbox.put(_Abort(request_id))
+
+    def stop(self) -> None:
+        """Ends the loop after the step that is running; whatever is unfinished gets EngineStopped."""
+        self._stopping = True
+        self._inbox.put(None)
+
+    def run(self) -> None:
+        """The loop, until `stop`. If a step fails, everybody is told and the error is raised."""
+        pending: tuple[Plan, Launched] | None = None
+        try:
+            while not self._stopping:
+                idle = pending is None and self.scheduler.idle
+                deltas = self._admit(block=idle)
+                start = time.perf_counter()
+                plan = self.scheduler.plan(time.monotonic())
+                launched = self._launch(plan) if plan else None
+                host = time.perf_counter() - start
+                if pending:
+                    sampled = pending[1].result()  # waits for the step before, while the next one runs
+                    start = time.perf_counter()
+                    deltas += self.scheduler.commit(pending[0], sampled, time.monotonic())
+                    host += time.perf_counter() - start
+                start = time.perf_counter()
+                if deltas:
+                    self._deliver(deltas)
+                if plan or pending:
+                    self._measure(deltas, host + time.perf_counter() - start)
+                elif idle:
+                    self.scheduler.check_integrity()
+                elif not deltas:
+                    time.sleep(0.001)  # nothing can run until an abort or a deadline frees something
+                pending = (plan, launched) if plan and launched else None
+        except Exception as error:
+            self._end(EngineStopped(f"the engine failed: {type(error).__name__}"))
+            raise
+        self._end(EngineStopped("the engine was stopped"))
+
+    def _admit(self, *, block: bool) -> list[Delta]:
+        """Takes in what has arrived; waits for something when there is nothing to do."""
+        deltas: list[Delta] = []
+        while True:
+            try:
+                item = self._inbox.get(timeout=IDLE_WAIT_S) if block else self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            block = False
+            if isinstance(item, _Abort):
+                self.scheduler.abort(item.request_id)
+            elif item is not None:
+                deltas += self._accept(item)
+        return deltas + self.scheduler.expire(time.monotonic())
+
+    def _accept(self, request: Request) -> list[Delta]:
+        try:
+            check_request(request, self.info)
+            if request.params.seed is None:
+                params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
+                request = msgspec.structs.replace(request, params=params)
+            self.scheduler.add(request, time.monotonic())
+        except JaxserveError as error:
+            self.metrics.rejected("queue_full" if isinstance(error, Overloaded) else "invalid")
+            return [_refusal(request, i, error) for i in range(request.params.n)]
+        return []
+
+    def _launch(self, plan: Plan) -> Launched:
+        launched, padding = self.runner.launch(plan)
+        self.metrics.steps.inc()
+        self.metrics.computed_tokens.inc(plan.num_tokens)
+        self.metrics.padding_tokens.inc(padding)
+        self.metrics.iteration_tokens.observe(plan.num_tokens)
+        for sequence in plan.admitted:
+            if sequence.started is not None and not sequence.num_output:
+                self.metrics.queue_time.observe(sequence.started - sequence.arrival)
+        return launched
+
+    def _measure(self, deltas: list[Delta], host_s: float) -> None:
+        m, now, seen = self.metrics, self.scheduler.stats, self._seen
+        m.host_gap.observe(host_s)
+        m.running.set(len(self.scheduler.running))
+        m.waiting.set(len(self.scheduler.waiting))
+        m.kv_usage.set(self.scheduler.pages.usage)
+        m.preemptions.inc(now.preemptions - seen.preemptions)
+        m.prompt_tokens.inc(now.prompt_tokens - seen.prompt_tokens)
+        m.prompt_tokens_cached.inc(now.cached_tokens - seen.cached_tokens)
+        m.prefix_queries.inc(now.looked_up_tokens - seen.looked_up_tokens)
+        m.prefix_hits.inc(now.cached_tokens - seen.cached_tokens)
+        m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
+        m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
+        self._seen = Stats(**{name: getattr(now, name) for name in Stats.__slots__})
+
+    def _end(self, error: EngineStopped) -> None:
+        deltas = self.scheduler.fail_all(error)
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, Request):
+                deltas += [_refusal(item, i, error) for i in range(item.params.n)]
+        if deltas:
+            self._deliver(deltas)
+
+
+def _refusal(request: Request, index: int, error: JaxserveError) -> Delta:
+    return Delta(request.id, index, finish=FinishReason.ERROR, error=ErrorInfo.of(error))

@@ -1,0 +1,107 @@
+"""The building blocks that model files share: pure functions of arrays, no parameters of their own.
+
+T tokens in the step, D width, N heads, H head_dim, F ffn
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxserve.errors import ConfigError
+from jaxserve.quant import linear
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect.
+
+    The sum of squares is a product with ones: XLA:CPU orders the sum of a product by D alone, that of a reduction
+    also by the number of rows, and a token must not depend on how many others are in its step.
+    """
+    y = x.astype(jnp.float32)
+    rows = (y * y).reshape(-1, y.shape[-1])
+    ones = jnp.ones((2, y.shape[-1]), jnp.float32)
+    sums = jax.lax.dot_general(rows, ones, (((1,), (1,)), ((), ())))[:, :1].reshape(*y.shape[:-1], 1)
+    y = y * jax.lax.rsqrt(sums / y.shape[-1] + eps)
+    return y.astype(x.dtype) * jnp.broadcast_to(weight, y.shape)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: the base and, for stretched contexts, how its frequencies are scaled.
+
+    kind default; linear: positions divided by `factor`; llama3: Llama 3.1's smooth blend between the two, by
+    wavelength relative to the original context.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], theta: float = 10_000.0) -> "Rope":
+        """Reads both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters.
+
+        Raises ConfigError for a scaling that is not served.
+        """
+        scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        base = float(scaling.get("rope_theta", hf.get("rope_theta", theta)))
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind == "default":
+            return cls(base)
+        if kind == "linear":
+            return cls(base, kind, float(scaling["factor"]))
+        if kind == "llama3":
+            return cls(
+                base,
+                kind,
+                float(scaling["factor"]),
+                float(scaling["low_freq_factor"]),
+                float(scaling["high_freq_factor"]),
+                int(scaling.get("original_max_position_embeddings") or hf["max_position_embeddings"]),
+            )
+        raise ConfigError(f"rope scaling {kind!r} is not served; served are default, linear and llama3")
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Angular frequency of each pair of dimensions: float32 [head_dim / 2]."""
+        freqs = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.kind == "linear":
+            freqs = freqs / self.factor
+        elif self.kind == "llama3":
+            wavelengths = 2 * math.pi / freqs
+            # [.., original/high) kept   [original/high, original/low] blended   (original/low, ..) divided by factor
+            kept = (self.original_positions / wavelengths - self.low_freq_factor) / (
+                self.high_freq_factor - self.low_freq_factor
+            )
+            kept = np.clip(kept, 0.0, 1.0)
+            freqs = kept * freqs + (1 - kept) * freqs / self.factor
+        return freqs.astype(np.float32)
+
+
+def rotate(x: Float[Array, "T N H"], positions: Int[Array, " T"], rope: Rope) -> Float[Array, "T N H"]:
+    """Rotates the pairs (i, i + H/2) of every head by its position: x [T, N, H], positions [T]."""
+    half = x.shape[-1] // 2
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope.frequencies(x.shape[-1]))[None, :]  # [T, H/2]
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, H/2]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: int = 1) -> Float[Array, "T ..."]:
+    """x through weight p[name], plus its bias p[name_bias] where the block has one -> [T, outputs...]."""
+    y = linear(x, p[name], out=out)
+    bias = p.get(f"{name}_bias")
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """Gated feed-forward (Shazeer 2020) of the block's gate, up and down: down(silu(gate x) * up x)."""
+    return project(p, "down", jax.nn.silu(project(p, "gate", x)) * project(p, "up", x))

@@ -1,0 +1,222 @@
+"""What crosses the seam between the front end and the engine: requests in, deltas out; token ids only.
+
+All types are msgspec structs, so the in-process engine and the engine process see the same objects.
+"""
+
+import enum
+import math
+
+import msgspec
+
+from jaxserve.errors import InvalidParameter, JaxserveError, PromptTooLong, rebuild
+
+MAX_N = 128
+MAX_TOP_LOGPROBS = 20
+MAX_BIAS_IDS = 1024
+MAX_STOP_IDS = 64
+MAX_STOP_STRINGS = 64
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. Every sequence ends in exactly one delta that carries one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
+        raise InvalidParameter(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}", param=name)
+
+
+def _check_ids(name: str, ids: tuple[int, ...] | dict[int, float], most: int) -> None:
+    if len(ids) > most:
+        raise InvalidParameter(f"{name} has {len(ids)} entries, at most {most} are served", param=name)
+    if any(not 0 <= i < 2**31 for i in ids):
+        raise InvalidParameter(f"{name} holds a token id outside [0, 2**31)", param=name)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to sample. Names, meaning and defaults follow vLLM's class of the same name.
+
+    temperature 0 is greedy. top_k 0 or -1 is off. logprobs k asks for the sampled token's
+    log-probability under the raw model (before temperature, penalties and bias) and the k best ids;
+    None is off. max_tokens None means up to the end of the context; 0 scores the prompt only.
+    `stop` strings are handled where text lives; the engine sees token ids only.
+    Raises InvalidParameter, naming the field.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _check("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParameter(
+                f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}", param="min_tokens"
+            )
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_k", self.top_k, -1, 2**31 - 1)
+        if not 0.0 < self.top_p <= 1.0:
+            raise InvalidParameter(f"top_p must be in (0, 1], got {self.top_p!r}", param="top_p")
+        _check("min_p", self.min_p, 0.0, 1.0)
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise InvalidParameter(
+                f"repetition_penalty must be in (0, 100], got {self.repetition_penalty!r}", param="repetition_penalty"
+            )
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        for bias in self.logit_bias.values():
+            _check("logit_bias", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidParameter("allowed_token_ids is empty: nothing could be sampled", param="allowed_token_ids")
+        _check_ids("logit_bias", self.logit_bias, MAX_BIAS_IDS)
+        _check_ids("allowed_token_ids", self.allowed_token_ids or (), MAX_BIAS_IDS)
+        _check_ids("banned_token_ids", self.banned_token_ids, MAX_BIAS_IDS)
+        _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS)
+        if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
+            raise InvalidParameter(f"stop takes at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InvalidParameter("seed must fit in 64 bits", param="seed")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _check(name, count, 0, MAX_TOP_LOGPROBS)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One prompt, `params.n` continuations of it.
+
+    priority: lower runs first (as in vLLM). timeout_s: seconds from arrival at the engine after which the
+    work is aborted with DeadlineExceeded. cache_salt: prefixes are shared only within one salt.
+    eos_token_ids end a sequence unless params.ignore_eos.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of one token, its rank (1 = most likely), and the best alternatives, best first."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
+    """An error on its way to another process: a class name of errors.py, its message and parameter."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: JaxserveError) -> "ErrorInfo":
+        return cls(type(error).__name__, error.message, error.param)
+
+    def rebuild(self) -> JaxserveError:
+        return rebuild(self.kind, self.message, self.param)
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one sequence of one request.
+
+    logprobs holds one entry per token of token_ids when they were asked for. prompt_logprobs comes with the
+    first delta of index 0, one entry per prompt token, the first None. finish is set on the last delta;
+    stop_token_id says which id ended it (that id is the last of token_ids). error is set with finish ERROR.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    num_cached_tokens: int | None = None
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine says of itself; all that a front end needs to check a request."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    dtype: str
+    num_params: int
+    platform: str
+    attention: str
+    device_bytes: dict[str, int]
+    """Bytes on the device by kind: weights, kv, workspace."""
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """Refuses what this engine cannot serve. Called at the edge and again by the engine.
+
+    Raises InvalidParameter or PromptTooLong.
+    """
+    params, prompt = request.params, request.prompt_token_ids
+    if not prompt:
+        raise InvalidParameter("the prompt is empty: at least one token is needed", param="prompt")
+    if bad := [i for i in prompt if not 0 <= i < info.vocab_size]:
+        raise InvalidParameter(
+            f"prompt token id {bad[0]} is out of range: the vocabulary has {info.vocab_size} ids", param="prompt"
+        )
+    wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
+    if wanted > info.max_model_len:
+        asked = f"{params.max_tokens} in the completion" if params.max_tokens is not None else "at least 1 to generate"
+        raise PromptTooLong(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, you requested "
+            f"{wanted} tokens ({len(prompt)} in the prompt, {asked}). Please shorten the prompt or max_tokens.",
+            param="prompt",
+        )
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("banned_token_ids", params.banned_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        if any(i >= info.vocab_size for i in ids):
+            raise InvalidParameter(
+                f"{name} holds a token id out of range: the vocabulary has {info.vocab_size} ids", param=name
+            )
+    if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
+        raise InvalidParameter(
+            f"timeout must be a positive number of seconds, got {request.timeout_s}", param="timeout"
+        )

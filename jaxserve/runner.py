@@ -1,0 +1,411 @@
+"""Owns the device: parameters, the donated step state, and one compiled step a shape. Knows nothing of requests' fates.
+
+launch(plan) -> Launched   returns at once; Launched.result() waits for the sampled tokens
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve import attention, batch, sampling
+from jaxserve.batch import Layout, Shape
+from jaxserve.config import EngineOptions
+from jaxserve.errors import ConfigError
+from jaxserve.metrics import EngineMetrics
+from jaxserve.models import find_model
+from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
+from jaxserve.sampling import SlotState, TokenLogprobs
+from jaxserve.scheduler import Plan, Sampled, Sequence
+from jaxserve.spec import CacheSpec, Model
+from jaxserve.weights import open_checkpoint
+from jaxserve.weights.load import load_params
+
+type Progress = Callable[[str], None]
+
+STOP_IDS = 2 * MAX_STOP_IDS
+"""Places for a slot's stop ids and end-of-sequence ids."""
+CPU_TOKENS_PER_SEQ = 512
+"""The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
+
+
+@flax.struct.dataclass
+class StepState:
+    """What every step takes, changes in place and returns."""
+
+    cache: jax.Array  # [layers, pages, page_size, kv_heads * 2 * head_dim]
+    slots: SlotState
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """What a step brings back, by row and, for prompts, by token."""
+
+    tokens: jax.Array  # [S]
+    logprobs: TokenLogprobs  # [S]
+    prompt_logprobs: TokenLogprobs  # [T]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every number that the options left open, worked out."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+
+class Launched:
+    """A step that is on its way. `result` waits for it."""
+
+    def __init__(self, plan: Plan, output: StepOutput):
+        self._plan, self._output = plan, output
+        self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
+        self._prompt = any(r.sequence.prompt_logprobs is not None for r in plan.rows)
+        output.tokens.copy_to_host_async()
+        for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
+            if wanted:
+                jax.tree.map(lambda a: a.copy_to_host_async(), part)
+
+    def result(self) -> Sampled:
+        sampled = Sampled(np.asarray(self._output.tokens).tolist())
+        if self._logprobs:
+            host = jax.tree.map(np.asarray, self._output.logprobs)
+            for i, row in enumerate(self._plan.rows):
+                top = row.sequence.request.params.logprobs
+                if top is not None and row.last:
+                    sampled.logprobs[i] = _logprobs(host, i, top)
+        if self._prompt:
+            host, at = jax.tree.map(np.asarray, self._output.prompt_logprobs), 0
+            for i, row in enumerate(self._plan.rows):
+                top = row.sequence.request.params.prompt_logprobs
+                if row.sequence.prompt_logprobs is not None and top is not None:
+                    wanted = max(0, min(row.count, row.sequence.num_prompt - 1 - row.start))
+                    sampled.prompt_logprobs[i] = [_logprobs(host, at + j, top) for j in range(wanted)]
+                at += row.count
+        return sampled
+
+
+class Runner:
+    """One model on its device. `info` says what was worked out; `launch` and `bind` belong to one thread."""
+
+    def __init__(self, options: EngineOptions, path: Path, metrics: EngineMetrics, progress: Progress):
+        checkpoint = open_checkpoint(path)
+        self.model, self.config = find_model(checkpoint.config)
+        self._metrics = metrics
+        self._device = jax.local_devices()[0]
+        platform = self._device.platform
+        name, reason, self._kernel = attention.choose(options.device.attention, platform)
+        progress(f"attention: {name} ({reason})")
+        _use_compile_cache(options.device.compile_cache_dir, progress)
+        dtype = _dtype(options.model.dtype, platform)
+
+        def report(done: int, total: int) -> None:
+            progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
+
+        params = load_params(
+            self.model,
+            self.config,
+            checkpoint,
+            dtype=dtype,
+            device_put=lambda array, spec: jax.device_put(array, self._device),
+            progress=report,
+        )
+        self._params, self._tree = jax.tree.flatten(params)
+        weights = sum(a.nbytes for a in self._params)
+        spec = self.model.cache_spec(self.config)
+        self._dtype = dtype
+        self._least = 2  # one row would be a matrix-vector product, which XLA:CPU sums in another order
+        self.sizes, self._compiled, workspace = self._fit(options, spec, weights, progress)
+        self.shapes = list(self._layouts(self.sizes))
+        self._layout = self._layouts(self.sizes)
+        self._warm_up(options.device.warmup, progress)
+        self._state = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), self._abstract(self.sizes)
+        )
+        self._bind = jax.jit(_bind, donate_argnums=0)
+        if options.device.warmup != "lazy":
+            self._state = self._bind(self._state, *self._no_binding())
+        kv = self._state.cache.nbytes
+        self.info = EngineInfo(
+            model=str(path),
+            architecture=self.model.name,
+            vocab_size=self.config.vocab,
+            max_model_len=self.sizes.max_model_len,
+            max_num_seqs=self.sizes.max_num_seqs,
+            max_num_batched_tokens=self.sizes.max_num_batched_tokens,
+            page_size=self.sizes.page_size,
+            num_pages=self.sizes.num_pages,
+            dtype=jnp.dtype(dtype).name,
+            num_params=sum(a.size for a in self._params),
+            platform=platform,
+            attention=name,
+            device_bytes={"weights": weights, "kv": kv, "workspace": workspace},
+        )
+        metrics.device_bytes(self.info.device_bytes)
+        gib = 2**30
+        progress(
+            f"memory: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({self.sizes.num_pages} pages of "
+            f"{self.sizes.page_size} tokens) + workspace {workspace / gib:.2f} = "
+            f"{(weights + kv + workspace) / gib:.2f} GiB"
+        )
+
+    def launch(self, plan: Plan) -> tuple[Launched, int]:
+        """Starts a step and returns it with its padding tokens. Steps run in launch order."""
+        for sequence in plan.admitted:
+            if _needs_binding(sequence):
+                self._state = self._bind(self._state, *self._binding(sequence))
+        shape = batch.pick(self.shapes, plan)
+        compiled = self._compiled.get(shape) or self._compile_now(shape)
+        buffer = self._layout[shape].pack(plan)
+        self._state, output = compiled(self._params, self._state, buffer)
+        return Launched(plan, output), shape.tokens - plan.num_tokens
+
+    def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
+        known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
+        return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs) for s in known}
+
+    def _abstract(self, sizes: Sizes) -> StepState:
+        spec = self.model.cache_spec(self.config)
+        cache = jax.ShapeDtypeStruct((spec.layers, sizes.num_pages, sizes.page_size, spec.row), self._dtype)
+        slots = jax.eval_shape(lambda: SlotState.empty(sizes.max_num_seqs, sizes.max_model_len, MAX_BIAS_IDS, STOP_IDS))
+        return StepState(cache, slots)
+
+    def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
+        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
+        step = jax.jit(partial(_step, self.model, self.config, self._kernel, self._tree, layout), donate_argnums=1)
+        params = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._params]
+        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        return step.lower(params, self._abstract(sizes), buffer).compile()
+
+    def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        compiled = self._compile(shape, sizes)
+        self._metrics.compiled(phase, time.perf_counter() - start)
+        return compiled
+
+    def _compile_now(self, shape: Shape) -> jax.stages.Compiled:
+        self._compiled[shape] = self._timed_compile(shape, self.sizes, "serving")
+        return self._compiled[shape]
+
+    def _fit(
+        self, options: EngineOptions, spec: CacheSpec, weights: int, progress: Progress
+    ) -> tuple[Sizes, dict[Shape, jax.stages.Compiled], int]:
+        """Sizes the KV cache by what the compiled largest step leaves of the memory; returns that step too."""
+        cpu = self._device.platform == "cpu"
+        wanted_len = options.model.max_model_len
+        length = wanted_len or self.config.max_positions
+        if wanted_len is not None and wanted_len > self.config.max_positions:
+            raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
+        seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
+        tokens = max(seqs, options.schedule.max_num_batched_tokens or (512 if cpu else 2048))
+        page = options.device.block_size
+        page_bytes = spec.layers * page * spec.row * jnp.dtype(self._dtype).itemsize
+        total = _device_memory(self._device)
+        share = options.device.memory_utilization or (0.5 if cpu else 0.9)
+        budget = int(total * share) - weights
+        most = options.device.num_kv_pages
+        if most is None and cpu:
+            most = -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page)
+        pages = min(most or budget // page_bytes, max(budget // page_bytes, 1))
+        if options.device.num_kv_pages is not None:
+            pages = options.device.num_kv_pages
+
+        def sizes(pages: int) -> Sizes:
+            fitting = min(length, pages * page)
+            if wanted_len is not None and fitting < wanted_len:
+                raise ConfigError(
+                    f"max_model_len {wanted_len} needs {-(-wanted_len // page)} pages of KV cache and {pages} fit; "
+                    "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
+                )
+            return Sizes(fitting, seqs, tokens, page, pages)
+
+        if budget < page_bytes and options.device.num_kv_pages is None:
+            raise ConfigError(
+                f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
+                f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
+            )
+        progress("compiling the largest step")
+        largest = max(batch.shapes(seqs, tokens, self._least))
+        compiled = self._timed_compile(largest, sizes(pages), "warmup")
+        workspace = _workspace(compiled)
+        if pages * page_bytes + workspace > budget and options.device.num_kv_pages is None:
+            pages = (budget - workspace) // page_bytes
+            if pages < 1:
+                raise ConfigError(
+                    f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
+                    "cache; lower --max-num-batched-tokens or --max-num-seqs"
+                )
+            compiled = self._timed_compile(largest, sizes(pages), "warmup")
+        found = sizes(pages)
+        if found.max_model_len < length:
+            progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the memory holds")
+        return found, {largest: compiled}, workspace
+
+    def _warm_up(self, warmup: str, progress: Progress) -> None:
+        if warmup == "min":
+            self.shapes = batch.covering(self.shapes)
+        if warmup != "full":
+            return
+        missing = [s for s in self.shapes if s not in self._compiled]
+        done = len(self._compiled)
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile") as pool:
+            jobs = {s: pool.submit(self._timed_compile, s, self.sizes, "warmup") for s in missing}
+            for shape, job in jobs.items():
+                progress(f"compiling steps {done}/{len(self.shapes)}")
+                self._compiled[shape] = job.result()
+                done += 1
+
+    def _no_binding(self) -> tuple[np.ndarray, ...]:
+        return (
+            np.int32(self.sizes.max_num_seqs),  # past the last slot: dropped
+            np.zeros(self.sizes.max_model_len, np.int32),
+            np.full(MAX_BIAS_IDS, -1, np.int32),
+            np.zeros(MAX_BIAS_IDS, np.float32),
+            np.full(STOP_IDS, -1, np.int32),
+        )
+
+    def _binding(self, sequence: Sequence) -> tuple[np.ndarray, ...]:
+        params, request = sequence.request.params, sequence.request
+        _, history, ids, values, stops = self._no_binding()
+        history[: len(sequence.tokens)] = sequence.tokens
+        bias = dict.fromkeys(params.allowed_token_ids or (), 0.0) | params.logit_bias
+        if params.allowed_token_ids is not None:
+            bias = {i: v for i, v in bias.items() if i in set(params.allowed_token_ids)}
+        bias |= dict.fromkeys(params.banned_token_ids, -np.inf)
+        ids[: len(bias)] = list(bias)
+        values[: len(bias)] = list(bias.values())
+        stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
+        stops[: len(stop)] = stop
+        return np.int32(sequence.slot), history, ids, values, stops
+
+
+def _needs_binding(sequence: Sequence) -> bool:
+    p = sequence.request.params
+    return bool(
+        p.repetition_penalty != 1
+        or p.presence_penalty
+        or p.frequency_penalty
+        or p.logit_bias
+        or p.banned_token_ids
+        or p.allowed_token_ids
+        or p.min_tokens
+    )
+
+
+def _bind(state: StepState, *binding: jax.Array) -> StepState:
+    return state.replace(slots=sampling.bind(state.slots, *binding))
+
+
+def _step(
+    model: Model,
+    config: Any,
+    kernel: Any,
+    tree: Any,
+    layout: Layout,
+    params: list[jax.Array],
+    state: StepState,
+    buffer: jax.Array,
+) -> tuple[StepState, StepOutput]:
+    """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember."""
+    weights, step = jax.tree.unflatten(tree, params), layout.unpack(buffer)
+    size, seqs = layout.shape.tokens, layout.shape.seqs
+    t = jnp.arange(size, dtype=jnp.int32)
+    live = t < step.cu_q_lens[step.distribution[2]]
+    s = jnp.clip(jnp.searchsorted(step.cu_q_lens[1:], t, side="right").astype(jnp.int32), 0, seqs - 1)  # [T]
+    positions = jnp.where(live, step.kv_lens[s] - step.cu_q_lens[s + 1] + t, 0)
+    slot = jnp.where(live, step.slots[s], layout.num_slots)
+
+    history = state.slots.history
+    tokens = jnp.where(step.tokens >= 0, step.tokens, history.at[slot, positions].get(mode="clip"))
+    history = history.at[slot, positions].set(tokens, mode="drop")
+
+    with jax.named_scope("forward"):
+        attend = attention.bind(kernel, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
+        hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
+    with jax.named_scope("logits"):
+        last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
+        logits = model.logits(weights, config, last)  # [S, V]
+    with jax.named_scope("sample"):
+        top = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+        slots = state.slots.replace(history=history)
+        sampled = sampling.sample(logits, step.rows, step.slots, slots)
+        logprobs = jax.lax.cond(
+            step.rows.logprobs.any(),
+            lambda: sampling.token_logprobs(logits, sampled, top),
+            lambda: sampling.no_logprobs(seqs, top),
+        )
+        prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
+    target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
+    history = history.at[target, step.rows.position].set(sampled, mode="drop")
+    return StepState(cache, slots.replace(history=history)), StepOutput(sampled, logprobs, prompt)
+
+
+def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
+    return Logprobs(
+        float(host.logprob[i]),
+        int(host.rank[i]),
+        tuple(host.top_ids[i, :top].tolist()),
+        tuple(host.top_logprobs[i, :top].tolist()),
+    )
+
+
+def _dtype(name: str, platform: str) -> Any:
+    if name == "auto":  # XLA:CPU reads bfloat16 weights 20 times below memory bandwidth at batch 1
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _workspace(compiled: jax.stages.Compiled) -> int:
+    """Bytes a step needs besides its arguments and the state it updates in place."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _device_memory(device: jax.Device) -> int:
+    """Bytes that the device has, or on CPU those that are free."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def compile_cache_dir(option: str | None) -> str:
+    """Where compiled steps are kept; '' for nowhere."""
+    if option is not None:
+        return os.path.expanduser(option)
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve" / "xla")
+
+
+def _use_compile_cache(option: str | None, progress: Progress) -> None:
+    """JAX has one cache a process: a directory that was set before is respected."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    directory = compile_cache_dir(option)
+    if not directory:
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    progress(f"compile cache: {directory}")

@@ -1,0 +1,429 @@
+"""Plans the next step. Knows pages, slots and requests; never sees an array.
+
+    waiting --admit--> running --finish--> gone
+       ^------preempt-----'
+
+`plan` and `commit` alternate, and the plan of step n+1 is made before step n is committed, so a running sequence
+may have one sampled token that only the device knows (`in_flight`). Everything that a plan hands out is written
+and read in launch order on the device; that is why pages and slots can be reused as soon as they are released.
+"""
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from jaxserve.errors import DeadlineExceeded, JaxserveError, Overloaded
+from jaxserve.pages import PagePool, extend_hashes
+from jaxserve.request import Delta, ErrorInfo, FinishReason, Logprobs, Request
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One continuation of one request.
+
+    tokens [0, num_prompt) is the prompt, the rest what was sampled and has reached the host.
+    KV:  [0, num_computed) written by launched steps   [num_computed, length) still to compute
+    """
+
+    request: Request
+    index: int
+    order: int
+    arrival: float
+    tokens: list[int]
+    num_prompt: int
+    limit: int
+    """Tokens, prompt included, at which the sequence ends."""
+    leader: "Sequence | None" = None
+    """Index 0 of the same request: its prompt is computed first, so that the others share the pages."""
+    deadline: float | None = None
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    num_registered: int = 0
+    num_computed: int = 0
+    num_cached: int = 0
+    in_flight: int = 0
+    slot: int = -1
+    started: float | None = None
+    first_token: float | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    finished: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens, those included that only the device knows."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's part of a step: `count` tokens from position `start`; `last` if they reach its end."""
+
+    sequence: Sequence
+    slot: int
+    start: int
+    count: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step: rows of one token first. `admitted` are sequences that have just got their slot."""
+
+    rows: list[Row]
+    num_single: int
+    num_tokens: int
+    admitted: list[Sequence]
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a step brought back, by row: token ids, and log-probabilities where they were asked for."""
+
+    tokens: Seq[int]
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
+    """By row: the log-probabilities of the tokens after each token of the row, as far as the prompt goes."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    looked_up_tokens: int = 0
+    generated_tokens: int = 0
+    discarded_tokens: int = 0
+
+
+class Scheduler:
+    """Fills each step's token budget: running sequences of one token first, then prompts in chunks, then new ones."""
+
+    def __init__(
+        self,
+        pages: PagePool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_queued_requests: int = 1024,
+        priorities: bool = False,
+        prefix_caching: bool = True,
+    ):
+        assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
+        assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
+        self.pages = pages
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_queued_requests = max_queued_requests
+        self.priorities = priorities
+        self.prefix_caching = prefix_caching
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.stats = Stats()
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._requests: dict[str, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._order = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def add(self, request: Request, now: float) -> None:
+        """Queues a checked request. Raises Overloaded when the queue is full."""
+        if len({s.request.id for s in self.waiting}) >= self.max_queued_requests:
+            raise Overloaded(
+                f"{self.max_queued_requests} requests are waiting already; try again later, or raise "
+                "--max-queued-requests"
+            )
+        prompt, params = list(request.prompt_token_ids), request.params
+        limit = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        deadline = None if request.timeout_s is None else now + request.timeout_s
+        leader: Sequence | None = None
+        for index in range(params.n):
+            sequence = Sequence(
+                request,
+                index,
+                self._order,
+                now,
+                list(prompt),
+                len(prompt),
+                min(limit, self.max_model_len),
+                leader,
+                deadline,
+            )
+            self._order += 1
+            if index == 0:
+                leader = sequence
+                sequence.prompt_logprobs = [None] if params.prompt_logprobs is not None else None
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, sequence.order, sequence))
+            insort(self.waiting, sequence, key=self._rank)
+            self._requests.setdefault(request.id, []).append(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends all sequences of a request at once; their pages are free for the next plan. False if it is unknown."""
+        sequences = list(self._requests.get(request_id, ()))
+        for sequence in sequences:
+            self._end(sequence)
+        return bool(sequences)
+
+    def expire(self, now: float) -> list[Delta]:
+        """Ends every request whose deadline has passed, and says so to its reader."""
+        deltas = []
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].finished):
+            sequence = heapq.heappop(self._deadlines)[2]
+            if not sequence.finished:
+                self._end(sequence)
+                message = f"the request's timeout of {sequence.request.timeout_s:g} s passed before it finished"
+                deltas.append(_failure(sequence, DeadlineExceeded(message, param="timeout")))
+        return deltas
+
+    def fail_all(self, error: JaxserveError) -> list[Delta]:
+        """Ends everything with an error."""
+        deltas = []
+        for sequence in [s for group in self._requests.values() for s in group]:
+            self._end(sequence)
+            deltas.append(_failure(sequence, error))
+        return deltas
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step, or None when there is nothing to compute now."""
+        singles: list[Row] = []
+        chunks: list[Row] = []
+        admitted: list[Sequence] = []
+        budget = self.max_num_batched_tokens
+
+        def place(sequence: Sequence) -> None:
+            nonlocal budget
+            count = min(sequence.length - sequence.num_computed, budget)
+            row = Row(
+                sequence,
+                sequence.slot,
+                sequence.num_computed,
+                count,
+                sequence.num_computed + count == sequence.length,
+            )
+            (singles if count == 1 else chunks).append(row)
+            sequence.num_computed += count
+            budget -= count
+            if row.last and sequence.length < sequence.limit:
+                sequence.in_flight += 1
+
+        # Decodes before prompts, each in rank order: what is preempted for pages is always of lower rank.
+        ready = [s for s in self.running if not s.in_flight or s.length < s.limit]  # others end with this commit
+        for sequence in [s for s in ready if s.length - s.num_computed == 1]:
+            if sequence.slot >= 0 and self._grow(sequence, singles):
+                place(sequence)
+        for sequence in [s for s in ready if s.length - s.num_computed > 1]:
+            if budget and sequence.slot >= 0:
+                place(sequence)
+        for sequence in list(self.waiting):
+            if not budget or not self._free_slots:
+                break
+            if sequence.in_flight or (sequence.leader is not None and not self._prompt_planned(sequence.leader)):
+                continue
+            if not self._admit(sequence, now):
+                break
+            admitted.append(sequence)
+            place(sequence)
+
+        for row in chunks + singles:  # only now: a step never reads blocks that it computes itself
+            self._register(row.sequence)
+        rows = singles + chunks
+        if not rows:
+            return None
+        return Plan(rows, len(singles), self.max_num_batched_tokens - budget, admitted)
+
+    def commit(self, plan: Plan, sampled: Sampled, now: float) -> list[Delta]:
+        """Applies what a step sampled; returns what its sequences' readers are to hear.
+
+        A sequence that ended after the plan was made has run one token too far; that token is discarded. One that
+        was preempted meanwhile keeps its token: the step that sampled it was right.
+        """
+        deltas = []
+        for i, row in enumerate(plan.rows):
+            sequence = row.sequence
+            produced = row.last and row.start + row.count < sequence.limit
+            if sequence.finished:
+                self.stats.discarded_tokens += produced
+                continue
+            if i in sampled.prompt_logprobs:
+                self._keep_prompt_logprobs(row, sampled.prompt_logprobs[i])
+            if not row.last:
+                continue
+            if not produced:  # max_tokens 0: the prompt was all there was to compute
+                deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None))
+                continue
+            token = sampled.tokens[i]
+            sequence.in_flight -= 1
+            sequence.tokens.append(token)
+            self.stats.generated_tokens += 1
+            if sequence.first_token is None:
+                sequence.first_token = now
+            if sequence.slot >= 0:
+                self._register(sequence)
+            finish, stop_token = self._finish(sequence, token)
+            logprobs = (sampled.logprobs[i],) if i in sampled.logprobs else None
+            deltas.append(self._deliver(sequence, (token,), logprobs, finish, stop_token))
+        return deltas
+
+    def check_integrity(self) -> None:
+        """Asserts that every page, slot and request is where it should be, exactly once."""
+        self.pages.check_integrity([s.pages for s in self.running])
+        slots = sorted([s.slot for s in self.running] + self._free_slots)
+        assert slots == list(range(len(slots))), "a slot is lost or held twice"
+        live = [s for group in self._requests.values() for s in group]
+        assert {id(s) for s in live} == {id(s) for s in self.waiting + self.running}, "a sequence is lost"
+        assert not any(s.finished for s in live), "a finished sequence is still queued"
+        assert all(not s.pages and s.slot < 0 and not s.num_computed for s in self.waiting), "a waiting one holds pages"
+        assert [self._rank(s) for s in self.waiting] == sorted(self._rank(s) for s in self.waiting), (
+            "queue out of order"
+        )
+        for s in self.running:
+            assert len(s.pages) * self.pages.page_size >= s.num_computed, "computed past its pages"
+            assert s.num_computed <= s.length <= s.limit, "longer than it may become"
+
+    def _rank(self, sequence: Sequence) -> tuple[int, int]:
+        """Lower goes first and is preempted last."""
+        return (sequence.request.priority if self.priorities else 0, sequence.order)
+
+    def _prompt_planned(self, leader: Sequence) -> bool:
+        return leader.finished or leader.num_computed >= leader.num_prompt or leader.num_output > 0
+
+    def _admit(self, sequence: Sequence, now: float) -> bool:
+        """Gives a waiting sequence a slot and the pages of all its tokens, or leaves it waiting."""
+        size = self.pages.page_size
+        # Without a cache across requests, the continuations of one request still share their prompt.
+        salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
+        extend_hashes(sequence.hashes, sequence.tokens, size, salt)
+        usable = (len(sequence.tokens) - 1) // size  # the last token is computed always: its logits are wanted
+        found: list[int] = []
+        if sequence.prompt_logprobs is None:  # which need every position's logits
+            found = self.pages.match(sequence.hashes[:usable])
+        self.pages.share(found)
+        taken = self.pages.take(-(-len(sequence.tokens) // size) - len(found))
+        if taken is None:
+            self.pages.release(found)
+            return False
+        sequence.pages = found + taken
+        sequence.num_registered = len(found)
+        sequence.num_computed = len(found) * size
+        sequence.slot = self._free_slots.pop()
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=self._rank)
+        self.stats.looked_up_tokens += len(sequence.tokens)
+        self.stats.cached_tokens += sequence.num_computed
+        if sequence.started is None:
+            sequence.started = now
+            sequence.num_cached = sequence.num_computed
+            self.stats.prompt_tokens += sequence.num_prompt
+        return True
+
+    def _grow(self, sequence: Sequence, planned: list[Row]) -> bool:
+        """Makes room for one more token, preempting from the lowest rank up; False if this one had to go itself."""
+        if sequence.num_computed < len(sequence.pages) * self.pages.page_size:
+            return True
+        holders = {id(row.sequence) for row in planned}
+        while True:
+            page = self.pages.take(1)
+            if page is not None:
+                sequence.pages += page
+                return True
+            victim = next((s for s in reversed(self.running) if id(s) not in holders), sequence)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes pages and slot away; the sequence waits at its old rank and is computed anew from its tokens."""
+        self.stats.preemptions += 1
+        self._release(sequence)
+        self.running.remove(sequence)
+        insort(self.waiting, sequence, key=self._rank)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        sequence.pages, sequence.slot = [], -1
+        sequence.num_computed = sequence.num_registered = 0
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        if sequence.slot >= 0:
+            self._release(sequence)
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        group = self._requests[sequence.request.id]
+        group.remove(sequence)
+        if not group:
+            del self._requests[sequence.request.id]
+
+    def _register(self, sequence: Sequence) -> None:
+        """Names the blocks that are full and whose tokens the host knows, so that others can share them."""
+        size = self.pages.page_size
+        full = min(sequence.num_computed, len(sequence.tokens)) // size
+        if full <= sequence.num_registered:
+            return
+        if full > len(sequence.hashes):
+            salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
+            extend_hashes(sequence.hashes, sequence.tokens, size, salt)
+        for block in range(sequence.num_registered, full):
+            self.pages.register(sequence.pages[block], sequence.hashes[block])
+        sequence.num_registered = full
+
+    def _keep_prompt_logprobs(self, row: Row, found: list[Logprobs]) -> None:
+        """Row tokens [start, start + count) predict positions [start + 1, ..]; a preempted prompt comes twice."""
+        kept = row.sequence.prompt_logprobs
+        if kept is not None:
+            kept.extend(found[len(kept) - row.start - 1 :])
+
+    def _finish(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
+        params = sequence.request.params
+        if sequence.num_output >= params.min_tokens:
+            eos = not params.ignore_eos and token in sequence.request.eos_token_ids
+            if eos or token in params.stop_token_ids:
+                return FinishReason.STOP, token
+        if len(sequence.tokens) >= sequence.limit:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def _deliver(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...],
+        logprobs: tuple[Logprobs, ...] | None,
+        finish: FinishReason | None,
+        stop_token: int | None,
+    ) -> Delta:
+        first = sequence.num_output == len(tokens)
+        prompt_logprobs = sequence.prompt_logprobs if first else None
+        if finish is not None:
+            self._end(sequence)
+        return Delta(
+            sequence.request.id,
+            sequence.index,
+            tokens,
+            logprobs,
+            None if prompt_logprobs is None else tuple(prompt_logprobs),
+            sequence.num_cached if first else None,
+            finish,
+            stop_token,
+        )
+
+
+def _failure(sequence: Sequence, error: JaxserveError) -> Delta:
+    return Delta(sequence.request.id, sequence.index, finish=FinishReason.ERROR, error=ErrorInfo.of(error))

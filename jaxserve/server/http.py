@@ -1,0 +1,337 @@
+"""The HTTP front end as one ASGI application: routes, server-sent events, hang-ups and limits."""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+from jaxserve import __version__
+from jaxserve.client import EngineClient, EngineState
+from jaxserve.config import ServerOptions
+from jaxserve.errors import EngineStopped, JaxserveError, RequestError
+from jaxserve.metrics import FrontMetrics
+from jaxserve.request import SamplingParams
+from jaxserve.server import about
+from jaxserve.server.events import Ended, Mailbox, Signal, under_way
+from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
+from jaxserve.server.openai import (
+    chat_messages,
+    chat_params,
+    check_model,
+    completion_params,
+    completion_prompts,
+    template_arguments,
+)
+from jaxserve.server.replies import ChatReply, CompletionReply, Echo, Head, Reply
+from jaxserve.server.wire import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody, parse_body
+from jaxserve.text import TextDelta, TextModel, TokenLogprob
+
+SLOW_TO_ENCODE_CHARS = 16_384  # a longer text is tokenised in a thread, so that other streams go on
+FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
+
+_SSE_HEADERS = (
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+_KEEP_ALIVE = b": keep-alive\n\n"
+_METHODS = ("GET", "HEAD", "POST")
+_QUIET = ("/health", "/livez", "/readyz", "/metrics")
+
+
+class HttpApp:
+    """The ASGI application. Set `draining` to refuse new work and report ill health; answers under way go on."""
+
+    def __init__(self, options: ServerOptions, model: TextModel, client: EngineClient, metrics: FrontMetrics):
+        self.draining = False
+        self._options = options
+        self._model = model
+        self._client = client
+        self._metrics = metrics
+        self._created = int(time.time())
+        self._router = Router(
+            [
+                self._route("/v1/chat/completions", self._chat, "POST"),
+                self._route("/v1/completions", self._completion, "POST"),
+                self._route("/v1/models", self._models),
+                self._route("/v1/models/{name:path}", self._models),
+                self._route("/tokenize", self._tokenize, "POST"),
+                self._route("/detokenize", self._detokenize, "POST"),
+                self._route("/tokenizer_info", self._tokenizer_info),
+                self._route("/health", self._health),
+                self._route("/readyz", self._health),
+                self._route("/livez", self._livez),
+                self._route("/metrics", self._metrics_text),
+                self._route("/version", self._version),
+            ],
+            redirect_slashes=False,
+        )
+
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[..., Any]) -> None:
+        assert scope["type"] == "http", "the server is configured without lifespan and websockets"
+        exchange = Exchange(scope, receive, send)
+        scope["app"], scope["exchange"] = self, exchange
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as error:
+            await self._refuse(exchange, error)
+        except ClientGone:
+            exchange.status = CLIENT_GONE
+        except Exception as error:
+            await exchange.reply_error(error)
+        finally:
+            endpoint = scope.get("endpoint")
+            route = endpoint.path if isinstance(endpoint, _Endpoint) else "none"
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http(route, method, exchange.status or CLIENT_GONE)
+            exchange.log(quiet=route in _QUIET)
+
+    def _route(self, path: str, handle: Callable[[Exchange], Awaitable[None]], method: str = "GET") -> Route:
+        return Route(path, _Endpoint(path, handle), methods=[method])
+
+    async def _refuse(self, exchange: Exchange, error: HTTPException) -> None:
+        """The error object for a path or method that there is none of."""
+        method, path = exchange.scope["method"], exchange.scope["path"][:200]
+        allowed = (error.headers or {}).get("Allow", "")
+        if error.status_code == 405:
+            message, kind, code = f"{method} is not served at {path}; use {allowed}", "invalid_request_error", None
+        else:
+            message, kind, code = f"unknown request URL: {method} {path}", "not_found_error", "unknown_url"
+        if allowed:
+            exchange.headers.append((b"allow", allowed.encode()))
+        body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        await exchange.reply_json(body, error.status_code)
+
+    # Generation
+
+    async def _chat(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, ChatBody)
+        params, options = chat_params(body, self._model.defaults, self._model.tokenizer)
+        messages = chat_messages(body.messages)
+        arguments = template_arguments(body)
+        prompt = await _in_thread_if(
+            sum(len(str(m["content"])) for m in messages) > SLOW_TO_ENCODE_CHARS,
+            lambda: self._model.encode_chat(messages, **arguments),
+        )
+        try:
+            sources = self._start([prompt], params, body)
+        except RequestError as error:
+            if error.param == "prompt":
+                error.param = "messages"
+            raise
+        reply = ChatReply(self._head("chatcmpl", body), [prompt], options)
+        await self._answer(exchange, reply, sources, bool(body.stream))
+
+    async def _completion(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, CompletionBody)
+        params, options = completion_params(body, self._model.defaults, self._model.tokenizer)
+        given = completion_prompts(body.prompt, options.n)
+        texts = [p for p in given if isinstance(p, str)]
+        encoded = await _in_thread_if(
+            sum(map(len, texts)) > SLOW_TO_ENCODE_CHARS, lambda: [self._model.encode_prompt(p) for p in texts]
+        )
+        prompts = encoded if texts else [p for p in given if not isinstance(p, str)]
+        sources = self._start(prompts, params, body)
+        tokenizer = self._model.tokenizer
+        shown: list[str] = []
+        firsts: list[TokenLogprob] = []
+        if options.echo:
+            skip = params.skip_special_tokens
+            shown = texts or [tokenizer.decode(p, skip_special_tokens=skip) for p in prompts]
+            for prompt in prompts:
+                token = prompt[0]
+                name, spelled = tokenizer.token_str(token), tokenizer.token_bytes(token)
+                firsts.append(TokenLogprob(token_id=token, token=name, bytes=spelled, logprob=0.0, rank=1))
+        hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
+        echoed = Echo(shown, firsts, hidden, 1 if options.echo and tokenizer.strips_leading_space else 0)
+        reply = CompletionReply(self._head("cmpl", body), prompts, options, echoed)
+        await self._answer(exchange, reply, sources, bool(body.stream))
+
+    async def _read[Body: SamplingBody](self, exchange: Exchange, kind: type[Body]) -> Body:
+        """The body of a request to generate, if there is an engine to do it and it is asked for by its name."""
+        data = await exchange.body(self._options.max_body_bytes)
+        if self.draining:
+            raise EngineStopped("the server is shutting down")
+        status = self._client.status
+        if status.state is not EngineState.READY:
+            doing = "loading the model" if status.state is EngineState.LOADING else status.state.value
+            raise EngineStopped(f"the engine is {doing}" + (f": {status.detail}" if status.detail else ""))
+        body, ignored = parse_body(data, kind)
+        exchange.warn_of(ignored)
+        check_model(body.model, self._model.name)
+        if body.user is not None:
+            exchange.notes["user"] = ascii(body.user[:64])
+        return body
+
+    def _start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, body: SamplingBody
+    ) -> list[AsyncGenerator[TextDelta]]:
+        """The deltas of each prompt; nothing is queued before they are iterated. Raises RequestError."""
+        unique = uuid.uuid4().hex  # a client may give two requests one request_id
+        return [
+            self._model.generate(
+                prompt,
+                params,
+                request_id=f"{unique}-{i}",
+                priority=body.priority or 0,
+                timeout_s=body.timeout,
+                cache_salt=body.cache_salt or "",
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _head(self, prefix: str, body: SamplingBody) -> Head:
+        info = self._client.info
+        served = f"{__version__} {info.architecture} {info.num_params} {info.dtype} {info.platform} {info.attention}"
+        fingerprint = "b" + hashlib.sha256(served.encode()).hexdigest()[:12]
+        name = body.request_id or uuid.uuid4().hex
+        return Head(f"{prefix}-{name}", int(time.time()), self._model.name, fingerprint)
+
+    async def _answer(
+        self, exchange: Exchange, reply: Reply, sources: Sequence[AsyncGenerator[TextDelta]], stream: bool
+    ) -> None:
+        exchange.notes["reply"] = reply.head.id
+        try:
+            # As many prompts at once as the engine computes at once: one request cannot fill the queue by itself.
+            async with under_way(sources, exchange.receive, self._client.info.max_num_seqs) as mailbox:
+                if stream:
+                    await self._stream(exchange, reply, mailbox)
+                else:
+                    await self._collect(reply, mailbox)
+            if not stream:
+                await exchange.reply(200, reply.body())
+        finally:
+            exchange.notes |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+
+    async def _collect(self, reply: Reply, mailbox: Mailbox) -> None:
+        left = len(reply.prompts)
+        while left:
+            for event in await mailbox.take():
+                match event:
+                    case Signal.DISCONNECTED:
+                        raise ClientGone
+                    case Ended(error=Exception() as error):
+                        raise error
+                    case Ended():
+                        left -= 1
+                    case (prompt, delta):
+                        reply.add(prompt, delta)
+        _check_complete(reply)
+
+    async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox) -> None:
+        """Writes events as they come, all that are ready at once; an error before the first still sets the status."""
+        left = len(reply.prompts)
+        out = bytearray()
+        reply.opening(out)
+        now = asyncio.get_running_loop().time
+        silence_s = self._options.sse_keep_alive_interval
+        started, last_write = False, now()
+        mailbox.tick_after(FIRST_DELTA_S)
+        while left:
+            ticked = False
+            try:
+                for event in await mailbox.take():
+                    match event:
+                        case Signal.DISCONNECTED:
+                            raise ClientGone
+                        case Signal.TICK:
+                            ticked = True
+                        case Ended(error=Exception() as error):
+                            raise error
+                        case Ended():
+                            left -= 1
+                        case (prompt, delta):
+                            reply.chunk(out, prompt, delta)
+                if not left:
+                    _check_complete(reply)
+                    reply.closing(out)
+            except Exception as error:
+                if not started or isinstance(error, ClientGone):
+                    raise
+                exchange.note_failure(error)
+                reply.failing(out, error)
+                left = 0
+            if not started and (out or ticked):
+                await exchange.start(200, _SSE_HEADERS)
+                started, last_write, ticked = True, now(), True
+            if ticked and silence_s:
+                silent_s = 0 if out else now() - last_write
+                if silent_s >= silence_s:
+                    out += _KEEP_ALIVE
+                    silent_s = 0
+                mailbox.tick_after(silence_s - silent_s)
+            if out:
+                await exchange.send(bytes(out), more=left > 0)
+                out.clear()
+                last_write = now()
+
+    # Everything else
+
+    async def _models(self, exchange: Exchange) -> None:
+        card = about.model_card(self._model.name, self._client.info, self._created)
+        name = exchange.scope["path_params"].get("name")
+        if name is None:
+            await exchange.reply_json({"object": "list", "data": [card]})
+        else:
+            check_model(name, self._model.name)
+            await exchange.reply_json(card)
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        body, ignored = parse_body(await exchange.body(self._options.max_body_bytes), TokenizeBody)
+        exchange.warn_of(ignored)
+        check_model(body.model, self._model.name)
+        info = self._client.info
+        size = len(body.prompt or "") + len(body.content or "") + sum(len(str(m)) for m in body.messages or ())
+        answer = await _in_thread_if(size > SLOW_TO_ENCODE_CHARS, lambda: about.tokenize(body, self._model, info))
+        await exchange.reply_json(answer)
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        body, ignored = parse_body(await exchange.body(self._options.max_body_bytes), DetokenizeBody)
+        exchange.warn_of(ignored)
+        check_model(body.model, self._model.name)
+        info = self._client.info
+        slow = len(body.tokens) > SLOW_TO_ENCODE_CHARS
+        await exchange.reply_json(await _in_thread_if(slow, lambda: about.detokenize(body, self._model, info)))
+
+    async def _tokenizer_info(self, exchange: Exchange) -> None:
+        await exchange.reply_json(about.tokenizer_info(self._model, self._client.info))
+
+    async def _health(self, exchange: Exchange) -> None:
+        status, body = about.health(self._client.status, self.draining)
+        await exchange.reply_json(body, status)
+
+    async def _livez(self, exchange: Exchange) -> None:
+        await exchange.reply_json({"status": "ok"})
+
+    async def _metrics_text(self, exchange: Exchange) -> None:
+        text = self._metrics.text() + await self._client.metrics_text()
+        await exchange.reply(200, text, CONTENT_TYPE_LATEST.encode())
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.reply_json({"version": __version__})
+
+
+class _Endpoint:
+    """A handler as Starlette wants it, an ASGI application that is no function; knows its path for the metrics."""
+
+    def __init__(self, path: str, handle: Callable[[Exchange], Awaitable[None]]):
+        self.path = path
+        self._handle = handle
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._handle(scope["exchange"])
+
+
+def _check_complete(reply: Reply) -> None:
+    if not reply.complete:
+        raise JaxserveError("the engine ended a request without finishing all of its sequences")
+
+
+async def _in_thread_if[Result](slow: bool, work: Callable[[], Result]) -> Result:
+    return await asyncio.to_thread(work) if slow else work()

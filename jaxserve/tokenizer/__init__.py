@@ -1,0 +1,32 @@
+"""Text to token ids and back, for tokenizer.json and SentencePiece files; knows nothing of requests or engines."""
+
+import logging
+from pathlib import Path
+
+from jaxserve.errors import ConfigError
+from jaxserve.tokenizer.base import Tokenizer
+from jaxserve.tokenizer.fast import FastTokenizer
+from jaxserve.tokenizer.sentencepiece import SentencePieceTokenizer
+from jaxserve.tokenizer.stream import Detokenizer, StopStrings
+
+__all__ = ["Detokenizer", "FastTokenizer", "SentencePieceTokenizer", "StopStrings", "Tokenizer", "load_tokenizer"]
+
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.json, else tokenizer.model.
+
+    Raises ConfigError, naming what was looked for or what is wrong with it.
+    """
+    fast, slow = path / "tokenizer.json", path / "tokenizer.model"
+    if fast.is_file():
+        try:
+            return FastTokenizer(path)
+        except ConfigError as error:
+            if not slow.is_file():
+                raise
+            _log.warning("%s; tokenizer.model is used instead", error.message)
+    if slow.is_file():
+        return SentencePieceTokenizer(path)
+    raise ConfigError(f"{path} holds neither tokenizer.json nor tokenizer.model; copy the checkpoint's tokenizer there")

@@ -1,0 +1,68 @@
+"""What a checkpoint is, and which reader a directory needs; the readers are the siblings."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.weights import safetensors
+
+FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+"""The dtypes that weights may be stored in."""
+
+CONFIG = "config.json"
+ORBAX_PARAMS = "params"
+"""Subdirectory of an Orbax checkpoint that holds the tensors."""
+
+
+class Checkpoint(Protocol):
+    """Named tensors of a checkpoint directory, each read when it is asked for."""
+
+    path: Path
+    config: dict[str, Any]
+    """What config.json holds."""
+
+    def names(self) -> frozenset[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> np.dtype: ...
+    def read(self, name: str) -> np.ndarray:
+        """One tensor: a read-only view of a memory map, or an array of its own. Threads may read at once."""
+        ...
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The reader for what the directory holds; no tensor is read.
+
+    Raises ConfigError if it holds no checkpoint, CheckpointError if what it holds is damaged.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"no checkpoint directory {path}")
+    config = _read_config(path / CONFIG)
+    if (path / safetensors.SINGLE).is_file():
+        return safetensors.open_single(path, config)
+    if (path / safetensors.INDEX).is_file():
+        return safetensors.open_sharded(path, config)
+    if (path / ORBAX_PARAMS).is_dir():
+        from jaxserve.weights.orbax import OrbaxCheckpoint  # seconds to import, and seldom needed
+
+        return OrbaxCheckpoint(path, config)
+    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".gguf", ".bin", ".pth", ".pt"))
+    raise ConfigError(
+        f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX} and no Orbax {ORBAX_PARAMS}/"
+        + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path.parent} holds no {path.name}; a checkpoint directory needs one") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config

@@ -1,0 +1,102 @@
+"""Fits a checkpoint to a model's ParamSpecs and puts it on the device; knows neither formats nor meshes."""
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxserve.spec import Model, Params, ParamSpec
+from jaxserve.weights import FLOATS, Checkpoint
+from jaxserve.weights.problems import Problems
+
+
+def load_params(
+    model: Model,
+    config: Any,
+    checkpoint: Checkpoint,
+    *,
+    dtype: Any,
+    device_put: Callable[[np.ndarray, ParamSpec], jax.Array],
+    progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+) -> Params:
+    """The model's tree of parameters: each read, given its spec's shape, cast to `dtype` and put on the device.
+
+    `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
+    Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
+    Raises one CheckpointError with every tensor that is missing, unexpected, misshapen or of a dtype that is not
+    float32, bfloat16 or float16; nothing is read in that case.
+    """
+    specs, tree = jax.tree.flatten(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
+    _check(specs, checkpoint)
+
+    sizes = [_nbytes(checkpoint, spec.name) for spec in specs]
+    total, done, lock = sum(sizes), 0, threading.Lock()
+
+    def load(spec: ParamSpec, nbytes: int) -> jax.Array:
+        nonlocal done
+        stored = checkpoint.read(spec.name)
+        # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches the model.
+        host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
+        # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
+        array = jax.block_until_ready(device_put(host, spec))
+        with lock:
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+        return array
+
+    if progress is not None:
+        progress(0, total)
+    pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), thread_name_prefix="load")
+    try:
+        return jax.tree.unflatten(tree, list(pool.map(load, specs, sizes)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def ignored(name: str, tied: bool) -> bool:
+    """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
+    return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _nbytes(checkpoint: Checkpoint, name: str) -> int:
+    return math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
+
+
+def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
+    problems = Problems(checkpoint.path)
+    held = checkpoint.names()
+    for spec in specs:
+        if spec.name not in held:
+            problems.add("missing tensor", spec.name)
+            continue
+        found = checkpoint.shape(spec.name)
+        if not splits(found, spec.shape):
+            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(spec.shape)}")
+        if checkpoint.dtype(spec.name) not in FLOATS:
+            kinds = ", ".join(d.name for d in FLOATS)
+            problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
+    tied = checkpoint.config.get("tie_word_embeddings") is not False
+    for name in held.difference(spec.name for spec in specs):
+        if not ignored(name, tied):
+            problems.add("unexpected tensor", name)
+    problems.raise_any()
+
+
+def splits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether `shape` keeps the stored axes or splits them in order: [48, 64] may be [4, 12, 64], never [64, 48]."""
+    axes = [n for n in shape if n != 1]
+    for size in (n for n in stored if n != 1):
+        run = 1
+        while axes and run != size and size % (run * axes[0] or 1) == 0:
+            run *= axes.pop(0)
+        if run != size:
+            return False
+    return not axes

@@ -1,0 +1,1 @@
+"""Attention kernels that know jax and nothing of jaxserve."""

@@ -1,0 +1,1 @@
+"""Ragged paged attention: one contract, one reference, one body a platform."""

@@ -1,0 +1,73 @@
+"""The one signature of ragged paged attention, and what every body may assume of its arguments.
+
+A step holds S sequences whose query tokens lie end to end in one flat axis of T rows:
+
+    q         [T, N, H]        query heads
+    k, v      [T, K, H]        this step's new keys and values, N a multiple of K
+    cache     [P, page, K*2*H] pages of rows [k0|v0|k1|v1|...]; a stacked cache is passed whole, with
+                               page_table + layer * pages, since slicing a layer out would copy it
+    kv_lens   [S]              tokens of each sequence after this step (0 for an unused row)
+    page_table[S, B]           page of the tokens [i*page, (i+1)*page) of each sequence
+    cu_q_lens [S+1]            query tokens of sequence s are [cu_q_lens[s], cu_q_lens[s+1])
+    distribution [3]           sequences [0, d0) have one query token, [d0, d1) are prefills, [d1, d2) mixed;
+                               d2 is the number of sequences
+
+    -> out [T, N, H], cache with k and v written
+
+A token at position p attends to positions (p - window, p]. k and v are written before anything is read.
+Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
+"""
+
+from typing import Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+class RaggedPagedAttention(Protocol):
+    """What every body implements. `scale` multiplies the scores; `window` None means the whole past."""
+
+    def __call__(
+        self,
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        cache: Float[Array, "P page row"],
+        kv_lens: Int[Array, " S"],
+        page_table: Int[Array, "S B"],
+        cu_q_lens: Int[Array, " S1"],
+        distribution: Int[Array, " 3"],
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]: ...
+
+
+def validate(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    distribution: jax.Array,
+    window: int | None,
+) -> None:
+    """Checks shapes and types at trace time. Raises ValueError saying what was found and what is expected."""
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
+        raise ValueError(f"q, k, v must be [T, heads, head_dim]; found {q.shape}, {k.shape}, {v.shape}")
+    tokens, heads, head_dim = q.shape
+    if k.shape[0] != tokens or k.shape[2] != head_dim or heads % k.shape[1]:
+        raise ValueError(f"k {k.shape} does not fit q {q.shape}: same T and head_dim, heads a multiple of kv heads")
+    if cache.ndim != 3 or cache.shape[2] != k.shape[1] * 2 * head_dim:
+        raise ValueError(f"cache must be [pages, page_size, {k.shape[1] * 2 * head_dim}]; found {cache.shape}")
+    seqs = kv_lens.shape[0]
+    if page_table.ndim != 2 or page_table.shape[0] != seqs or cu_q_lens.shape != (seqs + 1,):
+        raise ValueError(
+            f"page_table {page_table.shape} and cu_q_lens {cu_q_lens.shape} do not fit kv_lens {kv_lens.shape}"
+        )
+    if distribution.shape != (3,):
+        raise ValueError(f"distribution must be [3]; found {distribution.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1; found {window}")

@@ -1,0 +1,168 @@
+"""Ragged paged attention in plain XLA: any platform, linear in the batch, the oracle of every other body.
+
+T tokens, S sequences, B pages a sequence, N query heads, K kv heads, G = N / K, H head_dim,
+Q query tokens of a tile, C kv tokens of a block
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.ragged_paged_attention.contract import validate
+
+KV_BLOCK = 128
+"""kv tokens read at once. A block starts at a fixed position, so that the order of every sum depends on the
+sequence alone: not on its neighbours, on chunking or on the bucket."""
+DECODE_TILE = 16
+"""Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
+PREFILL_TILE = 64
+"""Query tokens of one sequence that are computed side by side."""
+
+
+def ragged_paged_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    cache: Float[Array, "P page row"],
+    kv_lens: Int[Array, " S"],
+    page_table: Int[Array, "S B"],
+    cu_q_lens: Int[Array, " S1"],
+    distribution: Int[Array, " 3"],
+    *,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]:
+    """See contract.py."""
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window)
+    tokens, heads, head_dim = q.shape
+    seqs, page = kv_lens.shape[0], cache.shape[1]
+    decodes, total = distribution[0], distribution[2]
+    cache = _write(k, v, cache, kv_lens, page_table, cu_q_lens, total)
+
+    pages = max(1, KV_BLOCK // page)
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))  # whole blocks
+    attend = partial(_attend_tile, cache=cache, pages=pages, kv_heads=k.shape[1], scale=scale, window=window)
+    out = jnp.zeros((tokens + PREFILL_TILE, heads, head_dim), q.dtype)  # the last tile may hang over
+    q = jnp.pad(q, ((0, PREFILL_TILE), (0, 0), (0, 0)))
+
+    # Sequences [0, decodes) own the tokens [0, decodes): a tile is a slice of both.
+    width = min(DECODE_TILE, seqs)
+    lens = jnp.pad(jnp.where(jnp.arange(seqs) < decodes, kv_lens, 0), (0, -seqs % width))
+    tables = jnp.pad(page_table, ((0, -seqs % width), (0, 0)))
+
+    def decode_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        start = i * width
+        tile_lens = jax.lax.dynamic_slice_in_dim(lens, start, width)
+        tile = attend(
+            jax.lax.dynamic_slice_in_dim(q, start, width)[:, None],
+            first=tile_lens - 1,
+            ends=tile_lens,
+            table=jax.lax.dynamic_slice_in_dim(tables, start, width),
+        )  # [width, 1, N, H]
+        return jax.lax.dynamic_update_slice_in_dim(out, tile[:, 0], start, 0)
+
+    out = jax.lax.fori_loop(0, -(-decodes // width), decode_tile, out)
+
+    # A prefill tile's overhang belongs to sequences that come later and overwrite it.
+    def prefill(s: jax.Array, out: jax.Array) -> jax.Array:
+        start, q_len = cu_q_lens[s], cu_q_lens[s + 1] - cu_q_lens[s]
+        table = jax.lax.dynamic_slice_in_dim(page_table, s, 1)  # [1, B]
+
+        def tile(i: jax.Array, out: jax.Array) -> jax.Array:
+            row = start + i * PREFILL_TILE
+            first = kv_lens[s] - q_len + i * PREFILL_TILE
+            tile = attend(
+                jax.lax.dynamic_slice_in_dim(q, row, PREFILL_TILE)[None],
+                first=first[None],
+                ends=jnp.minimum(kv_lens[s], first + PREFILL_TILE)[None],
+                table=table,
+            )  # [1, Q, N, H]
+            return jax.lax.dynamic_update_slice_in_dim(out, tile[0], row, 0)
+
+        return jax.lax.fori_loop(0, -(-q_len // PREFILL_TILE), tile, out)
+
+    out = jax.lax.fori_loop(decodes, total, prefill, out)
+    return out[:tokens], cache
+
+
+def _write(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    cache: Float[Array, "P page row"],
+    kv_lens: Int[Array, " S"],
+    page_table: Int[Array, "S B"],
+    cu_q_lens: Int[Array, " S1"],
+    total: Int[Array, ""],
+) -> Float[Array, "P page row"]:
+    """Scatters this step's rows to their pages; rows of no sequence are dropped."""
+    tokens, seqs, page = k.shape[0], kv_lens.shape[0], cache.shape[1]
+    t = jnp.arange(tokens, dtype=jnp.int32)
+    s = jnp.clip(jnp.searchsorted(cu_q_lens[1:], t, side="right").astype(jnp.int32), 0, seqs - 1)  # [T]
+    position = kv_lens[s] - cu_q_lens[s + 1] + t
+    row = page_table[s, jnp.maximum(position, 0) // page] * page + position % page
+    row = jnp.where((t < cu_q_lens[total]) & (position >= 0), row, cache.shape[0] * page)
+    new = jnp.stack([k, v], axis=2).reshape(tokens, -1).astype(cache.dtype)  # [T, k0|v0|k1|v1|...]
+    flat = cache.reshape(-1, cache.shape[2])
+    return flat.at[row].set(new, mode="drop").reshape(cache.shape)
+
+
+def _attend_tile(
+    q: Float[Array, "A Q N H"],
+    *,
+    first: Int[Array, " A"],
+    ends: Int[Array, " A"],
+    table: Int[Array, "A B"],
+    cache: Float[Array, "P page row"],
+    pages: int,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+) -> Float[Array, "A Q N H"]:
+    """A sequences, Q consecutive query tokens each, the first at position `first`; reads positions [0, ends)."""
+    (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
+    groups, page = heads // kv_heads, cache.shape[1]
+    block = pages * page
+    rows = max(2, queries * groups)  # one row would be a matrix-vector product, summed in another order
+    q = q.reshape(seqs, queries, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(seqs, kv_heads, queries * groups, head_dim)  # [A, K, Q*G, H]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - queries * groups), (0, 0)))
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    position = first[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :] // groups  # [A, rows]
+
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        best, acc = carry  # [A, K, rows], [A, K, rows, H + 1]
+        ids = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)  # [A, pages]
+        kv = jnp.take(cache, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, 2, head_dim)
+        kv = kv.transpose(3, 0, 2, 1, 4)  # [2, A, K, C, H]
+        at = i * block + jnp.arange(block, dtype=jnp.int32)  # [C]
+        written = at[None, :] < ends[:, None]  # [A, C]; what lies past may be NaN, and 0 * NaN is NaN
+        kv = jnp.where(written[None, :, None, :, None], kv, jnp.zeros((), kv.dtype))
+        seen = at[None, None, :] <= position[:, :, None]  # [A, rows, C]
+        if window is not None:
+            seen &= at[None, None, :] > position[:, :, None] - window
+        seen &= written[:, None, :]
+        score = jnp.einsum("akrh,akch->akrc", q, kv[0], preferred_element_type=jnp.float32)
+        score = jnp.where(seen[:, None], score, -jnp.inf)
+        new_best = jnp.maximum(best, score.max(axis=-1))
+        base = jnp.where(jnp.isfinite(new_best), new_best, 0.0)  # a row that has seen nothing yet
+        weight = jnp.exp(score - base[..., None])  # [A, K, rows, C]
+        fade = jnp.exp(best - base)
+        # A column of ones sums the weights in the same product as the values: XLA:CPU orders the sum of a
+        # product by C alone, that of a fused reduction also by its neighbours.
+        v = jnp.pad(kv[1], ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
+        new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), v, preferred_element_type=jnp.float32)
+        return new_best, acc * fade[..., None] + new
+
+    low = jnp.zeros((), jnp.int32)
+    if window is not None:
+        low = jnp.maximum(jnp.where(ends > 0, first - window + 1, jnp.iinfo(jnp.int32).max).min(), 0) // block
+    high = -(-ends.max() // block)
+    shape = (seqs, kv_heads, rows)
+    start = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros((*shape, head_dim + 1), jnp.float32))
+    _, acc = jax.lax.fori_loop(low, high, step, start)
+    out, norm = acc[..., :head_dim], acc[..., head_dim:]
+    out = out / jnp.where(norm > 0, norm, 1.0)
+    out = out[:, :, : queries * groups].reshape(seqs, kv_heads, queries, groups, head_dim).transpose(0, 2, 1, 3, 4)
+    return out.reshape(seqs, queries, heads, head_dim).astype(dtype)

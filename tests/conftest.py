@@ -1,0 +1,34 @@
+"""What every test runs under: CPU, strict promotion of dtypes and ranks, a compile cache kept between runs.
+
+Everything is set through the environment before JAX is imported, so that engine processes started by a test have it
+too, and tests that need no JAX never import it.
+"""
+
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CACHE = Path(tempfile.gettempdir()) / f"jaxserve-test-cache-{getpass.getuser()}"
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    JAXSERVE_COMPILE_CACHE_DIR=str(CACHE / "engine"),
+    JAX_COMPILATION_CACHE_DIR=str(CACHE / "jax"),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+    HF_HUB_OFFLINE="1",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of reference models and data that is not part of the repository; the test is skipped without it."""
+    path = Path(os.environ.get("JAXSERVE_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no reference data at {path}; JAXSERVE_DATA names its folder")
+    return path

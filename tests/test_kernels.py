@@ -1,0 +1,131 @@
+"""Every body of ragged paged attention against a dense oracle: random ragged batches, NaN in all unwritten memory."""
+
+from importlib import import_module
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import attention
+
+PAGE = 4
+
+
+def random_batch(rng, *, heads, kv_heads, head_dim, q_lens, pasts, pages=1500, pad_tokens=3, pad_seqs=2):
+    """A step whose sequences have `pasts` cached tokens and `q_lens` new ones; returns the arguments and the truth."""
+    seqs, total = len(q_lens), sum(q_lens)
+    lens = [p + n for p, n in zip(pasts, q_lens, strict=True)]
+    free = list(rng.permutation(pages))
+    width = max(-(-n // PAGE) for n in lens) + 1
+    table = np.zeros((seqs + pad_seqs, width), np.int32)
+    cache = np.full((pages, PAGE, kv_heads * 2 * head_dim), np.nan, np.float32)
+    kv = [rng.normal(size=(n, kv_heads, 2, head_dim)).astype(np.float32) for n in lens]
+    new = []
+    for s in range(seqs):
+        own = [free.pop() for _ in range(-(-lens[s] // PAGE))]
+        table[s, : len(own)] = own
+        for i in range(pasts[s]):
+            cache[own[i // PAGE], i % PAGE] = kv[s][i].reshape(-1)
+        new.append(kv[s][pasts[s] :])
+    new = np.concatenate([*new, np.full((pad_tokens, kv_heads, 2, head_dim), np.nan, np.float32)])
+    q = rng.normal(size=(total + pad_tokens, heads, head_dim)).astype(np.float32)
+    decodes = next((i for i, n in enumerate(q_lens) if n != 1), seqs)
+    cu = np.zeros(seqs + pad_seqs + 1, np.int32)
+    cu[1 : seqs + 1] = np.cumsum(q_lens)
+    cu[seqs + 1 :] = total
+    kv_lens = np.array([*lens, *[0] * pad_seqs], np.int32)
+    args = (q, new[:, :, 0], new[:, :, 1], cache, kv_lens, table, cu, np.array([decodes, decodes, seqs], np.int32))
+    return [jnp.asarray(a) for a in args], kv
+
+
+def oracle(args, kv, scale, window):
+    q, _, _, _, _, _, cu, _ = (np.asarray(a) for a in args)
+    out = []
+    for s, rows in enumerate(kv):
+        queries = q[cu[s] : cu[s + 1]]
+        for i, query in enumerate(queries):
+            end = len(rows) - len(queries) + i + 1
+            start = 0 if window is None else max(0, end - window)
+            group = query.shape[0] // rows.shape[1]
+            for head in range(query.shape[0]):
+                k, v = rows[start:end, head // group, 0], rows[start:end, head // group, 1]
+                score = k @ query[head] * scale
+                weight = np.exp(score - score.max())
+                out.append(weight @ v / weight.sum())
+    return np.array(out).reshape(-1, q.shape[1], q.shape[2])
+
+
+@pytest.mark.parametrize("body", sorted(attention.KERNELS))
+@pytest.mark.parametrize("window", [None, 7], ids=["full", "window7"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 8), (7, 1, 12), (2, 1, 64)], ids=lambda v: str(v)
+)
+def test_parity(body, window, heads, kv_heads, head_dim):
+    kernel = import_module(attention.KERNELS[body]).ragged_paged_attention
+    rng = np.random.default_rng(heads * 100 + head_dim)
+    cases = [
+        dict(q_lens=[1, 1, 1], pasts=[0, 5, 300]),
+        dict(q_lens=[70], pasts=[0]),
+        dict(q_lens=[1] * 19 + [3, 65, 1, 9], pasts=[int(i) for i in rng.integers(0, 40, 19)] + [4, 0, 9, 130]),
+    ]
+    for case in cases:
+        args, kv = random_batch(rng, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **case)
+        out, cache = jax.jit(lambda *a: kernel(*a, scale=0.3, window=window))(*args)
+        want = oracle(args, kv, 0.3, window)
+        np.testing.assert_allclose(np.asarray(out)[: len(want)], want, rtol=2e-5, atol=2e-5)
+        assert np.isfinite(np.asarray(out)).all(), "padding rows must stay finite"
+        table, seen = np.asarray(args[5]), 0
+        for s, rows in enumerate(kv):  # what was written is exactly k and v
+            got = np.asarray(cache)[table[s]].reshape(-1, kv_heads, 2, head_dim)[: len(rows)]
+            np.testing.assert_array_equal(got, rows)
+            seen += len(rows)
+        assert np.isfinite(np.asarray(cache)).all(axis=-1).sum() == seen, "wrote outside its pages"
+
+
+def test_a_sequence_is_bitwise_the_same_alone_and_in_a_crowd():
+    kernel = import_module(attention.KERNELS["reference"]).ragged_paged_attention
+    rng = np.random.default_rng(3)
+    run = jax.jit(lambda *a: kernel(*a, scale=0.25))
+    args, _ = random_batch(
+        rng, heads=4, kv_heads=2, head_dim=16, q_lens=[1] * 20 + [40], pasts=[9 * i for i in range(21)]
+    )
+    crowd = np.asarray(run(*args)[0])
+    q, k, v, cache, kv_lens, table, cu, dist = args
+    for s in (0, 7, 19):
+        one = slice(s, s + 1)
+        pad = lambda a: jnp.concatenate([a[one], jnp.zeros_like(a[:1])])  # noqa: E731
+        alone = run(
+            pad(q), pad(k), pad(v), cache, pad(kv_lens), pad(table),
+            jnp.array([0, 1, 1], jnp.int32), jnp.array([1, 1, 1], jnp.int32),
+        )[0]  # fmt: skip
+        np.testing.assert_array_equal(np.asarray(alone)[0], crowd[s])
+
+
+def test_contract_names_what_is_wrong():
+    kernel = import_module(attention.KERNELS["reference"]).ragged_paged_attention
+    args, _ = random_batch(np.random.default_rng(0), heads=4, kv_heads=2, head_dim=8, q_lens=[2], pasts=[0])
+    with pytest.raises(ValueError, match="cache must be"):
+        kernel(args[0], args[1], args[2], args[3][:, :, 1:], *args[4:], scale=1.0)
+    with pytest.raises(ValueError, match="heads a multiple"):
+        kernel(args[0][:, :3], *args[1:], scale=1.0)
+    with pytest.raises(ValueError, match="window"):
+        kernel(*args, scale=1.0, window=0)
+
+
+def test_the_cache_is_updated_in_place():
+    """The donated cache is the result, and what the step needs besides does not grow with it."""
+    kernel = import_module(attention.KERNELS["reference"]).ragged_paged_attention
+
+    def sizes(pages):
+        args, _ = random_batch(
+            np.random.default_rng(0), heads=4, kv_heads=2, head_dim=8, q_lens=[1, 1, 9], pasts=[3, 4, 5], pages=pages
+        )
+        run = jax.jit(lambda *a: kernel(*a, scale=1.0), donate_argnums=3)
+        memory = run.lower(*args).compile().memory_analysis()
+        return args[3].nbytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes
+
+    cache, alias, temp = sizes(100)
+    big_cache, big_alias, big_temp = sizes(4000)
+    assert alias >= cache and big_alias >= big_cache
+    assert big_temp - temp < (big_cache - cache) / 10

@@ -1,0 +1,119 @@
+"""Every model file against transformers in float32: committed checkpoints, both spellings of config.json."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import attention
+from jaxserve.errors import ConfigError
+from jaxserve.models import ARCHITECTURES, find_model
+from jaxserve.spec import ParamSpec
+from jaxserve.weights import open_checkpoint
+from jaxserve.weights.load import load_params
+
+GOLDENS = sorted(p.parent for p in Path(__file__).parent.glob("goldens/*/config.json"))
+
+
+def load(path, config_name="config.json"):
+    model, config = find_model(json.loads((path / config_name).read_text()))
+    params = load_params(
+        model, config, open_checkpoint(path), dtype=np.float32, device_put=lambda a, spec: jnp.asarray(a)
+    )
+    return model, config, params
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.name)
+def test_logits_equal_transformers(path):
+    golden = np.load(path / "golden.npz")
+    model, config, params = load(path)
+
+    @jax.jit
+    def run(params, tokens):
+        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        hidden, _ = model.forward(params, config, tokens, positions, jnp.zeros(()), attention.dense)
+        return model.logits(params, config, hidden)
+
+    for tokens, want in zip(golden["tokens"], golden["logits"], strict=True):
+        got = np.asarray(run(params, jnp.asarray(tokens)))
+        assert got.dtype == np.float32
+        assert np.abs(got - want).max() <= 2e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.name)
+def test_both_spellings_of_the_config_mean_the_same(path):
+    new, classic = (json.loads((path / n).read_text()) for n in ("config.json", "config.classic.json"))
+    assert find_model(new)[1] == find_model(classic)[1]
+
+
+def paged(path, chunks, page=8):
+    """Logits of every position of the golden's first prompt, computed in `chunks` through a paged cache."""
+    golden = np.load(path / "golden.npz")
+    model, config, params = load(path)
+    tokens = golden["tokens"][0]
+    spec = model.cache_spec(config)
+    pages = -(-len(tokens) // page)
+    cache = jnp.full((spec.layers, pages + 1, page, spec.row), jnp.nan)
+    table = jnp.asarray(np.arange(pages, 0, -1, dtype=np.int32)[None])  # pages in an order of their own
+    kernel = attention.choose("reference", "cpu")[2]
+
+    @jax.jit
+    def step(params, tokens, positions, cache, kv_lens, cu):
+        decode = jnp.where(cu[1] == 1, 1, 0)
+        attend = attention.bind(kernel, kv_lens, table, cu, jnp.stack([decode, decode, jnp.ones_like(decode)]))
+        hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
+        return model.logits(params, config, hidden), cache
+
+    out, done = [], 0
+    for size in chunks:
+        padded = max(2, 1 << (size - 1).bit_length())  # the buckets of a step
+        positions = np.arange(done, done + padded, dtype=np.int32)
+        new = np.zeros(padded, np.int32)
+        new[:size] = tokens[done : done + size]
+        done += size
+        logits, cache = step(
+            params, new, positions, cache, np.array([done], np.int32), np.array([0, size], np.int32)
+        )  # fmt: skip
+        out.append(np.asarray(logits)[:size])
+    assert done == len(tokens)
+    return np.concatenate(out), golden["logits"][0]
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.name)
+def test_chunked_is_bitwise_whole_and_equals_transformers(path):
+    length = np.load(path / "golden.npz")["tokens"].shape[1]
+    whole, want = paged(path, [length])
+    assert np.abs(whole - want).max() <= 2e-4 * np.abs(want).max()
+    chunked, _ = paged(path, [7, 7, 1, 1, 1, 1, 1, 1, *[5] * ((length - 20) // 5)])
+    np.testing.assert_array_equal(chunked, whole)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_axes_are_sized_by_the_config(name):
+    path = next(p for p in GOLDENS if name in (p / "config.json").read_text())
+    model, config = find_model(json.loads((path / "config.json").read_text()))
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda s: isinstance(s, ParamSpec))
+    assert len({s.name for s in specs}) == len(specs)
+    for spec in specs:
+        assert spec.shape == tuple(getattr(config, axis) for axis in spec.axes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPTBigCodeForCausalLM"]}, "GPTBigCodeForCausalLM is not served; served are Llama"),
+        ({"architectures": []}, "none in config.json"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "unquantised"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not served"),
+        ({"hidden_size": None}, "incomplete"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(change, message):
+    hf = json.loads((GOLDENS[0].parent / "llama2" / "config.json").read_text())
+    hf.pop("head_dim", None)
+    with pytest.raises(ConfigError, match=message):
+        find_model(hf | change)

@@ -1,0 +1,59 @@
+"""The page pool: reference counts, block hashes, reclaiming in order of disuse."""
+
+import pytest
+
+from jaxserve.pages import PagePool, block_hashes
+
+
+def test_hashes_chain_and_are_salted():
+    a = block_hashes([1, 2, 3, 4, 5], 2, "")
+    assert len(a) == 2
+    assert a == block_hashes([1, 2, 3, 4, 9], 2, "")
+    assert a[1] != block_hashes([9, 2, 3, 4], 2, "")[1], "a block's hash names everything before it"
+    assert a[0] != block_hashes([1, 2], 2, "tenant")[0]
+    assert block_hashes([1, 2], 2, "x")[0] != block_hashes([2, 1], 2, "x")[0]
+
+
+def test_pages_are_shared_kept_and_reclaimed_least_recently_used_first():
+    pool = PagePool(4, 2)
+    first, second = block_hashes([1, 2, 3, 4], 2, "")
+    a = pool.take(2)
+    pool.register(a[0], first)
+    pool.register(a[1], second)
+    assert pool.match([first, second]) == a
+    pool.share(a)
+    pool.release(a)
+    pool.check_integrity([a])
+    pool.release(a)
+    pool.check_integrity([])
+    assert pool.available == 4 and pool.match([first, second]) == a, "released pages stay in the cache"
+    b = pool.take(3)  # two free ones, then the end of the old prefix
+    assert pool.match([first, second]) == a[:1]
+    assert a[1] in b and a[0] not in b
+    assert pool.take(2) is None
+    pool.check_integrity([b])
+
+
+def test_a_second_page_of_the_same_block_is_not_registered():
+    pool = PagePool(2, 1)
+    (h,) = block_hashes([7], 1, "")
+    (a,), (b,) = pool.take(1), pool.take(1)
+    pool.register(a, h)
+    pool.register(b, h)
+    assert pool.match([h]) == [a]
+    pool.release([a])
+    pool.release([b])
+    pool.check_integrity([])
+    pool.forget_all()
+    assert pool.match([h]) == [] and pool.available == 2
+    pool.check_integrity([])
+
+
+def test_integrity_check_bites():
+    pool = PagePool(2, 1)
+    pages = pool.take(1)
+    with pytest.raises(AssertionError, match="reference counts"):
+        pool.check_integrity([])
+    pool.release(pages)
+    with pytest.raises(AssertionError, match="more often"):
+        pool.release(pages)

@@ -1,0 +1,245 @@
+"""The scheduler against a device that only remembers: what each step reads must be what the sequence said."""
+
+import random
+import zlib
+
+import pytest
+
+from jaxserve.errors import Overloaded
+from jaxserve.pages import PagePool
+from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.scheduler import Sampled, Scheduler
+
+
+def next_token(request_id, index, position):
+    """What the pretended model samples at a position: a sequence's tokens depend on itself alone."""
+    return zlib.crc32(f"{request_id} {index} {position}".encode()) % 50
+
+
+class Device:
+    """Executes plans in launch order: pages of tokens, and each slot's last sampled token."""
+
+    def __init__(self, num_pages, page_size):
+        self.page_size = page_size
+        self.kv = [[None] * page_size for _ in range(num_pages)]
+        self.last = {}
+
+    def launch(self, plan):
+        tokens = []
+        for row in plan.rows:  # all writes come before all reads, as in the attention contract
+            s = row.sequence
+            for position in range(row.start, row.start + row.count):
+                known = position < len(s.tokens)
+                token = s.tokens[position] if known else self.last[row.slot]
+                self.kv[s.pages[position // self.page_size]][position % self.page_size] = (position, token)
+        for row in plan.rows:
+            s, end = row.sequence, row.start + row.count
+            said = [next_token(s.request.id, s.index, p) for p in range(s.num_prompt, end)]
+            wanted = [*s.request.prompt_token_ids, *said][:end]
+            seen = [self.kv[s.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
+            assert seen == list(enumerate(wanted)), f"{s.request.id}[{s.index}] read another's pages"
+            token = next_token(s.request.id, s.index, end)
+            self.last[row.slot] = token
+            tokens.append(token)
+        return Sampled(tokens)
+
+
+def scheduler(pages=16, size=4, seqs=4, budget=16, length=40, **options):
+    return Scheduler(
+        PagePool(pages, size), max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **options
+    )
+
+
+def request(name, prompt, **params):
+    extra = {k: params.pop(k) for k in ("priority", "timeout_s", "cache_salt", "eos_token_ids") if k in params}
+    return Request(id=name, prompt_token_ids=tuple(prompt), params=SamplingParams(**params), **extra)
+
+
+def run(s, device, steps=10_000):
+    """The engine's loop: launch the next step, then commit the one before. Returns every delta."""
+    pending, deltas = None, []
+    for _ in range(steps):
+        plan = s.plan(0.0)
+        launched = (plan, device.launch(plan)) if plan else None
+        if pending:
+            deltas += s.commit(*pending, 0.0)
+        pending = launched
+        s.check_integrity()
+        if pending is None and s.idle:
+            return deltas
+    raise AssertionError("not finished")
+
+
+def output(deltas, name, index=0):
+    return [t for d in deltas if d.request_id == name and d.index == index for t in d.token_ids]
+
+
+def expected(name, prompt_len, count, index=0):
+    return [next_token(name, index, prompt_len + i) for i in range(count)]
+
+
+def test_one_request():
+    s = scheduler()
+    s.add(request("a", range(10), max_tokens=5), 0.0)
+    deltas = run(s, Device(16, 4))
+    assert output(deltas, "a") == expected("a", 10, 5)
+    assert [d.finish for d in deltas] == [None] * 4 + [FinishReason.LENGTH]
+    assert s.pages.usage == 0
+
+
+def test_long_prompts_come_in_chunks_and_do_not_stall_decodes():
+    s, device = scheduler(pages=40, budget=8, length=100), Device(40, 4)
+    s.add(request("short", [1, 2], max_tokens=30), 0.0)
+    s.add(request("long", range(50), max_tokens=3), 0.0)
+    plan = s.plan(0.0)
+    assert [(r.sequence.request.id, r.count, r.last) for r in plan.rows] == [("short", 2, True), ("long", 6, False)]
+    s.commit(plan, device.launch(plan), 0.0)
+    plan = s.plan(0.0)
+    assert [(r.sequence.request.id, r.count) for r in plan.rows] == [("short", 1), ("long", 7)]
+    assert plan.num_single == 1 and plan.num_tokens == 8
+    s.commit(plan, device.launch(plan), 0.0)
+    deltas = run(s, device)
+    assert output(deltas, "long") == expected("long", 50, 3)
+
+
+def test_stop_tokens_discard_what_ran_too_far():
+    s = scheduler()
+    stop = next_token("a", 0, 6)
+    s.add(request("a", range(4), max_tokens=20, stop_token_ids=(stop,)), 0.0)
+    deltas = run(s, Device(16, 4))
+    want = expected("a", 4, 20)
+    want = want[: want.index(stop) + 1]
+    assert output(deltas, "a") == want
+    assert deltas[-1].finish is FinishReason.STOP and deltas[-1].stop_token_id == stop
+    assert s.stats.discarded_tokens == 1
+
+
+def test_prefix_hits_and_salt():
+    s, device = scheduler(pages=64), Device(64, 4)
+    prompt = list(range(13))
+    for name, salt in (("a", ""), ("b", ""), ("c", "tenant")):
+        s.add(request(name, prompt, max_tokens=2, cache_salt=salt), 0.0)
+        deltas = run(s, device)
+        assert deltas[0].num_cached_tokens == {"a": 0, "b": 12, "c": 0}[name]
+    s.add(request("d", [*prompt, *expected("b", 13, 2), 5], max_tokens=1), 0.0)
+    assert run(s, device)[0].num_cached_tokens == 12
+    s.add(request("e", prompt[:12], max_tokens=1), 0.0)
+    assert run(s, device)[0].num_cached_tokens == 8, "the last token is always computed: its logits are wanted"
+    s.add(request("f", prompt, max_tokens=1, prompt_logprobs=0), 0.0)
+    assert run(s, device)[0].num_cached_tokens == 0, "prompt logprobs need every position"
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_n_shares_the_prompts_pages(caching):
+    s, device = scheduler(pages=12, size=4, seqs=8, budget=32, length=40, prefix_caching=caching), Device(12, 4)
+    s.add(request("a", range(29), max_tokens=3, n=4), 0.0)
+    deltas = run(s, device)  # 8 pages a sequence: four would need 32 if they did not share
+    for index in range(4):
+        assert output(deltas, "a", index) == expected("a", 29, 3, index)
+    assert [d.num_cached_tokens for d in deltas if d.num_cached_tokens is not None] == [0, 28, 28, 28]
+    assert s.stats.preemptions == 0
+    s.add(request("b", range(29), max_tokens=1), 0.0)
+    assert run(s, device)[0].num_cached_tokens == (28 if caching else 0)
+
+
+def test_preemption_recomputes_and_nobody_notices():
+    s, device = scheduler(pages=8, size=2, seqs=4, budget=8, length=16), Device(8, 2)
+    for name in "abcd":
+        s.add(request(name, range(3), max_tokens=9), 0.0)
+    deltas = run(s, device)
+    assert s.stats.preemptions > 0
+    for name in "abcd":
+        assert output(deltas, name) == expected(name, 3, 9)
+
+
+def test_priority_goes_first_and_is_preempted_last():
+    s, device = scheduler(seqs=1, priorities=True), Device(16, 4)
+    for name, priority in (("low", 5), ("high", -1), ("middle", 0)):
+        s.add(request(name, [1], max_tokens=1, priority=priority), 0.0)
+    assert [d.request_id for d in run(s, device)] == ["high", "middle", "low"]
+
+
+def test_queue_limit_and_deadlines():
+    s, device = scheduler(seqs=1, max_queued_requests=2), Device(16, 4)
+    s.add(request("a", [1], max_tokens=30, timeout_s=5.0), 0.0)
+    s.add(request("b", [1], max_tokens=1, n=3, timeout_s=1.0), 0.0)
+    with pytest.raises(Overloaded):
+        s.add(request("c", [1]), 0.0)
+    plan = s.plan(0.0)
+    sampled = device.launch(plan)
+    assert s.expire(0.5) == []
+    expired = s.expire(1.5)
+    assert [(d.request_id, d.index, d.error.kind) for d in expired] == [("b", i, "DeadlineExceeded") for i in range(3)]
+    assert [d.request_id for d in s.expire(6.0)] == ["a"]
+    assert s.commit(plan, sampled, 6.0) == [] and s.idle
+    s.check_integrity()
+    assert s.pages.usage == 0
+
+
+def test_scoring_only_generates_nothing():
+    s = scheduler()
+    s.add(request("a", range(9), max_tokens=0), 0.0)
+    deltas = run(s, Device(16, 4))
+    assert [(d.token_ids, d.finish) for d in deltas] == [((), FinishReason.LENGTH)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_thousand_random_events(seed):
+    """Arrivals, aborts, deadlines, preemptions, prefix hits: every page and slot accounted for after each event."""
+    rng = random.Random(seed)
+    size, pages = rng.choice([(1, 30), (4, 12), (4, 60), (16, 8)])
+    length = min(40, size * pages)
+    seqs = rng.choice([1, 3, 8])
+    s = scheduler(
+        pages, size, seqs, budget=rng.choice([seqs, 8 + seqs, 64]), length=length,
+        max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8,
+    )  # fmt: skip
+    device, pending, now = Device(pages, size), None, 0.0
+    asked, got, ended, refused = {}, {}, {}, 0
+    prefixes = [[rng.randrange(50) for _ in range(rng.randrange(1, 25))] for _ in range(4)]
+
+    def hear(deltas):
+        for d in deltas:
+            key = (d.request_id, d.index)
+            assert key not in ended, "a delta after the last one"
+            got.setdefault(key, []).extend(d.token_ids)
+            if d.finish is not None:
+                ended[key] = d.finish
+
+    for event in range(10_000):
+        now += rng.random()
+        draw = rng.random()
+        if draw < 0.25:
+            prompt = rng.choice(prefixes)[: rng.randrange(1, 25)] + [rng.randrange(50)] * rng.randrange(1, 4)
+            prompt = prompt[: length - 1]
+            r = request(
+                str(event), prompt, n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randrange(0, length - len(prompt) + 1),
+                stop_token_ids=tuple(rng.sample(range(50), rng.choice([0, 2]))), priority=rng.randrange(3),
+                timeout_s=rng.choice([None, 30.0]), cache_salt=rng.choice(["", "", "x"]),
+            )  # fmt: skip
+            try:
+                s.add(r, now)
+                asked[r.id] = r
+            except Overloaded:
+                refused += 1
+        elif draw < 0.30 and asked:
+            s.abort(rng.choice(list(asked)[-20:]))
+        elif draw < 0.32:
+            hear(s.expire(now))
+        else:
+            plan = s.plan(now)
+            launched = (plan, device.launch(plan)) if plan else None
+            if pending:
+                hear(s.commit(*pending, now))
+            pending = launched
+        s.check_integrity()
+    hear(s.commit(*pending, now) if pending else [])
+    hear(run(s, device))
+    assert refused and s.stats.cached_tokens and s.pages.usage == 0
+    for (name, index), tokens in got.items():
+        r = asked[name]
+        want = expected(name, len(r.prompt_token_ids), r.params.max_tokens, index)
+        stop = next((i for i, t in enumerate(want) if t in r.params.stop_token_ids), len(want) - 1)
+        assert tokens == want[: len(tokens)], "another's tokens"
+        if ended.get((name, index)) in (FinishReason.STOP, FinishReason.LENGTH):
+            assert len(tokens) == stop + 1
