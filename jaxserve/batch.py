@@ -3,6 +3,7 @@
 A step's shape is (T tokens, S sequences). Everything else that varies is data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import flax.struct
@@ -14,37 +15,40 @@ from jaxtyping import Array, Int
 from jaxserve.sampling import RowParams
 from jaxserve.scheduler import Plan, Row
 
-FEW_SEQS = 8
-
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """T tokens and S sequences; T == S is meant for steps of one token a sequence, and holds others too."""
+    """T tokens and S sequences; where T == S every sequence has one token."""
 
     tokens: int
     seqs: int
+
+    @property
+    def single(self) -> bool:
+        return self.tokens == self.seqs
 
 
 def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int) -> list[Shape]:
     """Every shape that `pick` can give, smallest first: what warm-up must compile.
 
-    One-token steps come in powers of two from `least`; mixed steps in powers of four, for few and for all sequences.
+    Steps of one token a sequence come in powers of two from `least`, mixed ones in powers of four.
     """
-    seqs = _power_of_two(max_num_seqs)
-    singles = [Shape(n, n) for n in _powers(least, seqs, 2)]
-    budget = _power_of_two(max_num_batched_tokens)
-    mixed = [Shape(t, s) for t in _powers(32, budget, 4) for s in sorted({min(FEW_SEQS, seqs), seqs})]
-    return singles + mixed
+    seqs = max(least, _power_of_two(max_num_seqs))
+    budget = max(_power_of_two(max_num_batched_tokens), 2 * seqs)
+    mixed = {Shape(t, min(t // 4, seqs)) for t in _powers(32, budget, 4)[:-1]} | {Shape(budget, seqs)}
+    return sorted({Shape(n, n) for n in _powers(least, seqs, 2)} | mixed)
 
 
-def pick(known: list[Shape], plan: Plan) -> Shape:
+def pick(known: Sequence[Shape], plan: Plan) -> Shape:
     """The smallest of the known shapes that holds the plan."""
-    return min(s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens)
+    single = plan.num_single == len(plan.rows) and not any(_targets(row) for row in plan.rows)
+    fits = (s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens and (single or not s.single))
+    return min(fits)
 
 
-def covering(known: list[Shape]) -> list[Shape]:
-    """The fewest shapes that can serve anything: the largest."""
-    return [max(known)]
+def covering(known: Sequence[Shape]) -> Shape:
+    """The one shape that can serve anything."""
+    return max(known)
 
 
 @flax.struct.dataclass
@@ -126,9 +130,8 @@ class Layout:
         sequence, params, end = row.sequence, row.sequence.request.params, row.start + row.count
         known = sequence.tokens[row.start : end]
         view["tokens"][at : at + row.count] = known if len(known) == row.count else [*known, -1]
-        if sequence.prompt_logprobs is not None and row.start < sequence.num_prompt - 1:
-            wanted = sequence.tokens[row.start + 1 : min(end + 1, sequence.num_prompt)]
-            view["targets"][at : at + len(wanted)] = wanted
+        targets = _targets(row)
+        view["targets"][at : at + len(targets)] = targets
         view["cu_q_lens"][i] = at
         view["kv_lens"][i] = end
         view["page_table"][i, : len(sequence.pages)] = sequence.pages
@@ -161,6 +164,14 @@ class Layout:
         view["seed"] = jax.lax.bitcast_convert_type(view["seed"], jnp.uint32)
         rows = RowParams(seed=view.pop("seed"), **{name: view.pop(name) for name in _INTS + _FLOATS})
         return StepInput(rows=rows, **view)
+
+
+def _targets(row: Row) -> list[int]:
+    """The prompt tokens that follow each token of the row, where their log-probabilities are wanted."""
+    sequence = row.sequence
+    if sequence.prompt_logprobs is None:
+        return []
+    return sequence.tokens[row.start + 1 : min(row.start + row.count + 1, sequence.num_prompt)]
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

@@ -62,8 +62,9 @@ class DeviceOptions:
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"
     """Attention kernel by name; auto chooses by platform and says which."""
-    warmup: Literal["full", "min", "lazy"] = "full"
-    """Step shapes compiled before the first request: all, the fewest that can serve anything, or none."""
+    warmup: Literal["full", "min", "lazy"] = "min"
+    """Step shapes compiled before the first request. full: all. min: the one that can serve anything; the others
+    follow in the background. lazy: none; each is compiled when it is first needed."""
     compile_cache_dir: str | None = None
     """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
 

@@ -158,6 +158,7 @@ class Engine:
         self._seen = Stats(**{name: getattr(now, name) for name in Stats.__slots__})
 
     def _end(self, error: EngineStopped) -> None:
+        self.runner.close()
         deltas = self.scheduler.fail_all(error)
         while not self._inbox.empty():
             item = self._inbox.get()

@@ -4,9 +4,10 @@ launch(plan) -> Launched   returns at once; Launched.result() waits for the samp
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,9 @@ class Launched:
     def __init__(self, plan: Plan, output: StepOutput):
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
-        self._prompt = any(r.sequence.prompt_logprobs is not None for r in plan.rows)
+        self._prompt = output.prompt_logprobs.logprob.size > 0 and any(
+            r.sequence.prompt_logprobs is not None for r in plan.rows
+        )
         output.tokens.copy_to_host_async()
         for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
             if wanted:
@@ -130,10 +133,13 @@ class Runner:
         weights = sum(a.nbytes for a in self._params)
         spec = self.model.cache_spec(self.config)
         self._dtype = dtype
+        self._lock = threading.Lock()
         self._least = 2  # one row would be a matrix-vector product, which XLA:CPU sums in another order
         self.sizes, self._compiled, workspace = self._fit(options, spec, weights, progress)
-        self.shapes = list(self._layouts(self.sizes))
         self._layout = self._layouts(self.sizes)
+        self.shapes = tuple(self._layout)
+        """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
+        self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
         self._state = jax.tree.map(
             lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), self._abstract(self.sizes)
@@ -241,7 +247,7 @@ class Runner:
                 f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
             )
         progress("compiling the largest step")
-        largest = max(batch.shapes(seqs, tokens, self._least))
+        largest = batch.covering(batch.shapes(seqs, tokens, self._least))
         compiled = self._timed_compile(largest, sizes(pages), "warmup")
         workspace = _workspace(compiled)
         if pages * page_bytes + workspace > budget and options.device.num_kv_pages is None:
@@ -258,18 +264,29 @@ class Runner:
         return found, {largest: compiled}, workspace
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
-        if warmup == "min":
-            self.shapes = batch.covering(self.shapes)
-        if warmup != "full":
+        """full: compiles every shape. min: the largest serves alone until the others, in the background, are there."""
+        if warmup == "lazy":
             return
-        missing = [s for s in self.shapes if s not in self._compiled]
-        done = len(self._compiled)
-        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile") as pool:
-            jobs = {s: pool.submit(self._timed_compile, s, self.sizes, "warmup") for s in missing}
-            for shape, job in jobs.items():
-                progress(f"compiling steps {done}/{len(self.shapes)}")
-                self._compiled[shape] = job.result()
-                done += 1
+        missing = [s for s in reversed(self.shapes) if s not in self._compiled]
+        self.shapes = tuple(sorted(self._compiled))
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile")
+        jobs = [self._pool.submit(self._compile_ahead, shape) for shape in missing]
+        if warmup == "full":
+            for job in as_completed(jobs):
+                job.result()
+                progress(f"compiling steps {len(self.shapes)}/{len(self._layout)}")
+            self._pool.shutdown()
+
+    def _compile_ahead(self, shape: Shape) -> None:
+        compiled = self._timed_compile(shape, self.sizes, "warmup")
+        with self._lock:
+            self._compiled[shape] = compiled
+            self.shapes = tuple(sorted(self._compiled))
+
+    def close(self) -> None:
+        """Gives up what is still being compiled in the background."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _no_binding(self) -> tuple[np.ndarray, ...]:
         return (
@@ -350,7 +367,10 @@ def _step(
             lambda: sampling.token_logprobs(logits, sampled, top),
             lambda: sampling.no_logprobs(seqs, top),
         )
-        prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
+        if layout.shape.single:
+            prompt = sampling.no_logprobs(0, top)
+        else:
+            prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = history.at[target, step.rows.position].set(sampled, mode="drop")
     return StepState(cache, slots.replace(history=history)), StepOutput(sampled, logprobs, prompt)

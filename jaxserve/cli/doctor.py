@@ -127,13 +127,17 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
 
 def files(options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
+    import jax
+
     from jaxserve.errors import ConfigError
     from jaxserve.hub import resolve_model
+    from jaxserve.runner import compile_cache_dir
 
-    cache = compile_cache_dir(options)
-    if cache is None:
+    configured = jax.config.jax_compilation_cache_dir or compile_cache_dir(options.compile_cache_dir)
+    if not configured:
         yield "compile cache", "off"
     else:
+        cache = Path(configured)
         entries = [p.stat().st_size for p in cache.rglob("*") if p.is_file()] if cache.is_dir() else []
         yield "compile cache", f"{cache}: {len(entries)} files, {_size(sum(entries))}"
         if not _writable(cache):
@@ -168,13 +172,6 @@ def ports(options: ServerOptions, problems: list[str]) -> Iterator[tuple[str, st
                 if must:
                     flag = "--port" if name == "HTTP" else "--grpc-port"
                     problems.append(f"{name} port {port}: {e.strerror}; choose another one with {flag}")
-
-
-def compile_cache_dir(options: DeviceOptions) -> Path | None:
-    if options.compile_cache_dir is not None:
-        return Path(options.compile_cache_dir).expanduser() if options.compile_cache_dir else None
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jaxserve" / "xla"
 
 
 def memory_bytes() -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The one signature of ragged paged attention, and what every body may assume of its arguments.
 
-A step holds S sequences whose query tokens lie end to end in one flat axis of T rows:
+A step holds S sequences whose query tokens lie end to end in one flat axis of T rows. Where T == S every
+sequence has at most one query token, and a body may leave out what longer ones need.
 
     q         [T, N, H]        query heads
     k, v      [T, K, H]        this step's new keys and values, N a multiple of K

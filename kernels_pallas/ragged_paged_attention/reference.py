@@ -64,6 +64,8 @@ def ragged_paged_attention(
         return jax.lax.dynamic_update_slice_in_dim(out, tile[:, 0], start, 0)
 
     out = jax.lax.fori_loop(0, -(-decodes // width), decode_tile, out)
+    if tokens == seqs:
+        return out[:tokens], cache
 
     # A prefill tile's overhang belongs to sequences that come later and overwrite it.
     def prefill(s: jax.Array, out: jax.Array) -> jax.Array:
