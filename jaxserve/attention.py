@@ -31,6 +31,7 @@ def bind(
     distribution: jax.Array,
 ) -> Attend:
     """Attention over a stacked cache [L, P, page, row] for one step's sequences, as a model file calls it."""
+    kernel = jax.jit(kernel, static_argnames=("scale", "window"))  # traced once a step, not once a layer
 
     def attend(
         layer: int,

@@ -1,0 +1,129 @@
+"""The engine process: one engine, served to its front end over one gRPC stream on a Unix socket.
+
+Started by client/remote.py; ends when its front end goes away.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import msgspec
+
+from jaxserve.client import EngineState, EngineStatus, wire
+from jaxserve.client.thread import EngineThread
+from jaxserve.errors import JaxserveError
+from jaxserve.request import Delta, ErrorInfo, FinishReason, Request
+
+CONNECT_TIMEOUT_S = 30.0
+
+
+class _Host:
+    """The engine's thread on one side, the front end's stream on the other."""
+
+    def __init__(self, launch: wire.Launch):
+        self._loop = asyncio.get_running_loop()
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._thread = EngineThread(
+            launch.options,
+            Path(launch.path),
+            model_name=launch.model_name,
+            deliver=self._deliver,
+            changed=self._changed,
+        )
+        self._thread.start()
+        self.connected = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            wire.SERVICE,
+            {
+                "Stream": grpc.stream_stream_rpc_method_handler(self._stream, wire.decode_to_engine, None),
+                "Metrics": grpc.unary_unary_rpc_method_handler(self._metrics, None, None),
+            },
+        )
+
+    async def _stream(self, messages: AsyncIterator[wire.ToEngine], context: grpc.aio.ServicerContext) -> None:
+        self.connected.set()
+        writer = asyncio.create_task(self._write(context))
+        try:
+            async for message in messages:
+                match message:
+                    case wire.Submit(request):
+                        self._submit(request)
+                    case wire.Abort(request_id):
+                        self._thread.abort(request_id)
+                    case wire.Stop():
+                        await asyncio.to_thread(self._thread.stop)
+                        await self._outbox.join()
+                        return
+        finally:
+            writer.cancel()
+            self.ended.set()
+
+    async def _write(self, context: grpc.aio.ServicerContext) -> None:
+        while True:
+            await context.write(await self._outbox.get())
+            self._outbox.task_done()
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self._thread.submit(request)
+        except JaxserveError as error:
+            info = ErrorInfo.of(error)
+            refused = [Delta(request.id, i, finish=FinishReason.ERROR, error=info) for i in range(request.params.n)]
+            self._put(wire.Step(refused))
+
+    async def _metrics(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return self._thread.metrics_text()
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        message = wire.encode(wire.Step(deltas))  # on the engine's thread: the loop only forwards bytes
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
+
+    def _changed(self, status: EngineStatus) -> None:
+        info = self._thread.info if status.state is EngineState.READY else None
+        error = self._thread.error
+        self._put(wire.Status(status.state, status.detail, info, ErrorInfo.of(error) if error else None))
+
+    def _put(self, message: wire.FromEngine) -> None:
+        self._loop.call_soon_threadsafe(self._outbox.put_nowait, wire.encode(message))
+
+
+async def _serve(launch: wire.Launch) -> None:
+    host = _Host(launch)
+    server = grpc.aio.server(options=wire.UNLIMITED)
+    server.add_generic_rpc_handlers((host.handler(),))
+    server.add_insecure_port(f"unix:{launch.socket}")
+    await server.start()
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        await host.connected.wait()
+    await host.ended.wait()
+    await server.stop(grace=1.0)
+
+
+def main() -> None:
+    """Reads a wire.Launch from standard input and serves it until the front end is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C reaches us too; the front end decides
+    launch = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=wire.Launch)
+    code = 1
+    try:
+        asyncio.run(_serve(launch))
+        code = 0
+    except TimeoutError:
+        print("the front end did not connect", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # XLA's threads may be inside a compilation or a step, and nobody waits for either
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""An engine in a process of its own: starts it, speaks to it over one stream, starts it again when it dies. No jax."""
+
+import asyncio
+import contextlib
+import logging
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from jaxserve.client import EngineState, EngineStatus, wire
+from jaxserve.client.streams import Streams
+from jaxserve.config import EngineOptions
+from jaxserve.errors import EngineStopped, JaxserveError
+from jaxserve.request import Delta, EngineInfo, Request
+
+log = logging.getLogger("jaxserve.engine")
+
+FIRST_BACK_OFF_S = 0.5
+LAST_BACK_OFF_S = 30.0
+STOP_TIMEOUT_S = 10.0
+
+
+class RemoteEngine:
+    """An EngineClient whose engine is a child process. See client/__init__.py.
+
+    A child that dies fails the requests in flight with EngineStopped and is started again, at once at first and then
+    ever more slowly. One that dies before it was ready for the first time is not: its error is the user's to mend.
+    """
+
+    def __init__(self, options: EngineOptions, path: Path, *, model_name: str = "model"):
+        self._options, self._path, self._model_name = options, path, model_name
+        self._status = EngineStatus(EngineState.LOADING, "starting the engine process")
+        self._info: EngineInfo | None = None
+        self._error: JaxserveError | None = None
+        self._settled = asyncio.Event()
+        self._streams = Streams()
+        self._outbox: asyncio.Queue[wire.ToEngine | None] = asyncio.Queue()
+        self._channel: grpc.aio.Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._draining = self._stopping = False
+
+    @property
+    def status(self) -> EngineStatus:
+        if self._draining and self._status.state is EngineState.READY:
+            return EngineStatus(EngineState.DRAINING, "the server is shutting down")
+        return self._status
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise self._error or EngineStopped("the model is loading")
+        return self._info
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, while there is one."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+
+    async def wait_ready(self) -> None:
+        await self._settled.wait()
+        if self._error is not None:
+            raise self._error
+
+    def generate(self, request: Request) -> AsyncGenerator[Delta]:
+        if self.status.state is not EngineState.READY:
+            raise EngineStopped(self.status.detail or "the model is loading")
+        return self._streams.read(request, self._submit, self._abort)
+
+    async def metrics_text(self) -> bytes:
+        if self._channel is None or self._status.state is not EngineState.READY:
+            return b""
+        try:
+            return await self._channel.unary_unary(wire.METRICS)(b"", timeout=2.0)
+        except grpc.aio.AioRpcError:
+            return b""
+
+    async def drain(self, timeout_s: float) -> None:
+        self._draining = True
+        await self._streams.empty(timeout_s)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._supervisor is None:
+            return
+        self._outbox.put_nowait(wire.Stop())
+        _, pending = await asyncio.wait({self._supervisor}, timeout=STOP_TIMEOUT_S)
+        if pending:
+            self._kill()
+            self._supervisor.cancel()
+            await asyncio.wait({self._supervisor})
+        self._streams.fail_all(EngineStopped("the engine was stopped"))
+
+    def _submit(self, request: Request) -> None:
+        self._outbox.put_nowait(wire.Submit(request))
+
+    def _abort(self, request_id: str) -> None:
+        self._outbox.put_nowait(wire.Abort(request_id))
+
+    async def _supervise(self) -> None:
+        """Runs one engine process after another."""
+        back_off = 0.0
+        try:
+            while not self._stopping:
+                was_ready = await self._run_once()
+                if self._stopping or self._error is not None:
+                    return
+                if not self._settled.is_set():
+                    self._error = EngineStopped("the engine process died while it was loading; its output says why")
+                    return
+                back_off = 0.0 if was_ready else min(max(2 * back_off, FIRST_BACK_OFF_S), LAST_BACK_OFF_S)
+                log.error("the engine process died; starting it again in %g s", back_off)
+                self._status = EngineStatus(EngineState.DEAD, f"the engine died; restarting in {back_off:g} s")
+                await asyncio.sleep(back_off)
+        finally:
+            self._status = EngineStatus(EngineState.DEAD, self._error.message if self._error else "stopped")
+            self._settled.set()
+
+    async def _run_once(self) -> bool:
+        """One engine process from start to end; whether it was ever ready."""
+        self._outbox = asyncio.Queue()
+        self._status = EngineStatus(EngineState.LOADING, "starting the engine process")
+        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:  # only this user may open it
+            socket = f"{directory}/engine.sock"
+            process = self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "jaxserve.client.host", stdin=asyncio.subprocess.PIPE
+            )
+            try:
+                assert process.stdin is not None
+                launch = wire.Launch(self._options, str(self._path), self._model_name, socket)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    process.stdin.write(wire.encode(launch))
+                    await process.stdin.drain()
+                process.stdin.close()
+                return await self._converse(process, socket)
+            finally:
+                self._kill()
+                await process.wait()
+                self._channel = None
+
+    async def _converse(self, process: asyncio.subprocess.Process, socket: str) -> bool:
+        """Reads the engine's stream until it or the process ends; what was in flight then fails."""
+        was_ready = False
+        exited = asyncio.create_task(process.wait())
+        # One attempt a moment, since the socket appears when the process has imported what it needs.
+        options = (*wire.UNLIMITED, ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
+        async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
+            self._channel = channel
+            call = channel.stream_stream(wire.STREAM, wire.encode, None)(self._messages(), wait_for_ready=True)
+            exited.add_done_callback(lambda _: call.cancel())
+            try:
+                async for data in call:
+                    match wire.decode_from_engine(data):
+                        case wire.Step(deltas):
+                            self._streams.deliver(deltas)
+                        case wire.Status() as status:
+                            was_ready |= self._hear(status)
+            except (grpc.aio.AioRpcError, asyncio.CancelledError):
+                if not exited.done() and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    raise
+            finally:
+                self._outbox.put_nowait(None)
+                if self._status.state is EngineState.READY:
+                    self._status = EngineStatus(EngineState.DEAD, "the engine died")
+                self._streams.fail_all(EngineStopped("the engine died while it served this request; send it again"))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(exited), 2.0)
+        return was_ready
+
+    async def _messages(self) -> AsyncIterator[wire.ToEngine]:
+        outbox = self._outbox
+        while (message := await outbox.get()) is not None:
+            yield message
+
+    def _hear(self, message: wire.Status) -> bool:
+        """Takes in a status; whether it says that the engine is ready."""
+        ready = message.state is EngineState.READY
+        if ready:
+            self._info = message.info
+            self._settled.set()
+        if message.state is EngineState.DEAD and message.error is not None and not self._settled.is_set():
+            self._error = message.error.rebuild()
+        self._status = EngineStatus(message.state, message.detail)
+        return ready
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()

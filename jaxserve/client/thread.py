@@ -1,0 +1,104 @@
+"""An engine in a thread of this process: loading, the loop, and what both have to say. No event loop."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxserve.client import EngineState, EngineStatus
+from jaxserve.config import EngineOptions
+from jaxserve.engine import Engine
+from jaxserve.errors import EngineStopped, JaxserveError
+from jaxserve.request import Delta, EngineInfo, Request
+
+
+class EngineThread:
+    """Loads and runs an Engine in a thread of its own.
+
+    `deliver` and `changed` are called by that thread: with the deltas of a step, and with every new status.
+    `error` holds what ended the engine, if it was not `stop`.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        path: Path,
+        *,
+        model_name: str,
+        deliver: Callable[[list[Delta]], None],
+        changed: Callable[[EngineStatus], None] = lambda status: None,
+    ):
+        self.status = EngineStatus(EngineState.LOADING, "starting")
+        self.error: JaxserveError | None = None
+        self.engine: Engine | None = None
+        self._options, self._path, self._model_name = options, path, model_name
+        self._deliver, self._changed = deliver, changed
+        self._stopping = threading.Event()
+        self._settled = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Raises EngineStopped until the engine was ready."""
+        if self.engine is None:
+            raise self.error or EngineStopped("the model is loading")
+        return self.engine.info
+
+    def start(self) -> None:
+        """Starts loading and returns at once."""
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Returns when the engine takes requests. Raises what ended it instead."""
+        self._settled.wait()
+        if self.error is not None:
+            raise self.error
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises EngineStopped when no engine runs."""
+        if self.engine is None or self.status.state is not EngineState.READY:
+            raise self.error or EngineStopped(self.status.detail or "the model is loading")
+        self.engine.submit(request)
+
+    def abort(self, request_id: str) -> None:
+        if self.engine is not None:
+            self.engine.abort(request_id)
+
+    def metrics_text(self) -> bytes:
+        return b"" if self.engine is None else self.engine.metrics.text()
+
+    def stop(self) -> None:
+        """Ends the engine after the step that is running, and waits for that."""
+        self._stopping.set()
+        if self.engine is not None:
+            self.engine.stop()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            engine = Engine(
+                self._options,
+                self._path,
+                model_name=self._model_name,
+                deliver=self._deliver,
+                progress=lambda message: self._set(EngineState.LOADING, message),
+            )
+            self.engine = engine
+            if self._stopping.is_set():
+                engine.stop()
+            self._set(EngineState.READY, "")
+            self._settled.set()
+            engine.run()
+            self.error = EngineStopped("the engine was stopped")
+        except JaxserveError as error:
+            self.error = error
+        except Exception as error:
+            # Not the caller's business, and not to be swallowed: the traceback goes where all tracebacks go.
+            threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
+            self.error = EngineStopped(f"the engine failed: {type(error).__name__}: {error}")
+        self._set(EngineState.DEAD, self.error.message)
+        self._settled.set()
+
+    def _set(self, state: EngineState, detail: str) -> None:
+        self.status = EngineStatus(state, detail)
+        self._changed(self.status)
