@@ -44,6 +44,8 @@ class Workload:
         for name in ("input_len", "output_len", "num_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
         if not 0 <= self.range_ratio < 1:
             raise ConfigError(f"range_ratio must be in [0, 1), got {self.range_ratio}")
 

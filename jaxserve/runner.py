@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ class Runner:
         spec = self.model.cache_spec(self.config)
         cache = jax.ShapeDtypeStruct((spec.layers, sizes.num_pages, sizes.page_size, spec.row), self._dtype)
         slots = jax.eval_shape(lambda: SlotState.empty(sizes.max_num_seqs, sizes.max_model_len, MAX_BIAS_IDS, STOP_IDS))
-        return StepState(cache, slots)
+        return StepState(cache, slots)  # type: ignore[arg-type]  # a tree of shapes
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
@@ -288,7 +288,7 @@ class Runner:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _no_binding(self) -> tuple[np.ndarray, ...]:
+    def _no_binding(self) -> tuple[Any, ...]:
         return (
             np.int32(self.sizes.max_num_seqs),  # past the last slot: dropped
             np.zeros(self.sizes.max_model_len, np.int32),
@@ -297,7 +297,7 @@ class Runner:
             np.full(STOP_IDS, -1, np.int32),
         )
 
-    def _binding(self, sequence: Sequence) -> tuple[np.ndarray, ...]:
+    def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
         _, history, ids, values, stops = self._no_binding()
         history[: len(sequence.tokens)] = sequence.tokens
@@ -326,7 +326,7 @@ def _needs_binding(sequence: Sequence) -> bool:
 
 
 def _bind(state: StepState, *binding: jax.Array) -> StepState:
-    return state.replace(slots=sampling.bind(state.slots, *binding))
+    return StepState(state.cache, sampling.bind(state.slots, *binding))
 
 
 def _step(
@@ -360,7 +360,7 @@ def _step(
         logits = model.logits(weights, config, last)  # [S, V]
     with jax.named_scope("sample"):
         top = min(MAX_TOP_LOGPROBS, logits.shape[-1])
-        slots = state.slots.replace(history=history)
+        slots = replace(state.slots, history=history)
         sampled = sampling.sample(logits, step.rows, step.slots, slots)
         logprobs = jax.lax.cond(
             step.rows.logprobs.any(),
@@ -373,7 +373,7 @@ def _step(
             prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = history.at[target, step.rows.position].set(sampled, mode="drop")
-    return StepState(cache, slots.replace(history=history)), StepOutput(sampled, logprobs, prompt)
+    return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
 
 
 def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:

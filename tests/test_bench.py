@@ -25,7 +25,7 @@ def test_a_workload_is_the_same_for_the_same_seed() -> None:
     assert all(4 <= t < 100 for s in samples for t in s.prompt_token_ids)
 
 
-@pytest.mark.parametrize("wrong", [{"num_prompts": 0}, {"input_len": 0}, {"range_ratio": 1.0}])
+@pytest.mark.parametrize("wrong", [{"num_prompts": 0}, {"input_len": 0}, {"range_ratio": 1.0}, {"seed": -1}])
 def test_a_wrong_workload_is_refused(wrong) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         bench.Workload(**wrong)

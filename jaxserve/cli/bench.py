@@ -88,8 +88,8 @@ async def _throughput(engine: EngineOptions, name: str, levels: tuple[int, ...],
             raise ConfigError(f"concurrency {max(levels)} exceeds max_num_seqs {most}; raise --max-num-seqs")
         send = bench.engine_target(client, flags.temperature)
         for i, level in enumerate(levels):
-            work = replace(flags.workload(client.info.vocab_size), seed=flags.seed + i)
-            warm = replace(work, seed=flags.seed - 1 - i, num_prompts=level, output_len=min(8, work.output_len))
+            work = replace(flags.workload(client.info.vocab_size), seed=flags.seed + 2 * i)
+            warm = replace(work, seed=work.seed + 1, num_prompts=level, output_len=min(8, work.output_len))
             await bench.measure(send, warm.samples(), concurrency=level)
             before = await bench.engine_counters(client)
             reports[level] = await bench.measure(send, work.samples(), concurrency=level)
@@ -206,7 +206,7 @@ def serve(
             await stack.enter_async_context(target)
             work = workload.workload(vocab_size)
             print(f"measuring {await target.model()} at {url}", file=sys.stderr)
-            warm = replace(work, seed=workload.seed - 1, num_prompts=min(concurrency or 4, 4), output_len=4)
+            warm = replace(work, seed=workload.seed + 1, num_prompts=min(concurrency or 4, 4), output_len=4)
             await bench.measure(target.send, warm.samples())
             report = await bench.measure(
                 target.send,

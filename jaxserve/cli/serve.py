@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import shlex
 from typing import Any
 
@@ -33,6 +34,8 @@ def serve(
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
     """
+    # The engine process is started when gRPC runs already; without this gRPC logs that it does not mind.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("uvicorn", "httpx", "jax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

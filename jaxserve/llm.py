@@ -1,0 +1,300 @@
+"""The Python API: a model in this process, prompts in, finished texts out; the same engine as the server's."""
+
+import asyncio
+import math
+import threading
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import rich.progress
+
+from jaxserve.client.local import LocalEngine
+from jaxserve.config import (
+    DEFAULT_MODEL_NAME,
+    DeviceOptions,
+    EngineOptions,
+    ModelOptions,
+    ScheduleOptions,
+    option_names,
+)
+from jaxserve.errors import ConfigError, EngineStopped, InvalidParameter
+from jaxserve.hub import resolve_model
+from jaxserve.request import EngineInfo, FinishReason, SamplingParams
+from jaxserve.text import TextModel, TokenLogprob
+
+type Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+PROGRESS_FROM = 16
+"""Shorter lists finish before a progress bar is any use."""
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    """stop or length."""
+    stop_reason: int | str | None = None
+    """The stop string or stop_token_ids entry that ended it; None for end of sequence and length."""
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its params.n continuations."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class ScoreOutput:
+    """The log-likelihood of a continuation given its prompt (natural logarithm)."""
+
+    logprob: float
+    token_ids: list[int]
+    token_logprobs: list[float]
+    is_greedy: bool
+    """Every token is the one that greedy decoding would take."""
+
+
+class LLM:
+    """A loaded model. `options` are the fields of ModelOptions, ScheduleOptions and DeviceOptions.
+
+        with LLM() as llm:
+            print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).outputs[0].text)
+
+    Raises ConfigError for an unknown option or model, CheckpointError for weights that do not fit. Any thread may
+    call the methods; calls from several threads share the engine's batches.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any):
+        engine_options = _engine_options(model, options)
+        path = resolve_model(model, engine_options.model.revision)
+        name = model or DEFAULT_MODEL_NAME
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="LLM", daemon=True)
+        self._thread.start()
+        self.engine = LocalEngine(engine_options, path, model_name=name)
+        self._closed = False
+        try:
+            self.text = TextModel.open(path, self.engine, name)
+            self._call(self.engine.start())
+            self._call(self.engine.wait_ready())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine worked out: sizes, precision, memory."""
+        return self.engine.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> Any:
+        """Continues each prompt: a RequestOutput for one prompt, a list of them, in order, for a list.
+
+        params: one for all, or one a prompt; None takes the model's own defaults. progress None shows a bar for
+        long lists on a terminal. Raises RequestError before anything runs if a prompt or a parameter is refused.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        texts = [p if isinstance(p, str) else None for p in many]
+        ids = [self.text.encode_prompt(p) if isinstance(p, str) else tuple(p) for p in many]
+        outputs = self._run(texts, ids, self._params(params, len(ids)), progress)
+        return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **template_kwargs: Any,
+    ) -> Any:
+        """Answers a conversation (a list of messages), or each of a list of conversations. Otherwise as `generate`."""
+        single = len(conversations) > 0 and isinstance(conversations[0], Mapping)
+        many: list[Any] = [conversations] if single else list(conversations)
+        ids = [self.text.encode_chat(messages, template_kwargs=template_kwargs) for messages in many]
+        outputs = self._run([None] * len(ids), ids, self._params(params, len(ids)), progress)
+        return outputs[0] if single else outputs
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool | None = None) -> Any:
+        """The log-likelihood of continuations[i] given prompts[i]: a list of ScoreOutput, in order.
+
+        A text continuation is tokenised together with its prompt, and what the prompt alone would not have said is
+        scored. Raises InvalidParameter when the lists differ in length or nothing is left to score.
+        """
+        if len(prompts) != len(continuations):
+            raise InvalidParameter(f"{len(prompts)} prompts and {len(continuations)} continuations", param="prompts")
+        pairs = [self._joined(p, c) for p, c in zip(prompts, continuations, strict=True)]
+        params = [SamplingParams(max_tokens=0, prompt_logprobs=0)] * len(pairs)
+        results = self._run([None] * len(pairs), [ids for ids, _ in pairs], params, progress)
+        scores = []
+        for result, (ids, start) in zip(results, pairs, strict=True):
+            found = [t for t in (result.prompt_logprobs or [])[start:] if t is not None]
+            logprobs = [t.logprob for t in found]
+            greedy = all(t.rank == 1 for t in found)
+            scores.append(ScoreOutput(math.fsum(logprobs), list(ids[start:]), logprobs, greedy))
+        return scores
+
+    def metrics_text(self) -> str:
+        """The engine's metrics in the Prometheus text format."""
+        return self._call(self.engine.metrics_text()).decode()
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self.engine.stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call[T](self, work: Awaitable[T]) -> T:
+        if self._closed:
+            raise EngineStopped("this LLM is closed")
+
+        async def run() -> T:
+            return await work
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # a Ctrl-C here aborts the requests there
+            raise
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.text.defaults
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise InvalidParameter(f"{count} prompts and {len(params)} sampling parameters", param="params")
+        return list(params)
+
+    def _joined(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], int]:
+        """The ids of prompt and continuation, and where what is to be scored begins."""
+        start: tuple[int, ...] = self.text.encode_prompt(prompt) if isinstance(prompt, str) else tuple(prompt)
+        if isinstance(continuation, str) and isinstance(prompt, str):
+            ids = self.text.encode_prompt(prompt + continuation)
+            common = next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
+        else:
+            rest = (
+                self.text.tokenizer.encode(continuation, add_special_tokens=False)
+                if isinstance(continuation, str)
+                else continuation
+            )
+            ids, common = (*start, *rest), len(start)
+        if not 1 <= common < len(ids):
+            raise InvalidParameter(
+                "a continuation needs at least one token, and one token before it", param="continuations"
+            )
+        return ids, common
+
+    def _run(
+        self,
+        texts: list[str | None],
+        ids: list[tuple[int, ...]],
+        params: list[SamplingParams],
+        progress: bool | None,
+    ) -> list[RequestOutput]:
+        show = len(ids) >= PROGRESS_FROM if progress is None else progress
+        with rich.progress.Progress(
+            "[progress.description]{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.fields[rate]}",
+            console=rich.console.Console(stderr=True),
+            disable=not show,
+        ) as bar:
+            task, tokens = bar.add_task("requests", total=len(ids), rate=""), 0
+
+            def finished(output: RequestOutput) -> None:
+                nonlocal tokens
+                tokens += sum(len(o.token_ids) for o in output.outputs)
+                elapsed = bar.tasks[0].elapsed or 0.0
+                bar.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s" if elapsed else "")
+
+            return self._call(self._gather(texts, ids, params, finished))
+
+    async def _gather(
+        self,
+        texts: list[str | None],
+        ids: list[tuple[int, ...]],
+        params: list[SamplingParams],
+        finished: Callable[[RequestOutput], None],
+    ) -> list[RequestOutput]:
+        """All requests, no more of them at once than keep the engine busy; the first error ends the others."""
+        outputs: list[RequestOutput | None] = [None] * len(ids)
+        streams = [self.text.generate(i, p, request_id=uuid.uuid4().hex) for i, p in zip(ids, params, strict=True)]
+        order = iter(range(len(ids)))
+
+        async def work() -> None:
+            for i in order:  # shared: each worker takes the next that is left
+                output = RequestOutput(texts[i], list(ids[i]), [CompletionOutput(k) for k in range(params[i].n)])
+                async with aclosing(streams[i]) as deltas:
+                    async for delta in deltas:
+                        _add(output, delta)
+                outputs[i] = output
+                finished(output)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(ids), 2 * self.info.max_num_seqs)):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [o for o in outputs if o is not None]
+
+
+def _add(output: RequestOutput, delta: Any) -> None:
+    part = output.outputs[delta.index]
+    part.text += delta.text
+    part.token_ids += delta.token_ids
+    if delta.logprobs is not None:
+        part.logprobs = (part.logprobs or []) + list(delta.logprobs)
+    if delta.prompt_logprobs is not None:
+        output.prompt_logprobs = list(delta.prompt_logprobs)
+    if delta.num_cached_tokens is not None and delta.index == 0:
+        output.num_cached_tokens = delta.num_cached_tokens
+    if delta.finish is not None:
+        part.finish_reason = FinishReason(delta.finish).value
+        part.stop_reason = delta.stop_reason
+
+
+def _engine_options(model: str | None, options: dict[str, Any]) -> EngineOptions:
+    sections = (ModelOptions, ScheduleOptions, DeviceOptions)
+    known = option_names(*sections)
+    if unknown := sorted(options.keys() - known.keys()):
+        raise ConfigError(f"LLM has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    parts = [{f.name: options[f.name] for f in fields(s) if f.name in options} for s in sections]
+    return EngineOptions(
+        model=ModelOptions(**(parts[0] | {"model": model})),
+        schedule=ScheduleOptions(**parts[1]),
+        device=DeviceOptions(**parts[2]),
+    )
