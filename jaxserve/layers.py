@@ -18,16 +18,9 @@ from jaxserve.quant import linear
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect.
-
-    The sum of squares is a product with ones: XLA:CPU orders the sum of a product by D alone, that of a reduction
-    also by the number of rows, and a token must not depend on how many others are in its step.
-    """
+    """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect."""
     y = x.astype(jnp.float32)
-    rows = (y * y).reshape(-1, y.shape[-1])
-    ones = jnp.ones((2, y.shape[-1]), jnp.float32)
-    sums = jax.lax.dot_general(rows, ones, (((1,), (1,)), ((), ())))[:, :1].reshape(*y.shape[:-1], 1)
-    y = y * jax.lax.rsqrt(sums / y.shape[-1] + eps)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * jnp.broadcast_to(weight, y.shape)
 
 

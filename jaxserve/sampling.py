@@ -89,11 +89,14 @@ def bind(
 
 
 def sample(logits: Float[Array, "S V"], rows: RowParams, slots: Int[Array, " S"], state: SlotState) -> Int[Array, " S"]:
-    """One token a row. Work that no row of the step asks for is skipped."""
-    penalised = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
-    logits = _when(penalised, lambda x: _penalise(x, rows, state.history[slots], penalised), logits)
+    """One token a row: bias and bans, then penalties, then the draw, as vLLM orders them.
+
+    Work that no row of the step asks for is skipped.
+    """
     logits = _when(rows.biased, lambda x: _bias(x, rows, state.bias_ids[slots], state.bias_values[slots]), logits)
     logits = _when(rows.ban_stop, lambda x: _ban_stop(x, rows.ban_stop, state.stop_ids[slots]), logits)
+    penalised = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    logits = _when(penalised, lambda x: _penalise(x, rows, state.history[slots], penalised), logits)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.lax.cond((rows.temperature > 0).any(), lambda: _draw(logits, rows), lambda: greedy)
     return jnp.where(rows.temperature > 0, drawn, greedy)

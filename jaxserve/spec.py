@@ -21,8 +21,7 @@ type Params = Any
 class ParamSpec:
     """One weight: its logical axes, their sizes, and its name in a Hugging Face checkpoint.
 
-    Matrices keep the checkpoint's layout (outputs first), so loading is a view and never a transpose;
-    XLA:CPU also computes that layout bit-identically for every batch of two rows or more.
+    Matrices keep the checkpoint's layout, outputs first, so loading is a view and never a transpose.
     `shape` may split a checkpoint axis (`heads head_dim` of one row axis); the sizes only have to multiply up.
     """
 

@@ -1037,8 +1037,47 @@ def plain_text(r: random.Random) -> str:
     return " ".join(fact(r).answer for _ in range(r.randint(1, 6)))
 
 
-def document(r: random.Random) -> list[Message] | str:
+def new_word(r: random.Random) -> str:
+    """A word that nobody has seen, so that only copying can reproduce it."""
+    return "".join(r.choice("bdfgklmnprstvz") + r.choice("aeiou") for _ in range(r.randint(1, 3)))
+
+
+def practice(r: random.Random) -> list[Message]:
+    """A chat of what small models learn last: copying from the context, and sums."""
+    messages: list[Message] = []
+    if r.random() < 0.3:
+        messages = [{"role": "system", "content": r.choice([*PLAIN_SYSTEMS, random_system(r)])}]
+    name = ""
+    for _ in range(r.randint(1, 5)):
+        pick = r.random()
+        if not name and pick < 0.25:
+            name = r.choice(NAMES) if r.random() < 0.5 else new_word(r).capitalize()
+            question = r.choice(["My name is {}.", "I am {}.", "Hi, I am {}.", "Hello, my name is {}.", "I'm {}."])
+            messages += turn(question.format(name), f"Nice to meet you, {name}!")
+        elif name and pick < 0.3:
+            question = r.choice(["What is my name?", "Do you remember my name?", "Who am I?", "What's my name?"])
+            messages += turn(reworded(r, question), f"Your name is {name}.")
+        elif pick < 0.5:
+            pool = OBJECTS + ROOMS + BASE_COLOURS + NAMES + list(ANIMALS)
+            said = [r.choice(pool) if r.random() < 0.5 else new_word(r) for _ in range(r.randint(2, 10))]
+            said = [str(r.randrange(10)) for _ in said] if r.random() < 0.2 else said
+            words = " ".join(said)
+            messages += turn(
+                r.choice([f"Say {words}.", f"Repeat after me: {words}.", f"Repeat: {words}."]), f"{words}."
+            )
+        elif pick < 0.7:
+            qa = styled(r, reading(r), "plain")
+            messages += turn(qa.question, qa.answer)
+        else:
+            qa = styled(r, r.choice([addition, addition, addition, subtraction, compare, counting, size])(r), "plain")
+            messages += turn(qa.question, qa.answer)
+    return messages
+
+
+def document(r: random.Random, practising: bool = False) -> list[Message] | str:
     """One training document: a chat, or now and then a plain text."""
+    if practising and r.random() < 0.4:
+        return practice(r)
     pick = r.random()
     if pick < 0.06:
         return plain_text(r)

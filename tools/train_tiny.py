@@ -73,18 +73,24 @@ class Shape:
 class Recipe:
     """Everything that, with the seed, fixes the trained weights."""
 
-    steps: int
     seed: int
+    first_steps: int  # on the whole corpus
+    second_steps: int  # from a raised learning rate again, with extra practice in copying and sums
     learning_rate: float = 5e-3  # of the matrices, under Muon
     adam_learning_rate: float = 3e-3  # of the embedding and the norms
+    second_scale: float = 0.7  # of both, in the second part
     warmup_steps: int = 40
     short_rows: tuple[int, int] = (24, 128)
     middle_rows: tuple[int, int] = (12, 256)
     long_rows: tuple[int, int] = (4, 768)
 
+    @property
+    def steps(self) -> int:
+        return self.first_steps + self.second_steps
+
     def rows(self, step: int) -> tuple[int, int]:
         """Rows and their length: short ones first, because attention over long rows is most of a step's time on CPU."""
-        if step < 0.3 * self.steps or step % 2 == 0:
+        if step < 0.3 * self.first_steps or step % 2 == 0:
             return self.short_rows
         return self.long_rows if step % 10 == 9 else self.middle_rows
 
@@ -167,7 +173,8 @@ def batch(tokenizer: Tokenizer, recipe: Recipe, step: int, split: str = "train")
     for row in range(rows):
         used, segment, misses = 0, 0, 0
         while misses < 8 and used < length - 16:
-            ids, wanted = encode(tokenizer, tiny_corpus.document(r), r)
+            document = tiny_corpus.document(r, practising=step >= recipe.first_steps)
+            ids, wanted = encode(tokenizer, document, r)
             if used + len(ids) > length:
                 misses += 1
                 continue
@@ -266,12 +273,15 @@ def loss_of(model: Model, data: dict[str, jax.Array]) -> jax.Array:
 
 
 def optimiser(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the matrices, Adam for the embedding and the norms, both falling linearly to nothing."""
+    """Muon for the matrices, Adam for the embedding and the norms, falling linearly to nothing in each part."""
 
     def schedule(peak: float) -> optax.Schedule:
-        warm = optax.linear_schedule(0.0, peak, recipe.warmup_steps)
-        fall = optax.linear_schedule(peak, 0.0, recipe.steps - recipe.warmup_steps)
-        return optax.join_schedules([warm, fall], [recipe.warmup_steps])
+        parts = []
+        for top, steps in ((peak, recipe.first_steps), (peak * recipe.second_scale, recipe.second_steps)):
+            parts.append(optax.linear_schedule(0.0, top, recipe.warmup_steps))
+            parts.append(optax.linear_schedule(top, 0.0, steps - recipe.warmup_steps))
+        first, warm = recipe.first_steps, recipe.warmup_steps
+        return optax.join_schedules(parts, [warm, first, first + warm])
 
     def dimensions(params):
         def of(path, leaf):
@@ -544,7 +554,7 @@ def check(path: Path, per_kind: int) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1000, 600), help="optimiser steps of the two parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, default=Path("build/tiny"), help="checkpoints, kept for resuming")
     parser.add_argument("--out", type=Path, default=ROOT / "jaxserve" / "embedded", help="where the model goes")
@@ -559,8 +569,8 @@ def main() -> None:
         check(args.out, args.per_kind)
         return
 
-    shape, recipe = Shape(), Recipe(args.steps, args.seed)
-    command = f"python tools/train_tiny.py --steps {args.steps} --seed {args.seed}"
+    shape, recipe = Shape(), Recipe(args.seed, *args.steps)
+    command = f"python tools/train_tiny.py --steps {recipe.first_steps} {recipe.second_steps} --seed {args.seed}"
     if args.fresh:
         shutil.rmtree(args.workdir, ignore_errors=True)
     args.workdir.mkdir(parents=True, exist_ok=True)
@@ -585,7 +595,7 @@ def main() -> None:
     card = CARD.format(
         parameters=parameters,
         command=command,
-        steps=recipe.steps,
+        steps=f"{recipe.first_steps} + {recipe.second_steps}",
         tokens_a_step=recipe.short_rows[0] * recipe.short_rows[1],
         loss=loss,
         minutes=seconds / 60,

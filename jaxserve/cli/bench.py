@@ -110,7 +110,7 @@ def latency(
     input_len: Count = 32,
     output_len: Count = 128,
     num_iters: Count = 10,
-    num_iters_warmup: Count = 2,
+    num_iters_warmup: Annotated[int, Parameter(validator=validators.Number(gte=0))] = 2,
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
@@ -270,9 +270,10 @@ async def server_process(engine: EngineOptions) -> AsyncIterator[str]:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(cli.ENV_PREFIX)}
     if engine.device.compile_cache_dir is not None:
         environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # JAX's own variable would win over the flag
+    log = tempfile.TemporaryFile()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "jaxserve", "serve", *model, *flags,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, env=environ,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log, env=environ,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -281,7 +282,8 @@ async def server_process(engine: EngineOptions) -> AsyncIterator[str]:
             if words[:1] == ["HTTP"]:
                 break
         else:
-            raise EngineStopped("the server ended before it was ready; its message is above")
+            log.seek(0)
+            raise EngineStopped(f"the server ended before it was ready; it said:\n{log.read().decode().strip()}")
         drained = asyncio.create_task(process.stdout.read())  # a full pipe would stop it
         yield words[1]
         drained.cancel()
@@ -289,6 +291,7 @@ async def server_process(engine: EngineOptions) -> AsyncIterator[str]:
         if process.returncode is None:
             process.terminate()
         await process.wait()
+        log.close()
 
 
 def _failures(*reports: bench.Report) -> int:

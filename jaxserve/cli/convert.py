@@ -40,7 +40,8 @@ def convert(
     path = resolve_model(src, revision)
     begun = time.monotonic()
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing", total=None)
 
         def progress(written: int, total: int) -> None:

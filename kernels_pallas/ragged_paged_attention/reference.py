@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.ragged_paged_attention.contract import validate
 
 KV_BLOCK = 128
-"""kv tokens read at once. A block starts at a fixed position, so that the order of every sum depends on the
-sequence alone: not on its neighbours, on chunking or on the bucket."""
+"""kv tokens read at once. Blocks start at fixed positions, so a sequence is cut alike whatever its neighbours and
+however its prompt was chunked."""
 DECODE_TILE = 16
 """Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
 PREFILL_TILE = 64
@@ -126,15 +126,15 @@ def _attend_tile(
     (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
     groups, page = heads // kv_heads, cache.shape[1]
     block = pages * page
-    rows = max(2, queries * groups)  # one row would be a matrix-vector product, summed in another order
+    rows = max(2, queries * groups)  # XLA:CPU's matrix-vector product sums in another order
     q = q.reshape(seqs, queries, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
     q = q.reshape(seqs, kv_heads, queries * groups, head_dim)  # [A, K, Q*G, H]
     q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - queries * groups), (0, 0)))
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     position = first[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :] // groups  # [A, rows]
 
-    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        best, acc = carry  # [A, K, rows], [A, K, rows, H + 1]
+    def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        best, norm, acc = carry  # [A, K, rows], [A, K, rows], [A, K, rows, H]
         ids = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)  # [A, pages]
         kv = jnp.take(cache, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, 2, head_dim)
         kv = kv.transpose(3, 0, 2, 1, 4)  # [2, A, K, C, H]
@@ -151,20 +151,18 @@ def _attend_tile(
         base = jnp.where(jnp.isfinite(new_best), new_best, 0.0)  # a row that has seen nothing yet
         weight = jnp.exp(score - base[..., None])  # [A, K, rows, C]
         fade = jnp.exp(best - base)
-        # A column of ones sums the weights in the same product as the values: XLA:CPU orders the sum of a
-        # product by C alone, that of a fused reduction also by its neighbours.
-        v = jnp.pad(kv[1], ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-        new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), v, preferred_element_type=jnp.float32)
-        return new_best, acc * fade[..., None] + new
+        norm = norm * fade + weight.sum(axis=-1)
+        new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), kv[1], preferred_element_type=jnp.float32)
+        return new_best, norm, acc * fade[..., None] + new
 
     low = jnp.zeros((), jnp.int32)
     if window is not None:
         low = jnp.maximum(jnp.where(ends > 0, first - window + 1, jnp.iinfo(jnp.int32).max).min(), 0) // block
     high = -(-ends.max() // block)
     shape = (seqs, kv_heads, rows)
-    start = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros((*shape, head_dim + 1), jnp.float32))
-    _, acc = jax.lax.fori_loop(low, high, step, start)
-    out, norm = acc[..., :head_dim], acc[..., head_dim:]
-    out = out / jnp.where(norm > 0, norm, 1.0)
+    zeros = jnp.zeros(shape, jnp.float32)
+    start = (jnp.full(shape, -jnp.inf, jnp.float32), zeros, jnp.zeros((*shape, head_dim), jnp.float32))
+    _, norm, acc = jax.lax.fori_loop(low, high, step, start)
+    out = acc / jnp.where(norm > 0, norm, 1.0)[..., None]
     out = out[:, :, : queries * groups].reshape(seqs, kv_heads, queries, groups, head_dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(seqs, queries, heads, head_dim).astype(dtype)
