@@ -46,9 +46,9 @@ def pick(known: Sequence[Shape], plan: Plan) -> Shape:
     return min(fits)
 
 
-def covering(known: Sequence[Shape]) -> Shape:
-    """The one shape that can serve anything."""
-    return max(known)
+def covering(known: Sequence[Shape]) -> list[Shape]:
+    """The shape that can serve anything, and the one that serves a lone user fast."""
+    return [max(known), min(known)]
 
 
 @flax.struct.dataclass

@@ -4,7 +4,7 @@ import queue
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -92,8 +92,9 @@ class Engine:
                 start = time.perf_counter()
                 if deltas:
                     self._deliver(deltas)
+                self._measure()
                 if plan or pending:
-                    self._measure(deltas, host + time.perf_counter() - start)
+                    self.metrics.host_gap.observe(host + time.perf_counter() - start)
                 elif idle:
                     self.scheduler.check_integrity()
                 elif not deltas:
@@ -126,6 +127,9 @@ class Engine:
                 params = msgspec.structs.replace(request.params, seed=secrets.randbits(63))
                 request = msgspec.structs.replace(request, params=params)
             self.scheduler.add(request, time.monotonic())
+            self.metrics.params_n.observe(request.params.n)
+            if request.params.max_tokens is not None:
+                self.metrics.params_max_tokens.observe(request.params.max_tokens)
         except JaxserveError as error:
             self.metrics.rejected("queue_full" if isinstance(error, Overloaded) else "invalid")
             return [_refusal(request, i, error) for i in range(request.params.n)]
@@ -142,9 +146,8 @@ class Engine:
                 self.metrics.queue_time.observe(sequence.started - sequence.arrival)
         return launched
 
-    def _measure(self, deltas: list[Delta], host_s: float) -> None:
+    def _measure(self) -> None:
         m, now, seen = self.metrics, self.scheduler.stats, self._seen
-        m.host_gap.observe(host_s)
         m.running.set(len(self.scheduler.running))
         m.waiting.set(len(self.scheduler.waiting))
         m.kv_usage.set(self.scheduler.pages.usage)
@@ -155,7 +158,14 @@ class Engine:
         m.prefix_hits.inc(now.cached_tokens - seen.cached_tokens)
         m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
         m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
-        self._seen = Stats(**{name: getattr(now, name) for name in Stats.__slots__})
+        self._seen = replace(now)
+        for sequence in self.scheduler.ended:
+            m.prefill_computed.observe(sequence.num_prompt - sequence.num_cached)
+            if sequence.started is not None and sequence.first_token is not None and sequence.ended is not None:
+                m.prefill_time.observe(sequence.first_token - sequence.started)
+                m.decode_time.observe(sequence.ended - sequence.first_token)
+                m.inference_time.observe(sequence.ended - sequence.started)
+        self.scheduler.ended.clear()
 
     def _end(self, error: EngineStopped) -> None:
         self.runner.close()

@@ -92,6 +92,11 @@ class EngineMetrics:
         self.prefill_time = histogram("vllm:request_prefill_time_seconds", "From first step to first token", _E2E)
         self.decode_time = histogram("vllm:request_decode_time_seconds", "From first token to last", _E2E)
         self.inference_time = histogram("vllm:request_inference_time_seconds", "From first step to last token", _E2E)
+        self.prefill_computed = histogram(
+            "vllm:request_prefill_kv_computed_tokens", "Prompt tokens computed, cached ones left out", _TOKENS
+        )
+        self.params_n = histogram("vllm:request_params_n", "n by request", (1, 2, 5, 10, 20, 50, 128))
+        self.params_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens by request", _TOKENS)
         self.steps = counter("jaxserve_steps", "Steps launched")
         self.computed_tokens = counter("jaxserve_computed_tokens", "Tokens computed in steps, padding left out")
         self.padding_tokens = counter("jaxserve_padding_tokens", "Padding tokens computed in steps")

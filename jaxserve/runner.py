@@ -3,6 +3,7 @@
 launch(plan) -> Launched   returns at once; Launched.result() waits for the sampled tokens
 """
 
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ from jaxserve.scheduler import Plan, Sampled, Sequence
 from jaxserve.spec import CacheSpec, Model
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
+
+log = logging.getLogger("jaxserve.runner")
 
 type Progress = Callable[[str], None]
 
@@ -247,7 +250,7 @@ class Runner:
                 f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
             )
         progress("compiling the largest step")
-        largest = batch.covering(batch.shapes(seqs, tokens, self._least))
+        largest, _ = batch.covering(batch.shapes(seqs, tokens, self._least))
         compiled = self._timed_compile(largest, sizes(pages), "warmup")
         workspace = _workspace(compiled)
         if pages * page_bytes + workspace > budget and options.device.num_kv_pages is None:
@@ -264,21 +267,25 @@ class Runner:
         return found, {largest: compiled}, workspace
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
-        """full: compiles every shape. min: the largest serves alone until the others, in the background, are there."""
+        """full: compiles every shape. min: two shapes serve until the others, in the background, are there."""
         if warmup == "lazy":
             return
-        missing = [s for s in reversed(self.shapes) if s not in self._compiled]
+        first = batch.covering(self.shapes) if warmup == "min" else self.shapes
+        missing = sorted((s for s in self.shapes if s not in self._compiled), key=lambda s: (s not in first, s))
         self.shapes = tuple(sorted(self._compiled))
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile")
-        jobs = [self._pool.submit(self._compile_ahead, shape) for shape in missing]
-        if warmup == "full":
-            for job in as_completed(jobs):
-                job.result()
-                progress(f"compiling steps {len(self.shapes)}/{len(self._layout)}")
-            self._pool.shutdown()
+        jobs = {shape: self._pool.submit(self._compile_ahead, shape) for shape in missing}
+        for job in as_completed([job for shape, job in jobs.items() if shape in first]):
+            job.result()
+            progress(f"compiling steps {len(self.shapes)}/{len(first)}")
+        self._pool.shutdown(wait=False)
 
     def _compile_ahead(self, shape: Shape) -> None:
-        compiled = self._timed_compile(shape, self.sizes, "warmup")
+        try:
+            compiled = self._timed_compile(shape, self.sizes, "warmup")
+        except Exception:
+            log.exception("compiling %s failed; larger steps go on serving what it was meant for", shape)
+            raise
         with self._lock:
             self._compiled[shape] = compiled
             self.shapes = tuple(sorted(self._compiled))

@@ -46,6 +46,7 @@ class Sequence:
     slot: int = -1
     started: float | None = None
     first_token: float | None = None
+    ended: float | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
     finished: bool = False
 
@@ -127,6 +128,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.stats = Stats()
+        self.ended: list[Sequence] = []
+        """Sequences that finished by themselves, for whoever measures them to take."""
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._requests: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
@@ -265,7 +268,7 @@ class Scheduler:
             if not row.last:
                 continue
             if not produced:  # max_tokens 0: the prompt was all there was to compute
-                deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None))
+                deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None, now))
                 continue
             token = sampled.tokens[i]
             sequence.in_flight -= 1
@@ -277,7 +280,7 @@ class Scheduler:
                 self._register(sequence)
             finish, stop_token = self._finish(sequence, token)
             logprobs = (sampled.logprobs[i],) if i in sampled.logprobs else None
-            deltas.append(self._deliver(sequence, (token,), logprobs, finish, stop_token))
+            deltas.append(self._deliver(sequence, (token,), logprobs, finish, stop_token, now))
         return deltas
 
     def check_integrity(self) -> None:
@@ -408,10 +411,13 @@ class Scheduler:
         logprobs: tuple[Logprobs, ...] | None,
         finish: FinishReason | None,
         stop_token: int | None,
+        now: float,
     ) -> Delta:
         first = sequence.num_output == len(tokens)
         prompt_logprobs = sequence.prompt_logprobs if first else None
         if finish is not None:
+            sequence.ended = now
+            self.ended.append(sequence)
             self._end(sequence)
         return Delta(
             sequence.request.id,

@@ -170,6 +170,7 @@ class Talk:
 
     async def _stream(self, ids: tuple[int, ...], pieces: list[str]) -> Timing:
         self.answers += 1
+        load_s, self.load_s = self.load_s, 0.0  # loading counts once
         begun = time.monotonic()
         first: float | None = None
         tokens = cached = 0
@@ -185,7 +186,6 @@ class Talk:
                     pieces.append(delta.text)
                     print(delta.text, end="", flush=True)
         ended = time.monotonic()
-        load_s, self.load_s = self.load_s, 0.0
         return Timing(ended - begun, load_s, (first or ended) - begun, len(ids), cached, tokens)
 
     def set(self, name: str, value: str) -> None:
