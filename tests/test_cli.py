@@ -80,7 +80,7 @@ def test_flag_wins_over_variable_over_file_over_default(served, tmp_path, monkey
     assert (server.port, server.host) == (3, "variable")
     assert engine.schedule.max_num_seqs == 3
     assert engine.device.block_size == 32
-    assert engine.device.warmup == "full"
+    assert engine.device.warmup == DeviceOptions().warmup
 
 
 def test_config_file_named_by_a_variable(served, tmp_path, monkeypatch) -> None:

@@ -314,7 +314,8 @@ def train(shape: Shape, recipe: Recipe, tokenizer: Tokenizer, workdir: Path, sav
     if manager.latest_step() is not None:
         like = {"params": params, "opt_state": opt_state, "seconds": 0.0}
         saved = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
-        params, opt_state, seconds, first = (*saved.values(), manager.latest_step())
+        params, opt_state, seconds = (saved[name] for name in like)
+        first = manager.latest_step()
         print(f"resumed at step {first}", flush=True)
 
     @jax.jit

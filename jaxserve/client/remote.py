@@ -161,6 +161,8 @@ class RemoteEngine:
                             self._streams.deliver(deltas)
                         case wire.Status() as status:
                             was_ready |= self._hear(status)
+                            if status.state is EngineState.DEAD:
+                                break
             except (grpc.aio.AioRpcError, asyncio.CancelledError):
                 if not exited.done() and asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
