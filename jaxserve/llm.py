@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -173,14 +173,11 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _call[T](self, work: Awaitable[T]) -> T:
+    def _call[T](self, work: Coroutine[Any, Any, T]) -> T:
         if self._closed:
+            work.close()
             raise EngineStopped("this LLM is closed")
-
-        async def run() -> T:
-            return await work
-
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:

@@ -1,0 +1,89 @@
+"""The Python API on the embedded model."""
+
+import math
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.errors import ConfigError, EngineStopped, InvalidParameter, PromptTooLong
+
+QUESTIONS = ["What is the capital of France?", "What is 7 plus 5?", "What is the capital of Spain?"]
+GREEDY = SamplingParams(temperature=0, max_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(max_num_seqs=8, max_num_batched_tokens=64, num_kv_pages=24, max_model_len=320) as model:
+        yield model
+
+
+def ask(question):
+    return [{"role": "user", "content": question}]
+
+
+def test_chat_one_and_many(llm):
+    one = llm.chat(ask(QUESTIONS[0]), GREEDY)
+    assert "Paris" in one.outputs[0].text and one.outputs[0].finish_reason == "stop"
+    many = llm.chat([ask(q) for q in QUESTIONS], GREEDY)
+    for output, word in zip(many, ("Paris", "12", "Madrid"), strict=True):
+        assert word in output.outputs[0].text
+    assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
+
+
+def test_generate_takes_text_ids_and_lists(llm, capfd):
+    ids = llm.text.encode_prompt("The capital of")
+    text, tokens = llm.generate(["The capital of", ids], GREEDY)
+    assert text.outputs[0].text == tokens.outputs[0].text and text.prompt == "The capital of" and tokens.prompt is None
+    assert llm.generate("The capital of", GREEDY).outputs[0].text == text.outputs[0].text
+    each = llm.generate([[5], [6]], [SamplingParams(max_tokens=1), SamplingParams(max_tokens=3, ignore_eos=True, n=2)])
+    assert [len(o.token_ids) for o in each[1].outputs] == [3, 3] and len(each[0].outputs[0].token_ids) == 1
+    assert llm.generate([], GREEDY) == []
+    assert "requests" not in capfd.readouterr().err
+    llm.generate([[5]] * 20, SamplingParams(max_tokens=1))
+    assert "requests" in capfd.readouterr().err, "a long list shows its progress"
+
+
+def test_score(llm):
+    prompt = "What is the capital of France?"
+    right, wrong = llm.score([ask_text(llm, prompt)] * 2, ["The capital of France is Paris.", "A dog is green."])
+    assert right.logprob > wrong.logprob and right.is_greedy and not wrong.is_greedy
+    assert right.logprob == pytest.approx(math.fsum(right.token_logprobs))
+    assert len(right.token_ids) == len(right.token_logprobs)
+    by_ids = llm.score([[5, 6]], [[7, 8, 9]])[0]
+    whole = llm.generate([[5, 6, 7, 8, 9]], SamplingParams(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs
+    assert by_ids.token_logprobs == pytest.approx([t.logprob for t in whole[2:]])
+
+
+def ask_text(llm, question):
+    return llm.text.template.render(ask(question))
+
+
+def test_logprobs_and_stop(llm):
+    output = llm.chat(ask(QUESTIONS[0]), SamplingParams(temperature=0, max_tokens=40, logprobs=2, stop=("Paris",)))
+    assert output.outputs[0].stop_reason == "Paris" and "Paris" not in output.outputs[0].text
+    assert len(output.outputs[0].logprobs) == len(output.outputs[0].token_ids)
+    assert all(len(t.top) == 2 for t in output.outputs[0].logprobs)
+
+
+def test_refusals(llm):
+    with pytest.raises(PromptTooLong, match="maximum context length is 320"):
+        llm.generate([[5], [5] * 400], GREEDY)
+    with pytest.raises(InvalidParameter, match="2 prompts and 1 sampling"):
+        llm.generate([[5], [6]], [GREEDY])
+    with pytest.raises(InvalidParameter, match="2 prompts and 1 continuations"):
+        llm.score([[5], [6]], [[7]])
+    with pytest.raises(InvalidParameter, match="at least one token"):
+        llm.score([[5]], [[]])
+    with pytest.raises(ConfigError, match="no option 'tensor_parallel'"):
+        LLM(tensor_parallel=2)
+    assert "Paris" in llm.chat(ask(QUESTIONS[0]), GREEDY).outputs[0].text, "and goes on"
+
+
+def test_metrics_and_close():
+    llm = LLM(max_num_seqs=8, max_num_batched_tokens=64, num_kv_pages=24, max_model_len=320)
+    llm.generate([[5]], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert 'vllm:generation_tokens_total{engine="0",model_name="jaxserve-tiny"} 2.0' in llm.metrics_text()
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineStopped, match="closed"):
+        llm.generate([[5]])
