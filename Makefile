@@ -1,16 +1,17 @@
-# make serve   set up and serve the embedded model on port 8000 (ARGS="--port 9000" adds flags)
+# make serve   set up and serve the embedded model on port 8000 (PORT=9000 ARGS="--dtype bfloat16" change that)
 # make test    set up and run the complete check: format, lint, types, tests
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
 
 VENV ?= .venv
 ARGS ?=
+PORT = 8000
 BIN := $(VENV)/bin
 
 .PHONY: serve test check lint test-oldest-jax setup setup-dev clean
 
 serve: $(VENV)/.installed
-	@$(BIN)/jaxserve serve --port 8000 $(ARGS)
+	@$(BIN)/jaxserve serve --port $(PORT) $(ARGS)
 
 test check: $(VENV)/.installed-dev
 	@VENV=$(VENV) tools/check $(ARGS)

@@ -64,7 +64,7 @@ class StepInput:
     distribution: Int[Array, " 3"]
     page_table: Int[Array, "S B"]
     slots: Int[Array, " S"]
-    """Slot of each sequence; rows of no sequence have one past the last."""
+    """Slot of each sequence; rows of no sequence have the one after all sequences' slots."""
     samples: Int[Array, " S"]
     """1 where the sampled token counts."""
     rows: RowParams

@@ -192,7 +192,9 @@ class Runner:
     def _abstract(self, sizes: Sizes) -> StepState:
         spec = self.model.cache_spec(self.config)
         cache = jax.ShapeDtypeStruct((spec.layers, sizes.num_pages, sizes.page_size, spec.row), self._dtype)
-        slots = jax.eval_shape(lambda: SlotState.empty(sizes.max_num_seqs, sizes.max_model_len, MAX_BIAS_IDS, STOP_IDS))
+        slots = jax.eval_shape(
+            lambda: SlotState.empty(sizes.max_num_seqs + 1, sizes.max_model_len, MAX_BIAS_IDS, STOP_IDS)
+        )
         return StepState(cache, slots)  # type: ignore[arg-type]  # a tree of shapes
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
@@ -297,7 +299,7 @@ class Runner:
 
     def _no_binding(self) -> tuple[Any, ...]:
         return (
-            np.int32(self.sizes.max_num_seqs),  # past the last slot: dropped
+            np.int32(self.sizes.max_num_seqs),  # the slot that is nobody's
             np.zeros(self.sizes.max_model_len, np.int32),
             np.full(MAX_BIAS_IDS, -1, np.int32),
             np.zeros(MAX_BIAS_IDS, np.float32),
@@ -357,7 +359,9 @@ def _step(
 
     history = state.slots.history
     tokens = jnp.where(step.tokens >= 0, step.tokens, history.at[slot, positions].get(mode="clip"))
-    history = history.at[slot, positions].set(tokens, mode="drop")
+    # One read before the write: fused into each of its users, the old history would have to be kept as a copy.
+    tokens, history = jax.lax.optimization_barrier((tokens, history))
+    history = _remember(history, slot, positions, tokens)
 
     with jax.named_scope("forward"):
         attend = attention.bind(kernel, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
@@ -379,8 +383,15 @@ def _step(
         else:
             prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
-    history = history.at[target, step.rows.position].set(sampled, mode="drop")
+    history = _remember(history, target, step.rows.position, sampled)
     return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
+
+
+def _remember(history: jax.Array, slot: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
+    """Writes each token to its place; those of no sequence go to the last slot, which is nobody's."""
+    if token.size == 1:  # XLA makes a scatter of one row a select over a copy of everything
+        return jax.lax.dynamic_update_slice(history, token[None], (slot[0], position[0]))
+    return history.at[slot, position].set(token, mode="drop")
 
 
 def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:

@@ -147,6 +147,20 @@ def test_every_command_has_help(command, capsys) -> None:
     assert "Usage: jaxserve" in capsys.readouterr().out
 
 
+def test_a_command_may_have_another_default_and_the_engine_gets_plain_options(monkeypatch) -> None:
+    seen: list[EngineOptions] = []
+
+    def refuse(options: EngineOptions, name: str) -> None:
+        seen.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(run, "opened", refuse)
+    assert cli.call(["run", "a b", "--block-size=8"]) == 2
+    assert cli.call(["run", "a b", "--warmup=min"]) == 2
+    assert seen[0] == EngineOptions(device=DeviceOptions(block_size=8, warmup="lazy"))
+    assert seen[1] == EngineOptions(device=DeviceOptions(warmup="min"))
+
+
 def test_flags_rebuild_the_options(served) -> None:
     engine, server, _ = served(
         "--dtype=bfloat16", "--max-num-seqs=7", "--no-enable-prefix-caching", "--compile-cache-dir=", "--port=0"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -130,3 +131,26 @@ def test_a_taken_port_is_told(server) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("jaxserve: cannot listen on 127.0.0.1:")
     assert "--port" in last
+
+
+def readme_examples() -> tuple[str, str]:
+    """The README's two Python examples: over HTTP, and in the process."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    http, in_process = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    return http, in_process
+
+
+def test_the_readmes_python_example(capsys) -> None:
+    small = "max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128, num_kv_pages=32, warmup='lazy'"
+    example = readme_examples()[1]
+    assert "LLM()" in example
+    exec(example.replace("LLM()", f"LLM({small})"), {})
+    assert "7 plus 5 is 12" in capsys.readouterr().out
+
+
+def test_the_readmes_openai_example(server, capsys) -> None:
+    url = next(line.split()[1] for line in server[1] if line.split()[:1] == ["HTTP"])
+    example = readme_examples()[0]
+    assert "http://127.0.0.1:8000" in example
+    exec(example.replace("http://127.0.0.1:8000", url), {})
+    assert "Paris" in capsys.readouterr().out

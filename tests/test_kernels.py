@@ -113,14 +113,16 @@ def test_contract_names_what_is_wrong():
         kernel(*args, scale=1.0, window=0)
 
 
-def test_the_cache_is_updated_in_place():
+@pytest.mark.parametrize("q_lens", [[1], [1, 1], [1, 1, 9]], ids=str)
+def test_the_cache_is_updated_in_place(q_lens):
     """The donated cache is the result, and what the step needs besides does not grow with it."""
     kernel = import_module(attention.KERNELS["reference"]).ragged_paged_attention
 
     def sizes(pages):
         args, _ = random_batch(
-            np.random.default_rng(0), heads=4, kv_heads=2, head_dim=8, q_lens=[1, 1, 9], pasts=[3, 4, 5], pages=pages
-        )
+            np.random.default_rng(0), heads=4, kv_heads=2, head_dim=8, q_lens=q_lens, pasts=[5] * len(q_lens),
+            pages=pages, tokens=sum(q_lens), seqs_total=len(q_lens),
+        )  # fmt: skip
         run = jax.jit(lambda *a: kernel(*a, scale=1.0), donate_argnums=3)
         memory = run.lower(*args).compile().memory_analysis()
         return args[3].nbytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes

@@ -62,7 +62,7 @@ def throughput(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
-    device: cli.Device = DeviceOptions(),
+    device: cli.WarmDevice = cli.WarmDeviceFlags(),
 ) -> int:
     """Tokens a second of an engine in this process, without HTTP and text, at each of several concurrencies.
 
@@ -114,7 +114,7 @@ def latency(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
-    device: cli.Device = DeviceOptions(),
+    device: cli.WarmDevice = cli.WarmDeviceFlags(),
 ) -> int:
     """Seconds from the first prompt to the last token of one batch, again and again.
 
@@ -170,7 +170,7 @@ def serve(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
-    device: cli.Device = DeviceOptions(),
+    device: cli.WarmDevice = cli.WarmDeviceFlags(),
 ) -> int:
     """Time to first token, time per token and throughput of an OpenAI-compatible server, over HTTP.
 

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import App, ArgumentCollection, Group, Parameter
@@ -43,6 +43,24 @@ class ModelFlags(ModelOptions):
     """ModelOptions without `model`, which is the commands' positional argument."""
 
     model: Annotated[str | None, Parameter(parse=False)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyDeviceFlags(DeviceOptions):
+    """DeviceOptions for somebody who waits for one answer."""
+
+    warmup: Literal["full", "min", "lazy"] = "lazy"
+    """Step shapes compiled before the first answer. full: all. min: the one that can serve anything; the others follow
+    in the background. lazy: none; each is compiled when it is first needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmDeviceFlags(DeviceOptions):
+    """DeviceOptions for a measurement, which compiling must not disturb."""
+
+    warmup: Literal["full", "min", "lazy"] = "full"
+    """Step shapes compiled before the measurement. full: all. min: the one that can serve anything; the others follow
+    in the background. lazy: none; each is compiled when it is first needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +107,8 @@ Model = Annotated[str | None, Parameter(group=Group("Model", sort_key=1))]
 Models = Annotated[ModelFlags, Parameter(name="*", group=Group("Model", sort_key=1))]
 Schedule = Annotated[ScheduleOptions, Parameter(name="*", group=Group("Scheduling", sort_key=2))]
 Device = Annotated[DeviceOptions, Parameter(name="*", group=Group("Device", sort_key=3))]
+LazyDevice = Annotated[LazyDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
+WarmDevice = Annotated[WarmDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
 Server = Annotated[ServerOptions, Parameter(name="*", group=Group("Server", sort_key=4))]
 Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling", sort_key=2))]
 ConfigFile = Annotated[Path | None, Parameter(group=Group("Model", sort_key=1))]
@@ -98,8 +118,11 @@ def engine_options(
     model: str | None, rest: ModelOptions, schedule: ScheduleOptions, device: DeviceOptions
 ) -> EngineOptions:
     """What the engine is given. Model: directory, hub id, or None for the embedded model."""
-    options = {f.name: getattr(rest, f.name) for f in fields(ModelOptions)} | {"model": model}
-    return EngineOptions(model=ModelOptions(**options), schedule=schedule, device=device)
+    return EngineOptions(
+        model=ModelOptions(**{f.name: getattr(rest, f.name) for f in fields(ModelOptions)} | {"model": model}),
+        schedule=schedule,
+        device=DeviceOptions(**{f.name: getattr(device, f.name) for f in fields(DeviceOptions)}),
+    )
 
 
 def model_name(model: str | None, served_model_name: str | None = None) -> str:

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened
-from jaxserve.config import DeviceOptions, ScheduleOptions
+from jaxserve.config import ScheduleOptions
 from jaxserve.errors import JaxserveError, PromptTooLong, UnsupportedParameter
 from jaxserve.request import SamplingParams
 from jaxserve.text import TextModel
@@ -80,8 +80,8 @@ def run(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     sampling: cli.Sampling = cli.SamplingFlags(),
-    schedule: cli.Schedule = ScheduleOptions(max_num_seqs=1),
-    device: cli.Device = DeviceOptions(warmup="lazy"),
+    schedule: cli.Schedule = ScheduleOptions(),
+    device: cli.LazyDevice = cli.LazyDeviceFlags(),
 ) -> int:
     """Answer one prompt, or talk with a model at the terminal.
 

@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from jaxserve.cli import options as cli
-from jaxserve.cli.opening import make_client
+from jaxserve.cli.opening import open_model
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
@@ -54,8 +54,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
     from jaxserve.server import serve as run_server
 
-    client, open_text = make_client(engine, options.in_process)
-    text = open_text(name)
+    text = open_model(engine, name, in_process=options.in_process)
+    client = text.client
     addresses: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
 
     def on_started(url: str, grpc: str | None) -> None:

@@ -104,8 +104,11 @@ def _write(
     s = jnp.clip(jnp.searchsorted(cu_q_lens[1:], t, side="right").astype(jnp.int32), 0, seqs - 1)  # [T]
     position = kv_lens[s] - cu_q_lens[s + 1] + t
     row = page_table[s, jnp.maximum(position, 0) // page] * page + position % page
-    row = jnp.where((t < cu_q_lens[total]) & (position >= 0), row, cache.shape[0] * page)
+    dropped = jnp.asarray(cache.shape[0] * page, jnp.int32)  # past the end
+    row = jnp.where((t < cu_q_lens[total]) & (position >= 0), row, dropped)
     new = jnp.stack([k, v], axis=2).reshape(tokens, -1).astype(cache.dtype)  # [T, k0|v0|k1|v1|...]
+    if tokens == 1:  # XLA makes a scatter of one row a select over a copy of the whole cache
+        row, new = jnp.stack([row[0], dropped]), jnp.concatenate([new, new])
     flat = cache.reshape(-1, cache.shape[2])
     return flat.at[row].set(new, mode="drop").reshape(cache.shape)
 
