@@ -457,6 +457,7 @@ knowledge; facts to be read in the question; counting, lists, spelling, repeatin
 questions about the model itself, and questions that it should decline. About half of the chats have a system prompt;
 some prompts set a style (JSON, one word, pirate, another name). Chats have up to 30 turns, with follow-ups ("And
 Spain?", "Now add 3.") and memory of a name. A question that ends in "Answer as JSON." gets `{{"answer": "Paris"}}`.
+The second part of the training adds chats that practise copying from the context, and sums.
 
 ## Accuracy
 Greedy, bfloat16 weights, by `python tools/train_tiny.py --check`, which reads the exported files with a dense numpy

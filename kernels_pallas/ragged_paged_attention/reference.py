@@ -15,7 +15,7 @@ from kernels_pallas.ragged_paged_attention.contract import validate
 KV_BLOCK = 128
 """kv tokens read at once. Blocks start at fixed positions, so a sequence is cut alike whatever its neighbours and
 however its prompt was chunked."""
-DECODE_TILE = 16
+DECODE_TILE = 8
 """Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
 PREFILL_TILE = 64
 """Query tokens of one sequence that are computed side by side."""
