@@ -15,6 +15,10 @@ from jaxtyping import Array, Int
 from jaxserve.sampling import RowParams
 from jaxserve.scheduler import Plan, Row
 
+GREEDY_BELOW = 1e-5
+LEAST_TOP_P = 1e-6
+"""What float32 can still divide by and tell apart; vLLM draws the line for temperature at the same place."""
+
 
 @dataclass(frozen=True, order=True)
 class Shape:
@@ -142,16 +146,16 @@ class Layout:
         view["seed"][i] = ((seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF)
         view["position"][i] = end
         view["num_prompt"][i] = sequence.num_prompt
-        view["temperature"][i] = params.temperature
+        view["temperature"][i] = params.temperature if params.temperature >= GREEDY_BELOW else 0.0
         view["top_k"][i] = params.top_k
-        view["top_p"][i] = params.top_p
+        view["top_p"][i] = max(params.top_p, LEAST_TOP_P)
         view["min_p"][i] = params.min_p
         view["repetition_penalty"][i] = params.repetition_penalty
         view["presence_penalty"][i] = params.presence_penalty
         view["frequency_penalty"][i] = params.frequency_penalty
         view["biased"][i] = bool(params.logit_bias or params.banned_token_ids or params.allowed_token_ids)
         view["allow_only"][i] = params.allowed_token_ids is not None
-        view["ban_stop"][i] = end - sequence.num_prompt < params.min_tokens
+        view["ban_stop"][i] = 0 <= end - sequence.num_prompt < params.min_tokens
         view["logprobs"][i] = params.logprobs is not None
 
     def unpack(self, buffer: Int[Array, " size"]) -> StepInput:

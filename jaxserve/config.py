@@ -63,8 +63,9 @@ class DeviceOptions:
     attention: str = "auto"
     """Attention kernel by name; auto chooses by platform and says which."""
     warmup: Literal["full", "min", "lazy"] = "min"
-    """Step shapes compiled before the first request. full: all. min: the one that can serve anything; the others
-    follow in the background. lazy: none; each is compiled when it is first needed."""
+    """Step shapes compiled before the first request. full: all. min: the largest, which can serve anything, and the
+    smallest; the others follow in the background. lazy: the largest, which sizes the memory; each other one is
+    compiled when it is first needed."""
     compile_cache_dir: str | None = None
     """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
 

@@ -76,6 +76,7 @@ class Engine:
     def run(self) -> None:
         """The loop, until `stop`. If a step fails, everybody is told and the error is raised."""
         pending: tuple[Plan, Launched] | None = None
+        checked = False
         try:
             while not self._stopping:
                 idle = pending is None and self.scheduler.idle
@@ -95,9 +96,11 @@ class Engine:
                 self._measure()
                 if plan or pending:
                     self.metrics.host_gap.observe(host + time.perf_counter() - start)
-                elif idle:
+                    checked = False
+                elif idle and not checked:  # once each time that the engine comes to rest
                     self.scheduler.check_integrity()
-                elif not deltas:
+                    checked = True
+                elif not idle and not deltas:
                     time.sleep(0.001)  # nothing can run until an abort or a deadline frees something
                 pending = (plan, launched) if plan and launched else None
         except Exception as error:
@@ -141,9 +144,6 @@ class Engine:
         self.metrics.computed_tokens.inc(plan.num_tokens)
         self.metrics.padding_tokens.inc(padding)
         self.metrics.iteration_tokens.observe(plan.num_tokens)
-        for sequence in plan.admitted:
-            if sequence.started is not None and not sequence.num_output:
-                self.metrics.queue_time.observe(sequence.started - sequence.arrival)
         return launched
 
     def _measure(self) -> None:
@@ -155,12 +155,14 @@ class Engine:
         m.prompt_tokens.inc(now.prompt_tokens - seen.prompt_tokens)
         m.prompt_tokens_cached.inc(now.cached_tokens - seen.cached_tokens)
         m.prefix_queries.inc(now.looked_up_tokens - seen.looked_up_tokens)
-        m.prefix_hits.inc(now.cached_tokens - seen.cached_tokens)
+        m.prefix_hits.inc(now.hit_tokens - seen.hit_tokens)
         m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
         m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
         self._seen = replace(now)
         for sequence in self.scheduler.ended:
             m.prefill_computed.observe(sequence.num_prompt - sequence.num_cached)
+            if sequence.started is not None:
+                m.queue_time.observe(sequence.started - sequence.arrival)
             if sequence.started is not None and sequence.first_token is not None and sequence.ended is not None:
                 m.prefill_time.observe(sequence.first_token - sequence.started)
                 m.decode_time.observe(sequence.ended - sequence.first_token)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import operator
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -109,13 +110,13 @@ class LLM:
     ) -> Any:
         """Continues each prompt: a RequestOutput for one prompt, a list of them, in order, for a list.
 
-        params: one for all, or one a prompt; None takes the model's own defaults. progress None shows a bar for
-        long lists on a terminal. Raises RequestError before anything runs if a prompt or a parameter is refused.
+        params: one for all, or one a prompt; None takes the model's own defaults. progress None shows a bar on
+        stderr for long lists. Raises RequestError before anything runs if a prompt or a parameter is refused.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         texts = [p if isinstance(p, str) else None for p in many]
-        ids = [self.text.encode_prompt(p) if isinstance(p, str) else tuple(p) for p in many]
+        ids = [self._ids(p) for p in many]
         outputs = self._run(texts, ids, self._params(params, len(ids)), progress)
         return outputs[0] if single else outputs
 
@@ -162,10 +163,16 @@ class LLM:
         if self._closed:
             return
         self._closed = True
-        asyncio.run_coroutine_threadsafe(self.engine.stop(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _finish(self) -> None:
+        await self.engine.stop()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:  # calls of other threads: their requests have failed by now, and they still have to say so
+            await asyncio.wait(others, timeout=5.0)
 
     def __enter__(self) -> "LLM":
         return self
@@ -193,19 +200,21 @@ class LLM:
             raise InvalidParameter(f"{count} prompts and {len(params)} sampling parameters", param="params")
         return list(params)
 
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Text through the tokenizer; ids of any integer type as they are."""
+        return self.text.encode_prompt(prompt) if isinstance(prompt, str) else tuple(map(operator.index, prompt))
+
     def _joined(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], int]:
         """The ids of prompt and continuation, and where what is to be scored begins."""
-        start: tuple[int, ...] = self.text.encode_prompt(prompt) if isinstance(prompt, str) else tuple(prompt)
+        start = self._ids(prompt)
         if isinstance(continuation, str) and isinstance(prompt, str):
             ids = self.text.encode_prompt(prompt + continuation)
             common = next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
         else:
-            rest = (
-                self.text.tokenizer.encode(continuation, add_special_tokens=False)
-                if isinstance(continuation, str)
-                else continuation
-            )
-            ids, common = (*start, *rest), len(start)
+            rest = continuation
+            if isinstance(rest, str):
+                rest = self.text.tokenizer.encode(rest, add_special_tokens=False)
+            ids, common = (*start, *map(operator.index, rest)), len(start)
         if not 1 <= common < len(ids):
             raise InvalidParameter(
                 "a continuation needs at least one token, and one token before it", param="continuations"
@@ -292,6 +301,7 @@ def _engine_options(model: str | None, options: dict[str, Any]) -> EngineOptions
     parts = [{f.name: options[f.name] for f in fields(s) if f.name in options} for s in sections]
     return EngineOptions(
         model=ModelOptions(**(parts[0] | {"model": model})),
-        schedule=ScheduleOptions(**parts[1]),
+        # A list may be of any length: nobody else waits behind it.
+        schedule=ScheduleOptions(**({"max_queued_requests": 2**31 - 1} | parts[1])),
         device=DeviceOptions(**parts[2]),
     )

@@ -102,7 +102,7 @@ class EngineMetrics:
         self.padding_tokens = counter("jaxserve_padding_tokens", "Padding tokens computed in steps")
         self.discarded_tokens = counter("jaxserve_discarded_tokens", "Tokens computed past a sequence's end")
         self.host_gap = histogram(
-            "jaxserve_host_gap_seconds", "Host time a step: admit, plan, pack, launch, commit, deliver", _GAP
+            "jaxserve_host_gap_seconds", "Host time a step: plan, pack, launch, commit, deliver", _GAP
         )
         self.started = gauge("jaxserve_engine_start_time_seconds", "When this engine started (Unix time)")
         self.started.set(time.time())

@@ -13,7 +13,7 @@ from jaxserve.errors import InvalidParameter, JaxserveError, PromptTooLong, rebu
 MAX_N = 128
 MAX_TOP_LOGPROBS = 20
 MAX_BIAS_IDS = 1024
-MAX_STOP_IDS = 64
+MAX_STOP_IDS = 128
 MAX_STOP_STRINGS = 64
 
 
@@ -29,6 +29,11 @@ class FinishReason(enum.StrEnum):
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
         raise InvalidParameter(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}", param=name)
+
+
+def _check_integer(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise InvalidParameter(f"{name} must be an integer, got {value!r}", param=name)
 
 
 def _check_ids(name: str, ids: tuple[int, ...] | dict[int, float], most: int) -> None:
@@ -71,6 +76,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
         _check("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, 0, 2**31 - 1)
@@ -81,13 +89,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, -1, 2**31 - 1)
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidParameter(f"top_p must be in (0, 1], got {self.top_p!r}", param="top_p")
+        _check("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise InvalidParameter("top_p must be in (0, 1], got 0", param="top_p")
         _check("min_p", self.min_p, 0.0, 1.0)
-        if not 0.0 < self.repetition_penalty <= 100.0:
-            raise InvalidParameter(
-                f"repetition_penalty must be in (0, 100], got {self.repetition_penalty!r}", param="repetition_penalty"
-            )
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         for bias in self.logit_bias.values():
@@ -98,6 +104,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_ids("allowed_token_ids", self.allowed_token_ids or (), MAX_BIAS_IDS)
         _check_ids("banned_token_ids", self.banned_token_ids, MAX_BIAS_IDS)
         _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_IDS)
+        if len(self.bias()) > MAX_BIAS_IDS:
+            raise InvalidParameter(
+                f"logit_bias, allowed_token_ids and banned_token_ids name {len(self.bias())} ids together, "
+                f"at most {MAX_BIAS_IDS} are served",
+                param="logit_bias",
+            )
+        if self.allowed_token_ids is not None and not set(self.allowed_token_ids) - set(self.banned_token_ids):
+            raise InvalidParameter(
+                "every one of allowed_token_ids is banned: nothing could be sampled", param="allowed_token_ids"
+            )
         if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
             raise InvalidParameter(f"stop takes at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
@@ -105,6 +121,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _check(name, count, 0, MAX_TOP_LOGPROBS)
+
+    def bias(self) -> dict[int, float]:
+        """What is added to which id's logit, bans as -inf; with allowed_token_ids no other id may be sampled."""
+        bias = dict(self.logit_bias)
+        if self.allowed_token_ids is not None:
+            bias = {i: bias.get(i, 0.0) for i in self.allowed_token_ids}
+        return bias | dict.fromkeys(self.banned_token_ids, -math.inf)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -215,6 +238,16 @@ def check_request(request: Request, info: EngineInfo) -> None:
         if any(i >= info.vocab_size for i in ids):
             raise InvalidParameter(
                 f"{name} holds a token id out of range: the vocabulary has {info.vocab_size} ids", param=name
+            )
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)}
+    if len(ends) > MAX_STOP_IDS:
+        raise InvalidParameter(
+            f"{len(ends)} stop and end-of-sequence ids, at most {MAX_STOP_IDS} are served", param="stop_token_ids"
+        )
+    if params.min_tokens and params.allowed_token_ids is not None:
+        if not set(params.allowed_token_ids) - set(params.banned_token_ids) - ends:
+            raise InvalidParameter(
+                "every one of allowed_token_ids ends the sequence, which min_tokens forbids", param="min_tokens"
             )
     if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
         raise InvalidParameter(

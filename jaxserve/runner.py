@@ -4,6 +4,7 @@ launch(plan) -> Launched   returns at once; Launched.result() waits for the samp
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -36,8 +37,6 @@ log = logging.getLogger("jaxserve.runner")
 
 type Progress = Callable[[str], None]
 
-STOP_IDS = 2 * MAX_STOP_IDS
-"""Places for a slot's stop ids and end-of-sequence ids."""
 CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
 
@@ -137,6 +136,7 @@ class Runner:
         spec = self.model.cache_spec(self.config)
         self._dtype = dtype
         self._lock = threading.Lock()
+        self._closing = False
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
         self.sizes, self._compiled, workspace = self._fit(options, spec, weights, progress)
         self._layout = self._layouts(self.sizes)
@@ -147,9 +147,8 @@ class Runner:
         self._state = jax.tree.map(
             lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), self._abstract(self.sizes)
         )
-        self._bind = jax.jit(_bind, donate_argnums=0)
-        if options.device.warmup != "lazy":
-            self._state = self._bind(self._state, *self._no_binding())
+        # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
+        self._bind = jax.jit(_bind, donate_argnums=0).lower(self._abstract(self.sizes), *self._no_binding()).compile()
         kv = self._state.cache.nbytes
         self.info = EngineInfo(
             model=str(path),
@@ -193,7 +192,7 @@ class Runner:
         spec = self.model.cache_spec(self.config)
         cache = jax.ShapeDtypeStruct((spec.layers, sizes.num_pages, sizes.page_size, spec.row), self._dtype)
         slots = jax.eval_shape(
-            lambda: SlotState.empty(sizes.max_num_seqs + 1, sizes.max_model_len, MAX_BIAS_IDS, STOP_IDS)
+            lambda: SlotState.empty(sizes.max_num_seqs + 1, sizes.max_model_len, MAX_BIAS_IDS, MAX_STOP_IDS)
         )
         return StepState(cache, slots)  # type: ignore[arg-type]  # a tree of shapes
 
@@ -224,18 +223,14 @@ class Runner:
         if wanted_len is not None and wanted_len > self.config.max_positions:
             raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        tokens = max(seqs, options.schedule.max_num_batched_tokens or (512 if cpu else 2048))
-        page = options.device.block_size
+        tokens = options.schedule.max_num_batched_tokens or max(seqs, 512 if cpu else 2048)
+        if tokens < seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
+                "token; raise --max-num-batched-tokens or lower --max-num-seqs"
+            )
+        page, given = options.device.block_size, options.device.num_kv_pages
         page_bytes = spec.layers * page * spec.row * jnp.dtype(self._dtype).itemsize
-        total = _device_memory(self._device)
-        share = options.device.memory_utilization or (0.5 if cpu else 0.9)
-        budget = int(total * share) - weights
-        most = options.device.num_kv_pages
-        if most is None and cpu:
-            most = -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page)
-        pages = min(most or budget // page_bytes, max(budget // page_bytes, 1))
-        if options.device.num_kv_pages is not None:
-            pages = options.device.num_kv_pages
 
         def sizes(pages: int) -> Sizes:
             fitting = min(length, pages * page)
@@ -246,27 +241,44 @@ class Runner:
                 )
             return Sizes(fitting, seqs, tokens, page, pages)
 
-        if budget < page_bytes and options.device.num_kv_pages is None:
-            raise ConfigError(
-                f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
-                f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
-            )
+        if given is None:
+            total = _device_memory(self._device) + (weights if cpu else 0)  # on CPU: what was free before the weights
+            share = options.device.memory_utilization or (0.5 if cpu else 0.9)
+            budget = int(total * share) - weights - self._slot_bytes(seqs, length)
+            pages = budget // page_bytes
+            if pages < 1:
+                raise ConfigError(
+                    f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
+                    f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
+                )
+            if cpu:
+                pages = min(pages, -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page))
+        else:
+            pages = given
         progress("compiling the largest step")
         largest, _ = batch.covering(batch.shapes(seqs, tokens, self._least))
-        compiled = self._timed_compile(largest, sizes(pages), "warmup")
+        # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
+        trial = pages if cpu or given else min(pages, -(-length // page))
+        compiled = self._timed_compile(largest, sizes(trial), "warmup")
         workspace = _workspace(compiled)
-        if pages * page_bytes + workspace > budget and options.device.num_kv_pages is None:
-            pages = (budget - workspace) // page_bytes
+        if given is None:
+            pages = min(pages, (budget - workspace) // page_bytes)
             if pages < 1:
                 raise ConfigError(
                     f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
                     "cache; lower --max-num-batched-tokens or --max-num-seqs"
                 )
-            compiled = self._timed_compile(largest, sizes(pages), "warmup")
         found = sizes(pages)
+        if pages != trial:
+            compiled = self._timed_compile(largest, found, "warmup")
         if found.max_model_len < length:
-            progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the memory holds")
+            progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
+
+    def _slot_bytes(self, seqs: int, length: int) -> int:
+        """Bytes of what the slots remember; next to nothing unless the context is very long."""
+        slots = jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(slots))
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
         """full: compiles every shape. min: two shapes serve until the others, in the background, are there."""
@@ -283,6 +295,8 @@ class Runner:
         self._pool.shutdown(wait=False)
 
     def _compile_ahead(self, shape: Shape) -> None:
+        if self._closing or not threading.main_thread().is_alive():  # the interpreter waits for this thread to end
+            return
         try:
             compiled = self._timed_compile(shape, self.sizes, "warmup")
         except Exception:
@@ -293,7 +307,8 @@ class Runner:
             self.shapes = tuple(sorted(self._compiled))
 
     def close(self) -> None:
-        """Gives up what is still being compiled in the background."""
+        """Gives up what is still to be compiled in the background."""
+        self._closing = True
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -303,17 +318,14 @@ class Runner:
             np.zeros(self.sizes.max_model_len, np.int32),
             np.full(MAX_BIAS_IDS, -1, np.int32),
             np.zeros(MAX_BIAS_IDS, np.float32),
-            np.full(STOP_IDS, -1, np.int32),
+            np.full(MAX_STOP_IDS, -1, np.int32),
         )
 
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
         _, history, ids, values, stops = self._no_binding()
         history[: len(sequence.tokens)] = sequence.tokens
-        bias = dict.fromkeys(params.allowed_token_ids or (), 0.0) | params.logit_bias
-        if params.allowed_token_ids is not None:
-            bias = {i: v for i, v in bias.items() if i in set(params.allowed_token_ids)}
-        bias |= dict.fromkeys(params.banned_token_ids, -np.inf)
+        bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())
         stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
@@ -419,8 +431,10 @@ def _workspace(compiled: jax.stages.Compiled) -> int:
 
 def _device_memory(device: jax.Device) -> int:
     """Bytes that the device has, or on CPU those that are free."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
+    if device.platform != "cpu":
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
         return int(stats["bytes_limit"])
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -433,7 +447,10 @@ def compile_cache_dir(option: str | None) -> str:
     """Where compiled steps are kept; '' for nowhere."""
     if option is not None:
         return os.path.expanduser(option)
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve" / "xla")
+    home = os.path.expanduser("~")
+    if home == "~":  # a user without a home, as in some containers
+        return ""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "jaxserve" / "xla")
 
 
 def _use_compile_cache(option: str | None, progress: Progress) -> None:

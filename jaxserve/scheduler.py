@@ -98,7 +98,10 @@ class Stats:
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    """Prompt tokens that were not computed."""
     looked_up_tokens: int = 0
+    hit_tokens: int = 0
+    """Tokens looked up in the prefix cache, and found; preempted sequences come again."""
     generated_tokens: int = 0
     discarded_tokens: int = 0
 
@@ -132,6 +135,8 @@ class Scheduler:
         """Sequences that finished by themselves, for whoever measures them to take."""
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._requests: dict[str, list[Sequence]] = {}
+        self._queued: set[str] = set()
+        """Requests none of whose sequences has ever run."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = 0
 
@@ -139,14 +144,9 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not ended."""
-        return len(self._requests)
-
     def add(self, request: Request, now: float) -> None:
         """Queues a checked request. Raises Overloaded when the queue is full."""
-        if len({s.request.id for s in self.waiting}) >= self.max_queued_requests:
+        if len(self._queued) >= self.max_queued_requests:
             raise Overloaded(
                 f"{self.max_queued_requests} requests are waiting already; try again later, or raise "
                 "--max-queued-requests"
@@ -175,6 +175,7 @@ class Scheduler:
                 heapq.heappush(self._deadlines, (deadline, sequence.order, sequence))
             insort(self.waiting, sequence, key=self._rank)
             self._requests.setdefault(request.id, []).append(sequence)
+        self._queued.add(request.id)
 
     def abort(self, request_id: str) -> bool:
         """Ends all sequences of a request at once; their pages are free for the next plan. False if it is unknown."""
@@ -236,7 +237,9 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
                 break
-            if sequence.in_flight or (sequence.leader is not None and not self._prompt_planned(sequence.leader)):
+            if sequence.in_flight:
+                break  # just preempted; nobody of lower rank may take its pages before its token has come back
+            if sequence.leader is not None and not self._prompt_planned(sequence.leader):
                 continue
             if not self._admit(sequence, now):
                 break
@@ -291,6 +294,7 @@ class Scheduler:
         live = [s for group in self._requests.values() for s in group]
         assert {id(s) for s in live} == {id(s) for s in self.waiting + self.running}, "a sequence is lost"
         assert not any(s.finished for s in live), "a finished sequence is still queued"
+        assert self._queued <= {s.request.id for s in self.waiting}, "a request that runs counts as queued"
         assert all(not s.pages and s.slot < 0 and not s.num_computed for s in self.waiting), "a waiting one holds pages"
         assert [self._rank(s) for s in self.waiting] == sorted(self._rank(s) for s in self.waiting), (
             "queue out of order"
@@ -304,7 +308,9 @@ class Scheduler:
         return (sequence.request.priority if self.priorities else 0, sequence.order)
 
     def _prompt_planned(self, leader: Sequence) -> bool:
-        return leader.finished or leader.num_computed >= leader.num_prompt or leader.num_output > 0
+        """The leader's full blocks are there to be shared."""
+        blocks = (leader.num_prompt - 1) // self.pages.page_size
+        return leader.finished or leader.num_output > 0 or leader.num_registered >= blocks
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
         """Gives a waiting sequence a slot and the pages of all its tokens, or leaves it waiting."""
@@ -328,10 +334,12 @@ class Scheduler:
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=self._rank)
         self.stats.looked_up_tokens += len(sequence.tokens)
-        self.stats.cached_tokens += sequence.num_computed
+        self.stats.hit_tokens += sequence.num_computed
+        self._queued.discard(sequence.request.id)
         if sequence.started is None:
             sequence.started = now
             sequence.num_cached = sequence.num_computed
+            self.stats.cached_tokens += sequence.num_cached
             self.stats.prompt_tokens += sequence.num_prompt
         return True
 
@@ -374,6 +382,7 @@ class Scheduler:
         group.remove(sequence)
         if not group:
             del self._requests[sequence.request.id]
+            self._queued.discard(sequence.request.id)
 
     def _register(self, sequence: Sequence) -> None:
         """Names the blocks that are full and whose tokens the host knows, so that others can share them."""

@@ -3,13 +3,14 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from running_engine import Running, request
 from toy_model import VOCAB, expected_logits, write_checkpoint
 
 from jaxserve import models
-from jaxserve.errors import CheckpointError, ConfigError, EngineStopped
+from jaxserve.errors import CheckpointError, ConfigError, EngineStopped, InvalidParameter
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,14 @@ def test_a_crowd_is_everyone_alone(toy):
             repetition_penalty=float(rng.choice([1.0, 1.0, 1.3])), logprobs=[None, 2][i % 2], n=[1, 1, 1, 2][i % 4],
         )  # fmt: skip
     with Running(toy, pages=24, length=64, seqs=8) as crowd:
+        compiled = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, duration, **kwargs: compiled.append(event) if "backend_compile" in event else None
+        )
         together = crowd.run(requests)
+        assert not compiled, "nothing is compiled after warm-up, whatever the counter says"
+        jax.jit(lambda x: x * 3)(1.0)
+        assert compiled, "the listener hears"
         assert crowd.metric("vllm:num_preemptions_total") > 0
         assert crowd.metric("vllm:prefix_cache_hits_total") > 0
         assert crowd.metric("jaxserve_xla_compiles_total", phase="serving") == 0
@@ -199,6 +207,30 @@ def test_refusals_reach_the_sender_alone(engine):
     assert results["vocab", 0].error == results["empty", 0].error == results["bias", 0].error == "InvalidParameter"
     assert results["long", 0].error == results["long", 1].error == "PromptTooLong"
     assert results["timeout", 0].error == "InvalidParameter"
+
+
+def test_values_at_the_edge_of_float32(engine):
+    for params in (dict(temperature=1e-40), dict(temperature=1e-3), dict(temperature=1.0, top_p=1e-40)):
+        assert engine.one([7], max_tokens=3, seed=1, **params).tokens == [8, 9, 10], params
+
+
+def test_as_many_biased_ids_as_are_allowed(engine):
+    allowed = tuple(range(VOCAB))
+    assert engine.one([7], max_tokens=2, allowed_token_ids=allowed, banned_token_ids=(8,)).tokens == [7, 7]
+    wide = {i: 0.0 for i in range(1000)}
+    with pytest.raises(InvalidParameter, match="2000 ids together"):
+        request("x", [7], logit_bias=wide, banned_token_ids=tuple(range(1000, 2000)))
+    with pytest.raises(InvalidParameter, match="is banned"):
+        request("x", [7], allowed_token_ids=(3, 4), banned_token_ids=(4, 3))
+    refused = engine.one([7], allowed_token_ids=(3,), stop_token_ids=(3,), min_tokens=2)
+    assert refused.error == "InvalidParameter"
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+def test_what_must_be_whole_is(name):
+    for value in (1.5, 1.0, "1", True):
+        with pytest.raises(InvalidParameter, match=f"{name} must be an integer"):
+            request("x", [1], **{name: value})
 
 
 def test_deadlines_and_a_full_queue(toy):
@@ -259,6 +291,7 @@ def test_sizes_that_cannot_be(toy):
     for options, message in (
         (dict(pages=4, length=64), "max_model_len 64 needs 16 pages"),
         (dict(length=1000), "exceeds the model's 128 positions"),
+        (dict(seqs=8, budget=7), "max_num_batched_tokens 7 is less than max_num_seqs 8"),
     ):
         with pytest.raises(ConfigError, match=message):
             Running(toy, **options).__enter__()

@@ -1,7 +1,10 @@
 """The Python API on the embedded model."""
 
 import math
+import threading
+import time
 
+import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
@@ -41,6 +44,31 @@ def test_generate_takes_text_ids_and_lists(llm, capfd):
     assert "requests" not in capfd.readouterr().err
     llm.generate([[5]] * 20, SamplingParams(max_tokens=1))
     assert "requests" in capfd.readouterr().err, "a long list shows its progress"
+
+
+def test_ids_of_any_integer_type(llm):
+    ids = np.arange(5, 45)
+    assert llm.generate(ids, GREEDY).outputs[0].token_ids == llm.generate(ids.tolist(), GREEDY).outputs[0].token_ids
+    assert llm.score([ids], [ids[:3]])[0].token_ids == [5, 6, 7]
+
+
+def test_closing_ends_the_calls_of_other_threads():
+    llm = LLM(max_num_seqs=8, max_num_batched_tokens=64, num_kv_pages=24, max_model_len=320)
+    ended = []
+
+    def work():
+        try:
+            llm.generate([[5]] * 50, SamplingParams(max_tokens=300, ignore_eos=True))
+        except EngineStopped as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while "running{" not in (text := llm.metrics_text()) or 'running{engine="0",model_name="jaxserve-tiny"} 0' in text:
+        time.sleep(0.01)
+    llm.close()
+    thread.join(30)
+    assert not thread.is_alive() and len(ended) == 1
 
 
 def test_score(llm):

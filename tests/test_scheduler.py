@@ -129,6 +129,36 @@ def test_prefix_hits_and_salt():
     assert run(s, device)[0].num_cached_tokens == 0, "prompt logprobs need every position"
 
 
+def test_n_shares_also_when_there_is_room_not_to():
+    s, device = scheduler(pages=400, size=4, seqs=8, budget=400, length=100), Device(400, 4)
+    s.add(request("a", range(29), max_tokens=3, n=8), 0.0)
+    plan = s.plan(0.0)
+    assert len(plan.rows) == 1, "the others wait one step for the pages of the first"
+    s.commit(plan, device.launch(plan), 0.0)
+    plan = s.plan(0.0)
+    assert [r.start for r in plan.rows] == [29] + [28] * 7
+    s.commit(plan, device.launch(plan), 0.0)
+    run(s, device)
+
+
+def test_what_was_preempted_is_not_overtaken():
+    s, device = scheduler(pages=8, size=2, seqs=3, budget=16, length=16), Device(8, 2)
+    for name in "ab":
+        s.add(request(name, range(7), max_tokens=9), 0.0)
+    pending = None
+    while not s.stats.preemptions:  # both have 4 pages; a needs a fifth
+        if pending is None:
+            s.add(request("c", [1, 2], max_tokens=2), 0.0)
+        plan = s.plan(0.0)
+        launched = (plan, device.launch(plan))
+        if pending:
+            s.commit(*pending, 0.0)
+        pending = launched
+    assert [q.request.id for q in s.waiting] == ["b", "c"], "c may not take what b gave up"
+    s.commit(*pending, 0.0)
+    run(s, device)
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_n_shares_the_prompts_pages(caching):
     s, device = scheduler(pages=12, size=4, seqs=8, budget=32, length=40, prefix_caching=caching), Device(12, 4)
@@ -235,7 +265,7 @@ def test_ten_thousand_random_events(seed):
         s.check_integrity()
     hear(s.commit(*pending, now) if pending else [])
     hear(run(s, device))
-    assert refused and s.stats.cached_tokens and s.pages.usage == 0
+    assert refused and s.stats.hit_tokens and s.pages.usage == 0
     for (name, index), tokens in got.items():
         r = asked[name]
         want = expected(name, len(r.prompt_token_ids), r.params.max_tokens, index)

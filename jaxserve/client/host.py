@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import msgspec
@@ -105,6 +106,7 @@ async def _serve(launch: wire.Launch) -> None:
         await host.connected.wait()
     await host.ended.wait()
     await server.stop(grace=1.0)
+    _exit(0)  # not through asyncio.run, which would wait for a thread that may be inside a compilation
 
 
 def main() -> None:
@@ -112,17 +114,20 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C reaches us too; the front end decides
     launch = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=wire.Launch)
-    code = 1
     try:
         asyncio.run(_serve(launch))
-        code = 0
     except TimeoutError:
         print("the front end did not connect", file=sys.stderr)
     except Exception:
         traceback.print_exc()
+    _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process whatever XLA's threads are in the middle of."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # XLA's threads may be inside a compilation or a step, and nobody waits for either
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
@@ -20,13 +21,14 @@ log = logging.getLogger("jaxserve.engine")
 
 FIRST_BACK_OFF_S = 0.5
 LAST_BACK_OFF_S = 30.0
+HEALTHY_AFTER_S = 120.0
 STOP_TIMEOUT_S = 10.0
 
 
 class RemoteEngine:
     """An EngineClient whose engine is a child process. See client/__init__.py.
 
-    A child that dies fails the requests in flight with EngineStopped and is started again, at once at first and then
+    A child that dies fails the requests in flight with EngineStopped and is started again, soon at first and then
     ever more slowly. One that dies before it was ready for the first time is not: its error is the user's to mend.
     """
 
@@ -37,7 +39,7 @@ class RemoteEngine:
         self._error: JaxserveError | None = None
         self._settled = asyncio.Event()
         self._streams = Streams()
-        self._outbox: asyncio.Queue[wire.ToEngine | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -78,7 +80,12 @@ class RemoteEngine:
             return b""
         try:
             return await self._channel.unary_unary(wire.METRICS)(b"", timeout=2.0)
-        except grpc.aio.AioRpcError:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
+            return b""
+        except asyncio.CancelledError:  # the channel closed under the call; unless it was us who were cancelled
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
             return b""
 
     async def drain(self, timeout_s: float) -> None:
@@ -89,7 +96,10 @@ class RemoteEngine:
         self._stopping = True
         if self._supervisor is None:
             return
-        self._outbox.put_nowait(wire.Stop())
+        self._outbox.put_nowait(wire.encode(wire.Stop()))
+        if self._status.state is not EngineState.READY:  # loading or waiting to restart: nothing is in flight
+            self._kill()
+            self._supervisor.cancel()
         _, pending = await asyncio.wait({self._supervisor}, timeout=STOP_TIMEOUT_S)
         if pending:
             self._kill()
@@ -98,38 +108,53 @@ class RemoteEngine:
         self._streams.fail_all(EngineStopped("the engine was stopped"))
 
     def _submit(self, request: Request) -> None:
-        self._outbox.put_nowait(wire.Submit(request))
+        self._outbox.put_nowait(
+            wire.encode(wire.Submit(request))
+        )  # here, where what cannot be encoded harms nobody else
 
     def _abort(self, request_id: str) -> None:
-        self._outbox.put_nowait(wire.Abort(request_id))
+        self._outbox.put_nowait(wire.encode(wire.Abort(request_id)))
 
     async def _supervise(self) -> None:
         """Runs one engine process after another."""
         back_off = 0.0
         try:
             while not self._stopping:
-                was_ready = await self._run_once()
-                if self._stopping or self._error is not None:
+                started = time.monotonic()
+                try:
+                    await self._run_once()
+                except Exception as error:  # no process, no directory: the machine is short of something
+                    log.exception("running the engine process failed")
+                    if not self._settled.is_set():
+                        self._error = EngineStopped(f"the engine process could not be run: {error}")
+                if self._stopping or self._draining or self._error is not None:
                     return
                 if not self._settled.is_set():
                     self._error = EngineStopped("the engine process died while it was loading; its output says why")
                     return
-                back_off = 0.0 if was_ready else min(max(2 * back_off, FIRST_BACK_OFF_S), LAST_BACK_OFF_S)
+                healthy = time.monotonic() - started > HEALTHY_AFTER_S
+                back_off = FIRST_BACK_OFF_S if healthy or not back_off else min(2 * back_off, LAST_BACK_OFF_S)
                 log.error("the engine process died; starting it again in %g s", back_off)
                 self._status = EngineStatus(EngineState.DEAD, f"the engine died; restarting in {back_off:g} s")
                 await asyncio.sleep(back_off)
         finally:
+            if not self._settled.is_set() and self._error is None:
+                self._error = EngineStopped("the engine was stopped")
             self._status = EngineStatus(EngineState.DEAD, self._error.message if self._error else "stopped")
             self._settled.set()
 
-    async def _run_once(self) -> bool:
-        """One engine process from start to end; whether it was ever ready."""
+    async def _run_once(self) -> None:
+        """One engine process from start to end."""
         self._outbox = asyncio.Queue()
         self._status = EngineStatus(EngineState.LOADING, "starting the engine process")
         with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:  # only this user may open it
             socket = f"{directory}/engine.sock"
             process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "jaxserve.client.host", stdin=asyncio.subprocess.PIPE
+                sys.executable,
+                "-m",
+                "jaxserve.client.host",
+                stdin=asyncio.subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is for the front end to act on
             )
             try:
                 assert process.stdin is not None
@@ -138,21 +163,20 @@ class RemoteEngine:
                     process.stdin.write(wire.encode(launch))
                     await process.stdin.drain()
                 process.stdin.close()
-                return await self._converse(process, socket)
+                await self._converse(process, socket)
             finally:
                 self._kill()
                 await process.wait()
                 self._channel = None
 
-    async def _converse(self, process: asyncio.subprocess.Process, socket: str) -> bool:
+    async def _converse(self, process: asyncio.subprocess.Process, socket: str) -> None:
         """Reads the engine's stream until it or the process ends; what was in flight then fails."""
-        was_ready = False
         exited = asyncio.create_task(process.wait())
         # One attempt a moment, since the socket appears when the process has imported what it needs.
         options = (*wire.UNLIMITED, ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
         async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
             self._channel = channel
-            call = channel.stream_stream(wire.STREAM, wire.encode, None)(self._messages(), wait_for_ready=True)
+            call = channel.stream_stream(wire.STREAM, None, None)(self._messages(), wait_for_ready=True)
             exited.add_done_callback(lambda _: call.cancel())
             try:
                 async for data in call:
@@ -160,7 +184,7 @@ class RemoteEngine:
                         case wire.Step(deltas):
                             self._streams.deliver(deltas)
                         case wire.Status() as status:
-                            was_ready |= self._hear(status)
+                            self._hear(status)
                             if status.state is EngineState.DEAD:
                                 break
             except (grpc.aio.AioRpcError, asyncio.CancelledError):
@@ -173,23 +197,19 @@ class RemoteEngine:
                 self._streams.fail_all(EngineStopped("the engine died while it served this request; send it again"))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(exited), 2.0)
-        return was_ready
 
-    async def _messages(self) -> AsyncIterator[wire.ToEngine]:
+    async def _messages(self) -> AsyncIterator[bytes]:
         outbox = self._outbox
         while (message := await outbox.get()) is not None:
             yield message
 
-    def _hear(self, message: wire.Status) -> bool:
-        """Takes in a status; whether it says that the engine is ready."""
-        ready = message.state is EngineState.READY
-        if ready:
+    def _hear(self, message: wire.Status) -> None:
+        if message.state is EngineState.READY:
             self._info = message.info
             self._settled.set()
         if message.state is EngineState.DEAD and message.error is not None and not self._settled.is_set():
             self._error = message.error.rebuild()
         self._status = EngineStatus(message.state, message.detail)
-        return ready
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:

@@ -81,7 +81,7 @@ class EngineThread:
                 self._path,
                 model_name=self._model_name,
                 deliver=self._deliver,
-                progress=lambda message: self._set(EngineState.LOADING, message),
+                progress=self._progress,
             )
             self.engine = engine
             if self._stopping.is_set():
@@ -98,6 +98,11 @@ class EngineThread:
             self.error = EngineStopped(f"the engine failed: {type(error).__name__}: {error}")
         self._set(EngineState.DEAD, self.error.message)
         self._settled.set()
+
+    def _progress(self, message: str) -> None:
+        if self._stopping.is_set():
+            raise EngineStopped("the engine was stopped while it was loading")
+        self._set(EngineState.LOADING, message)
 
     def _set(self, state: EngineState, detail: str) -> None:
         self.status = EngineStatus(state, detail)

@@ -51,7 +51,7 @@ class Config:
 
 
 def param_specs(c: Config) -> dict[str, Any]:
-    w = partial(weight, c)  # axis names are the config's fields; sharding.py maps them to the mesh
+    w = partial(weight, c)  # axis names are the config's fields
 
     def block(hf: str) -> dict[str, Any]:
         return {
