@@ -313,7 +313,10 @@ class HttpTarget:
         if self._idle:
             reader, writer = self._idle.pop()
         else:
-            reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+            try:
+                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+            except OSError as error:
+                raise JaxserveError(f"cannot connect to {self._host}:{self._port}: {error}") from error
         whole = False
         try:
             key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
@@ -330,6 +333,8 @@ class HttpTarget:
             async for part in parts:
                 yield part
             whole = headers.get("connection", "").lower() != "close"
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise JaxserveError(f"{self._host}:{self._port} closed the connection") from error
         finally:
             if whole:
                 self._idle.append((reader, writer))

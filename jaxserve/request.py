@@ -8,7 +8,7 @@ import math
 
 import msgspec
 
-from jaxserve.errors import InvalidParameter, JaxserveError, PromptTooLong, rebuild
+from jaxserve.errors import InvalidParameter, JaxserveError, PromptTooLong, UnsupportedParameter, rebuild
 
 MAX_N = 128
 MAX_TOP_LOGPROBS = 20
@@ -89,9 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_k", self.top_k, -1, 2**31 - 1)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise InvalidParameter("top_p must be in (0, 1], got 0", param="top_p")
+        if not (isinstance(self.top_p, int | float) and 0.0 < self.top_p <= 1.0):
+            raise InvalidParameter(f"top_p must be in (0, 1], got {self.top_p!r}", param="top_p")
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -207,12 +206,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention: str
     device_bytes: dict[str, int]
     """Bytes on the device by kind: weights, kv, workspace."""
+    priorities: bool = True
+    """Requests are scheduled by their priority; otherwise first come, first served."""
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
     """Refuses what this engine cannot serve. Called at the edge and again by the engine.
 
-    Raises InvalidParameter or PromptTooLong.
+    Raises InvalidParameter, UnsupportedParameter or PromptTooLong.
     """
     params, prompt = request.params, request.prompt_token_ids
     if not prompt:
@@ -249,6 +250,12 @@ def check_request(request: Request, info: EngineInfo) -> None:
             raise InvalidParameter(
                 "every one of allowed_token_ids ends the sequence, which min_tokens forbids", param="min_tokens"
             )
+    if request.priority and not info.priorities:
+        raise UnsupportedParameter(
+            "priority is not served by a server that schedules first come, first served; leave it out, or start the "
+            "server with --scheduling-policy priority",
+            param="priority",
+        )
     if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
         raise InvalidParameter(
             f"timeout must be a positive number of seconds, got {request.timeout_s}", param="timeout"

@@ -163,6 +163,7 @@ class Runner:
             num_params=sum(a.size for a in self._params),
             platform=platform,
             attention=name,
+            priorities=options.schedule.scheduling_policy == "priority",
             device_bytes={"weights": weights, "kv": kv, "workspace": workspace},
         )
         metrics.device_bytes(self.info.device_bytes)

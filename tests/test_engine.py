@@ -201,12 +201,14 @@ def test_refusals_reach_the_sender_alone(engine):
         "long": request("long", range(40), max_tokens=25, n=2),
         "bias": request("bias", [1], logit_bias={VOCAB: 1.0}),
         "timeout": request("timeout", [1], timeout_s=-1.0),
+        "priority": request("priority", [1], priority=3),
     }
     results = engine.run(requests)
     assert results["good", 0].tokens == [*range(2, 22)]
     assert results["vocab", 0].error == results["empty", 0].error == results["bias", 0].error == "InvalidParameter"
     assert results["long", 0].error == results["long", 1].error == "PromptTooLong"
     assert results["timeout", 0].error == "InvalidParameter"
+    assert results["priority", 0].error == "UnsupportedParameter", "this engine goes by arrival"
 
 
 def test_values_at_the_edge_of_float32(engine):
