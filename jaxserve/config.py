@@ -102,6 +102,9 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and not (-1 if name == "grpc_port" else 0) <= value < 65536:
                 raise ConfigError(f"{name} must be in [0, 65535], got {value}")
+        for name in ("shutdown_timeout", "sse_keep_alive_interval"):
+            if not 0 <= getattr(self, name) < 1e9:
+                raise ConfigError(f"{name} must be a number of seconds, 0 or more, got {getattr(self, name)}")
         if self.max_body_bytes < 1024:
             raise ConfigError(f"max_body_bytes must be at least 1024, got {self.max_body_bytes}")
 

@@ -54,6 +54,12 @@ class Engine:
             priorities=schedule.scheduling_policy == "priority",
             prefix_caching=schedule.enable_prefix_caching,
         )
+        self.metrics.watch(
+            running=lambda: len(self.scheduler.running),
+            waiting=lambda: len(self.scheduler.waiting),
+            deferred=lambda: self.scheduler.num_deferred,
+            kv_usage=lambda: self.scheduler.pages.usage,
+        )
         self.metrics.cache_config(self.info.page_size, self.info.num_pages, schedule.enable_prefix_caching)
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
@@ -148,18 +154,19 @@ class Engine:
 
     def _measure(self) -> None:
         m, now, seen = self.metrics, self.scheduler.stats, self._seen
-        m.running.set(len(self.scheduler.running))
-        m.waiting.set(len(self.scheduler.waiting))
-        m.kv_usage.set(self.scheduler.pages.usage)
         m.preemptions.inc(now.preemptions - seen.preemptions)
-        m.prompt_tokens.inc(now.prompt_tokens - seen.prompt_tokens)
-        m.prompt_tokens_cached.inc(now.cached_tokens - seen.cached_tokens)
+        prompt, cached = now.prompt_tokens - seen.prompt_tokens, now.cached_tokens - seen.cached_tokens
+        m.prompt_tokens.inc(prompt)
+        m.prompt_tokens_cached.inc(cached)
+        m.prompt_tokens_hit.inc(cached)
+        m.prompt_tokens_computed.inc(prompt - cached)
         m.prefix_queries.inc(now.looked_up_tokens - seen.looked_up_tokens)
         m.prefix_hits.inc(now.hit_tokens - seen.hit_tokens)
         m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
         m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
         self._seen = replace(now)
         for sequence in self.scheduler.ended:
+            m.request_preemptions.observe(sequence.num_preemptions)
             m.prefill_computed.observe(sequence.num_prompt - sequence.num_cached)
             if sequence.started is not None:
                 m.queue_time.observe(sequence.started - sequence.arrival)

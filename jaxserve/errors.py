@@ -11,7 +11,6 @@ JaxserveError
 │   └── BodyTooLarge            the request body exceeds the limit
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request's own deadline passed
-├── RequestAborted          the request was aborted before it finished
 └── EngineStopped           the engine is loading, draining or gone
 """
 
@@ -63,17 +62,11 @@ class BodyTooLarge(RequestError):
 class Overloaded(JaxserveError):
     """The queue is full; nothing was queued."""
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0):
-        super().__init__(message, param=param)
-        self.retry_after_s = retry_after_s
+    retry_after_s = 1
 
 
 class DeadlineExceeded(JaxserveError):
     """The request's own deadline passed before it finished; its work was aborted."""
-
-
-class RequestAborted(JaxserveError):
-    """The request was aborted before it finished."""
 
 
 class EngineStopped(JaxserveError):

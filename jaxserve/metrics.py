@@ -5,6 +5,7 @@ Each process has its own registry; `/metrics` is the front end's text followed b
 """
 
 import time
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -59,11 +60,12 @@ _ITL = (
 _E2E = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_HTTP = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _GAP = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1)
 
 
 class EngineMetrics:
-    """The engine's metrics. Written by the engine's thread only."""
+    """The engine's metrics. Written by the engine's thread; what `watch` was given is read when somebody asks."""
 
     def __init__(self, model_name: str, registry: CollectorRegistry | None = None):
         self.registry = registry or CollectorRegistry()
@@ -78,11 +80,28 @@ class EngineMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, labels, buckets=buckets, registry=self.registry).labels(*values)
 
-        self.running = gauge("vllm:num_requests_running", "Sequences that hold pages and take part in steps")
-        self.waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be admitted")
-        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use by sequences (1 = all)")
+        self._running = gauge("vllm:num_requests_running", "Sequences that hold pages and take part in steps")
+        self._waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be admitted")
+        by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Waiting sequences by what they wait for: capacity (a slot or pages), deferred (the prompt's pages, "
+            "which the first continuation of the same request computes)",
+            (*labels, "reason"),
+            registry=self.registry,
+        )
+        self._waiting_capacity = by_reason.labels(*values, "capacity")
+        self._waiting_deferred = by_reason.labels(*values, "deferred")
+        self._kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use by sequences (1 = all)")
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of admitted sequences")
         self.prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens taken from the prefix cache")
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens of admitted sequences by where their keys and values came from",
+            (*labels, "source"),
+            registry=self.registry,
+        )
+        self.prompt_tokens_computed = by_source.labels(*values, "local_compute")
+        self.prompt_tokens_hit = by_source.labels(*values, "local_cache_hit")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated")
         self.preemptions = counter("vllm:num_preemptions", "Sequences preempted and recomputed")
         self.prefix_queries = counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache")
@@ -94,6 +113,9 @@ class EngineMetrics:
         self.inference_time = histogram("vllm:request_inference_time_seconds", "From first step to last token", _E2E)
         self.prefill_computed = histogram(
             "vllm:request_prefill_kv_computed_tokens", "Prompt tokens computed, cached ones left out", _TOKENS
+        )
+        self.request_preemptions = histogram(
+            "vllm:request_num_preemptions", "Preemptions of a sequence until it ended", (0, 1, 2, 5, 10, 20, 50)
         )
         self.params_n = histogram("vllm:request_params_n", "n by request", (1, 2, 5, 10, 20, 50, 128))
         self.params_max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens by request", _TOKENS)
@@ -128,6 +150,21 @@ class EngineMetrics:
         for phase in ("warmup", "serving"):  # a series that is there and 0 can be alerted on
             self._compiles.labels(*values, phase)
             self._compile_seconds.labels(*values, phase)
+
+    def watch(
+        self,
+        *,
+        running: Callable[[], int],
+        waiting: Callable[[], int],
+        deferred: Callable[[], int],
+        kv_usage: Callable[[], float],
+    ) -> None:
+        """Where the gauges of the queue read their values, from any thread."""
+        self._running.set_function(running)
+        self._waiting.set_function(waiting)
+        self._waiting_deferred.set_function(deferred)
+        self._waiting_capacity.set_function(lambda: waiting() - deferred())
+        self._kv_usage.set_function(kv_usage)
 
     def compiled(self, phase: str, seconds: float) -> None:
         self._compiles.labels(*self._values, phase).inc()
@@ -169,8 +206,8 @@ class RequestTimer:
                 self._metrics.inter_token_latency.observe((now - self._last) / count)
         self._last = now
 
-    def finish(self, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        """The request has ended: stop, length, abort or error."""
+    def finish(self, reason: str, prompt_tokens: int, completion_tokens: Sequence[int]) -> None:
+        """The request has ended: stop, length, abort or error. completion_tokens: of each continuation."""
         if self._finished:
             return
         self._finished = True
@@ -179,9 +216,11 @@ class RequestTimer:
         m.success(reason)
         m.e2e_latency.observe(now - self._arrival)
         m.request_prompt_tokens.observe(prompt_tokens)
-        m.request_generation_tokens.observe(completion_tokens)
-        if self._first is not None and completion_tokens > 1:
-            m.time_per_output_token.observe((self._last - self._first) / (completion_tokens - 1))
+        tokens = sum(completion_tokens)
+        m.request_generation_tokens.observe(tokens)
+        m.request_longest.observe(max(completion_tokens))
+        if self._first is not None and tokens > 1:
+            m.time_per_output_token.observe((self._last - self._first) / (tokens - 1))
 
 
 class FrontMetrics:
@@ -205,16 +244,27 @@ class FrontMetrics:
         self._success = Counter(
             "vllm:request_success", "Requests ended, by reason", (*labels, "finished_reason"), registry=self.registry
         )
+        self.request_longest = histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest continuation by request", _TOKENS
+        )
         self._http = Counter(
             "http_requests", "HTTP requests answered", ("handler", "method", "status"), registry=self.registry
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From a request's first byte to its answer's last",
+            ("handler", "method"),
+            buckets=_HTTP,
+            registry=self.registry,
         )
         self._values = values
 
     def success(self, reason: str) -> None:
         self._success.labels(*self._values, reason).inc()
 
-    def http(self, route: str, method: str, status: int) -> None:
+    def http(self, route: str, method: str, status: int, seconds: float) -> None:
         self._http.labels(route, method, str(status)).inc()
+        self._http_seconds.labels(route, method).observe(seconds)
 
     def track(self, arrival: float | None = None) -> RequestTimer:
         """A timer for a request that arrived at `arrival` (time.monotonic(); None: now)."""

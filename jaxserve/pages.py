@@ -99,13 +99,6 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
-    def forget_all(self) -> None:
-        """Empties the prefix cache: its contents no longer belong to the weights. Owned pages stay owned."""
-        for page in list(self._by_hash.values()):
-            self._forget(page)
-        self._free.extend(self._cached)
-        self._cached.clear()
-
     def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
         """Asserts that free + cached + owned pages are all pages, given the page lists of every live sequence."""
         counts = [0] * self.num_pages

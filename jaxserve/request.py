@@ -15,6 +15,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIAS_IDS = 1024
 MAX_STOP_IDS = 128
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096
 
 
 class FinishReason(enum.StrEnum):
@@ -22,7 +23,6 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
-    ABORT = "abort"
     ERROR = "error"
 
 
@@ -115,6 +115,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         if len(self.stop) > MAX_STOP_STRINGS or any(not s for s in self.stop):
             raise InvalidParameter(f"stop takes at most {MAX_STOP_STRINGS} non-empty strings", param="stop")
+        if any(len(s) > MAX_STOP_CHARS for s in self.stop):
+            raise InvalidParameter(f"stop strings may have at most {MAX_STOP_CHARS} characters", param="stop")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise InvalidParameter("seed must fit in 64 bits", param="seed")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
@@ -205,7 +207,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     platform: str
     attention: str
     device_bytes: dict[str, int]
-    """Bytes on the device by kind: weights, kv, workspace."""
+    """Bytes on the device by kind: weights, kv, slots, workspace."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
 

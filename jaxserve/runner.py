@@ -19,11 +19,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import attention, batch, sampling
 from jaxserve.batch import Layout, Shape
 from jaxserve.config import EngineOptions
 from jaxserve.errors import ConfigError
+from jaxserve.host_memory import host_memory
 from jaxserve.metrics import EngineMetrics
 from jaxserve.models import find_model
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
@@ -118,7 +120,7 @@ class Runner:
         name, reason, self._kernel = attention.choose(options.device.attention, platform)
         progress(f"attention: {name} ({reason})")
         _use_compile_cache(options.device.compile_cache_dir, progress)
-        dtype = _dtype(options.model.dtype, platform)
+        dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
 
         def report(done: int, total: int) -> None:
             progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
@@ -149,7 +151,7 @@ class Runner:
         )
         # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
         self._bind = jax.jit(_bind, donate_argnums=0).lower(self._abstract(self.sizes), *self._no_binding()).compile()
-        kv = self._state.cache.nbytes
+        kv, slots = self._state.cache.nbytes, sum(a.nbytes for a in jax.tree.leaves(self._state.slots))
         self.info = EngineInfo(
             model=str(path),
             architecture=self.model.name,
@@ -164,14 +166,14 @@ class Runner:
             platform=platform,
             attention=name,
             priorities=options.schedule.scheduling_policy == "priority",
-            device_bytes={"weights": weights, "kv": kv, "workspace": workspace},
+            device_bytes={"weights": weights, "kv": kv, "slots": slots, "workspace": workspace},
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
         progress(
             f"memory: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({self.sizes.num_pages} pages of "
-            f"{self.sizes.page_size} tokens) + workspace {workspace / gib:.2f} = "
-            f"{(weights + kv + workspace) / gib:.2f} GiB"
+            f"{self.sizes.page_size} tokens) + slots {slots / gib:.2f} + workspace {workspace / gib:.2f} = "
+            f"{(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
 
     def launch(self, plan: Plan) -> tuple[Launched, int]:
@@ -416,10 +418,11 @@ def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
     )
 
 
-def _dtype(name: str, platform: str) -> Any:
-    if name == "auto":  # XLA:CPU reads bfloat16 weights 20 times below memory bandwidth at batch 1
-        name = "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+def dtype_for(option: str, platform: str) -> str:
+    """The name of the dtype of weights and cache."""
+    if option == "auto":  # XLA:CPU reads bfloat16 weights 20 times below memory bandwidth at batch 1
+        return "float32" if platform == "cpu" else "bfloat16"
+    return option
 
 
 def _workspace(compiled: jax.stages.Compiled) -> int:
@@ -437,17 +440,15 @@ def _device_memory(device: jax.Device) -> int:
         if not stats or "bytes_limit" not in stats:
             raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
         return int(stats["bytes_limit"])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory().free
 
 
 def compile_cache_dir(option: str | None) -> str:
-    """Where compiled steps are kept; '' for nowhere."""
+    """Where compiled steps are kept; '' for nowhere. The option goes before JAX's own setting, that before ours."""
     if option is not None:
         return os.path.expanduser(option)
+    if jax.config.jax_compilation_cache_dir:
+        return str(jax.config.jax_compilation_cache_dir)
     home = os.path.expanduser("~")
     if home == "~":  # a user without a home, as in some containers
         return ""
@@ -455,13 +456,12 @@ def compile_cache_dir(option: str | None) -> str:
 
 
 def _use_compile_cache(option: str | None, progress: Progress) -> None:
-    """JAX has one cache a process: a directory that was set before is respected."""
-    if jax.config.jax_compilation_cache_dir:
+    """Turns JAX's cache on or off; what JAX was told of it before stays, if it is the same directory."""
+    directory, before = compile_cache_dir(option), jax.config.jax_compilation_cache_dir or ""
+    progress(f"compile cache: {directory or 'off'}")
+    if directory == before:
         return
-    directory = compile_cache_dir(option)
-    if not directory:
-        return
-    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_compilation_cache_dir", directory or None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    progress(f"compile cache: {directory}")
+    compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory

@@ -42,6 +42,7 @@ class Sequence:
     num_registered: int = 0
     num_computed: int = 0
     num_cached: int = 0
+    num_preemptions: int = 0
     in_flight: int = 0
     slot: int = -1
     started: float | None = None
@@ -143,6 +144,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def num_deferred(self) -> int:
+        """Waiting sequences that wait for their leader's pages, not for capacity. Any thread may ask."""
+        return sum(s.leader is not None and not self._prompt_planned(s.leader) for s in list(self.waiting))
 
     def add(self, request: Request, now: float) -> None:
         """Queues a checked request. Raises Overloaded when the queue is full."""
@@ -361,6 +367,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Takes pages and slot away; the sequence waits at its old rank and is computed anew from its tokens."""
         self.stats.preemptions += 1
+        sequence.num_preemptions += 1
         self._release(sequence)
         self.running.remove(sequence)
         insort(self.waiting, sequence, key=self._rank)

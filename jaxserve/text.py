@@ -12,7 +12,7 @@ import msgspec
 
 from jaxserve.chat import ChatTemplate, load_chat_template
 from jaxserve.client import EngineClient
-from jaxserve.errors import ConfigError, InvalidParameter, RequestAborted, UnsupportedParameter
+from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
 from jaxserve.metrics import FrontMetrics
 from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
 from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer
@@ -178,7 +178,7 @@ class TextModel:
 
     async def _deltas(self, request: Request, arrival: float) -> AsyncGenerator[TextDelta, None]:
         sequences = [_Sequence(self.tokenizer, request) for _ in range(request.params.n)]
-        prompt_tokens, completion_tokens, running = len(request.prompt_token_ids), 0, len(sequences)
+        prompt_tokens, running = len(request.prompt_token_ids), len(sequences)
         timer = self.metrics.track(arrival) if self.metrics is not None else None
         outcome = "error"
         try:
@@ -189,7 +189,6 @@ class TextModel:
                     if sequence.ended:
                         continue
                     text_delta = sequence.push(delta)
-                    completion_tokens += len(text_delta.token_ids)
                     if timer is not None and text_delta.token_ids:
                         timer.tokens(len(text_delta.token_ids))
                     if text_delta.finish is not None:
@@ -198,13 +197,13 @@ class TextModel:
                     if not running:
                         # Before the last delta goes out: whoever takes it may never come back.
                         if timer is not None:
-                            timer.finish(outcome, prompt_tokens, completion_tokens)
+                            timer.finish(outcome, prompt_tokens, [s.tokens for s in sequences])
                             timer = None
                         if any(s.cut_short for s in sequences):
                             await deltas.aclose()
                     yield text_delta
             assert not running, "the engine ended a request before its sequences"
-        except (asyncio.CancelledError, GeneratorExit, RequestAborted):
+        except (asyncio.CancelledError, GeneratorExit):
             outcome = "abort"
             raise
         except BaseException:
@@ -212,7 +211,7 @@ class TextModel:
             raise
         finally:
             if timer is not None:
-                timer.finish(outcome, prompt_tokens, completion_tokens)
+                timer.finish(outcome, prompt_tokens, [s.tokens for s in sequences])
 
 
 class _Sequence:
@@ -230,7 +229,7 @@ class _Sequence:
             prompt_tail=request.prompt_token_ids,
         )
         self._stop = StopStrings(request.params.stop, request.params.include_stop_str_in_output)
-        self._tokens = 0
+        self.tokens = 0
 
     def push(self, delta: Delta) -> TextDelta:
         params = self._request.params
@@ -248,7 +247,7 @@ class _Sequence:
             self.cut_short = finish is None
             count, stop_reason = matched
             ids, finish = ids[:count], FinishReason.STOP
-        self._tokens += len(ids)
+        self.tokens += len(ids)
         self.ended = finish is not None
         return TextDelta(
             index=delta.index,
@@ -270,13 +269,13 @@ class _Sequence:
         text = ""
         for count, token in enumerate(ids[:shown], 1):
             # As in vLLM: a stop string that is complete within the first min_tokens tokens does not stop.
-            armed = self._tokens + count > params.min_tokens
+            armed = self.tokens + count > params.min_tokens
             out, matched = self._stop.push(self._text.push((token,)), armed=armed)
             text += out
             if matched is not None:
                 return text, (count, matched)
         if last:
-            out, matched = self._stop.push(self._text.flush(), armed=self._tokens + len(ids) > params.min_tokens)
+            out, matched = self._stop.push(self._text.flush(), armed=self.tokens + len(ids) > params.min_tokens)
             text += out
             if matched is not None:
                 return text, (len(ids), matched)

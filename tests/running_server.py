@@ -14,7 +14,6 @@ class Server:
     """`with Server("--max-num-seqs", "4", model=path) as server: server.post(...)`"""
 
     def __init__(self, *flags: str, model: Path | None = None):
-        # A backlog of background compilations would only slow the tests down: the first shapes serve everything.
         self._argv = [sys.executable, "-m", "jaxserve", "serve", *([str(model)] if model else [])]
         self._argv += ["--port", "0", "--grpc-port", "0", *flags]
 

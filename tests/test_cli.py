@@ -180,6 +180,7 @@ def test_flags_rebuild_the_options(served) -> None:
         (["serve", "--dtype", "int4"], "bfloat16"),
         (["serve", "--max-modle-len", "4"], "--max-model-len"),
         (["serve", "--port", "70000"], "port must be in [0, 65535]"),
+        (["serve", "--shutdown-timeout", "-1"], "shutdown_timeout must be a number of seconds, 0 or more, got -1"),
         (["serve", "one", "two"], "two"),
         (["serve", "./not-here"], "no such directory"),
         (["serve", "--config", "/no/such.toml"], "/no/such.toml"),

@@ -141,7 +141,8 @@ def test_prefix_hits_and_salt(engine):
     assert engine.one(prompt, max_tokens=3, cache_salt="x").tokens == [30, 31, 32]
 
 
-def test_a_crowd_is_everyone_alone(toy):
+@pytest.mark.parametrize(("seqs", "pages"), [(8, 24), (64, 360)])
+def test_a_crowd_is_everyone_alone(toy, monkeypatch, seqs, pages):
     """Mixed lengths, temperatures, seeds and prefix hits in a pool so small that sequences are preempted."""
     rng = np.random.default_rng(0)
     prefixes = [list(range(24)), [3] * 17]
@@ -153,8 +154,12 @@ def test_a_crowd_is_everyone_alone(toy):
             seed=int(rng.integers(0, 2**31)), top_k=int(rng.choice([0, 5])), top_p=float(rng.choice([1.0, 0.9])),
             repetition_penalty=float(rng.choice([1.0, 1.0, 1.3])), logprobs=[None, 2][i % 2], n=[1, 1, 1, 2][i % 4],
         )  # fmt: skip
-    with Running(toy, pages=24, length=64, seqs=8) as crowd:
-        compiled = []
+    with Running(toy, pages=pages, length=64, seqs=seqs, budget=max(32, 2 * seqs)) as crowd:
+        compiled, together_in_a_step = [], []
+        launch = crowd.engine.runner.launch
+        monkeypatch.setattr(
+            crowd.engine.runner, "launch", lambda plan: (together_in_a_step.append(len(plan.rows)), launch(plan))[1]
+        )
         jax.monitoring.register_event_duration_secs_listener(
             lambda event, duration, **kwargs: compiled.append(event) if "backend_compile" in event else None
         )
@@ -162,7 +167,9 @@ def test_a_crowd_is_everyone_alone(toy):
         assert not compiled, "nothing is compiled after warm-up, whatever the counter says"
         jax.jit(lambda x: x * 3)(1.0)
         assert compiled, "the listener hears"
+        assert max(together_in_a_step) > 0.7 * seqs, "a crowd, not a queue"
         assert crowd.metric("vllm:num_preemptions_total") > 0
+        assert crowd.metric("vllm:num_preemptions_total") == crowd.metric("vllm:request_num_preemptions_sum")
         assert crowd.metric("vllm:prefix_cache_hits_total") > 0
         assert crowd.metric("jaxserve_xla_compiles_total", phase="serving") == 0
         assert crowd.metric("jaxserve_xla_compiles_total", phase="warmup") == len(crowd.engine.runner.shapes)
@@ -191,6 +198,39 @@ def test_abort_frees_pages_while_others_go_on(engine):
     assert len(results["stays", 0].tokens) == 30
     engine.thread.abort("gone too")
     engine.wait_idle()
+
+
+def test_an_aborted_request_is_in_no_later_step(engine, monkeypatch):
+    """Its pages are free when the next step is planned, while the step that computes it is still running."""
+    steps, held = [], []
+    launch, scheduler = engine.engine.runner.launch, engine.engine.scheduler
+
+    def watch(plan):
+        steps.append({row.sequence.request.id for row in plan.rows})
+        held.append(scheduler.pages.num_pages - scheduler.pages.available)
+        if len(steps) == 3:
+            engine.engine.abort("gone")
+        return launch(plan)
+
+    monkeypatch.setattr(engine.engine.runner, "launch", watch)
+    engine.thread.submit(request("gone", [1] * 21, max_tokens=40))
+    results = engine.run({"stays": request("stays", [2], max_tokens=30)})
+    assert len(results["stays", 0].tokens) == 30
+    assert "gone" in steps[2] and not any("gone" in step for step in steps[3:])
+    assert held[2] >= 7 and held[3] <= 2
+
+
+def test_prompt_tokens_are_counted_by_their_source(toy):
+    with Running(toy, pages=16, length=64) as running:
+        for _ in range(2):
+            running.one(range(10), max_tokens=1)
+        source = {
+            s: running.metric("vllm:prompt_tokens_by_source_total", source=s)
+            for s in ("local_compute", "local_cache_hit")
+        }
+        assert source == {"local_compute": 10 + 2, "local_cache_hit": 8}
+        waiting = [running.metric("vllm:num_requests_waiting_by_reason", reason=r) for r in ("capacity", "deferred")]
+        assert waiting == [0, 0]
 
 
 def test_refusals_reach_the_sender_alone(engine):

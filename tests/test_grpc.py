@@ -313,7 +313,8 @@ def test_no_chat_template(toy: Path, tmp_path: Path) -> None:
 def test_errors_of_the_engine(toy: Path) -> None:
     async def main() -> None:
         async with running(toy) as r:
-            r.engine.refuse = Overloaded("the queue is full", retry_after_s=3.0)
+            r.engine.refuse = Overloaded("the queue is full")
+            r.engine.refuse.retry_after_s = 3
             error = await r.refusal(r.api.Generate(text_request()))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "3000"

@@ -124,7 +124,8 @@ async def test_an_error_in_the_middle_is_an_event(
 @in_loop
 async def test_an_error_before_the_first_token_sets_the_status(stream: bool) -> None:
     engine = FakeEngine()
-    engine.refuse = Overloaded("the queue is full", retry_after_s=7)
+    engine.refuse = Overloaded("the queue is full")
+    engine.refuse.retry_after_s = 7
     async with live(engine) as url, httpx.AsyncClient() as client:
         response = await client.post(f"{url}/v1/chat/completions", json=chat(stream=stream))
     assert response.status_code == 503

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from lower ranks, or from its own package.
 RANKS = {
     "errors": -1,
-    "request": 0, "metrics": 0,
+    "request": 0, "metrics": 0, "host_memory": 0,
     "config": 1, "spec": 1, "quant": 1,
     "layers": 2, "sharding": 2,
     "models": 3, "attention": 3, "sampling": 3, "weights": 3, "hub": 3, "tokenizer": 3, "chat": 3, "pages": 3,
@@ -32,7 +32,7 @@ RANKS = {
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
-    "errors", "request", "metrics", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
+    "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
     "client", "client.remote", "text", "server", "cli",
 ]  # fmt: skip
 

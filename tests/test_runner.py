@@ -1,14 +1,18 @@
 """What the compiled steps look like: the cache in place in every shape, few shapes, nothing that grows with it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxserve.batch import Shape
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions
 from jaxserve.metrics import EngineMetrics
-from jaxserve.runner import Runner
+from jaxserve.runner import Runner, compile_cache_dir
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,32 @@ def test_so_is_the_history(runner, shape):
 
     history = 64 * (100_000 - 256) * 4
     assert temp(100_000) - temp(256) < history / 10
+
+
+def test_the_compile_cache_that_was_asked_for_is_used(tmp_path):
+    """The option goes before JAX's own variable, in a process that has compiled before too."""
+    script = f"""
+import os, jax, jaxserve.runner as runner
+said = []
+jax.jit(lambda x: x + 1)(1.0)
+before = sorted(os.listdir({str(tmp_path / "jax")!r}))
+runner._use_compile_cache({str(tmp_path / "ours")!r}, said.append)
+jax.jit(lambda x: x + 2)(1.0)
+runner._use_compile_cache("", said.append)
+jax.jit(lambda x: x + 3)(1.0)
+assert sorted(os.listdir({str(tmp_path / "jax")!r})) == before, "JAX's own is left alone"
+assert len(os.listdir({str(tmp_path / "ours")!r})) >= 1
+print(said)
+"""
+    environ = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    (tmp_path / "jax").mkdir()
+    out = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f"['compile cache: {tmp_path / 'ours'}', 'compile cache: off']"
+
+
+def test_jaxs_own_compile_cache_goes_before_our_default(tmp_path):
+    assert compile_cache_dir(str(tmp_path)) == str(tmp_path) and compile_cache_dir("") == ""
+    assert compile_cache_dir(None) == jax.config.jax_compilation_cache_dir
 
 
 def test_sizes_are_worked_out_and_said(runner):

@@ -163,6 +163,7 @@ def test_what_was_preempted_is_not_overtaken():
 def test_n_shares_the_prompts_pages(caching):
     s, device = scheduler(pages=12, size=4, seqs=8, budget=32, length=40, prefix_caching=caching), Device(12, 4)
     s.add(request("a", range(29), max_tokens=3, n=4), 0.0)
+    assert len(s.waiting) == 4 and s.num_deferred == 3, "all but the first wait for its pages"
     deltas = run(s, device)  # 8 pages a sequence: four would need 32 if they did not share
     for index in range(4):
         assert output(deltas, "a", index) == expected("a", 29, 3, index)

@@ -21,7 +21,7 @@ from jaxserve.errors import (
 from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams
 from jaxserve.text import TextDelta, TextModel, TokenLogprob
 
-STOP, LENGTH, ABORT = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
 
 class ScriptedEngine:
@@ -64,8 +64,8 @@ class CountingMetrics:
     def tokens(self, count: int) -> None:
         self.calls.append(("tokens", count))
 
-    def finish(self, reason: str, prompt_tokens: int, completion_tokens: int) -> None:
-        self.calls.append((reason, prompt_tokens, completion_tokens))
+    def finish(self, reason: str, prompt_tokens: int, completion_tokens: list[int]) -> None:
+        self.calls.append((reason, prompt_tokens, sum(completion_tokens)))
 
     @property
     def ends(self) -> list[tuple]:
@@ -356,13 +356,6 @@ def test_an_error_of_the_engine_is_raised_and_counted(path, error):
     with pytest.raises(type(error)):
         run(model)
     assert model.metrics.ends == [("error", 1, 1)]
-
-
-def test_an_aborted_sequence_ends_with_its_text(path):
-    model = make(path, said("aE"), Delta("r", finish=ABORT))
-    deltas = run(model, SamplingParams(stop=("END",)))
-    assert (text_of(deltas), deltas[-1].finish) == ("aE", ABORT)
-    assert model.metrics.ends == [("abort", 1, 2)]
 
 
 def test_closing_aborts_the_work(path):

@@ -268,8 +268,6 @@ async def server_process(engine: EngineOptions) -> AsyncIterator[str]:
     flags = cli.as_flags(replace(engine.model, model=None), engine.schedule, engine.device, ServerOptions(port=0))
     # The flags say it all: what was read from variables and files is in them.
     environ = {k: v for k, v in os.environ.items() if not k.startswith(cli.ENV_PREFIX)}
-    if engine.device.compile_cache_dir is not None:
-        environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # JAX's own variable would win over the flag
     log = tempfile.TemporaryFile()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "jaxserve", "serve", *model, *flags,

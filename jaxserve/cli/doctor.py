@@ -13,6 +13,7 @@ from pathlib import Path
 from jaxserve import __version__
 from jaxserve.cli import options as cli
 from jaxserve.config import DeviceOptions, ServerOptions
+from jaxserve.host_memory import host_memory
 
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "orbax-checkpoint", "numpy",
@@ -90,9 +91,8 @@ def machine() -> Iterator[tuple[str, str]]:
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     if flags:
         yield "instruction sets", " ".join(f for f in CPU_FLAGS if f in flags) or "none of " + " ".join(CPU_FLAGS)
-    total, free = memory_bytes()
-    if total:
-        yield "memory", f"{_size(total)}, {_size(free)} free"
+    memory = host_memory()
+    yield "memory", f"{_size(memory.total)}, {_size(memory.free)} free"
 
 
 def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
@@ -100,6 +100,7 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
     from jaxserve.attention import choose
     from jaxserve.errors import ConfigError
+    from jaxserve.runner import dtype_for
 
     try:
         found = jax.devices()
@@ -115,10 +116,8 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
     kind = found[0].platform
     if kind == "cpu" and shutil.which("nvidia-smi") and not importlib.util.find_spec("jax_cuda13_plugin"):
         problems.append("an NVIDIA GPU is here, but JAX lacks its plugin: pip install 'jaxserve[cuda]'")
-    if models.dtype == "auto":
-        yield "dtype", f"{'float32' if kind == 'cpu' else 'bfloat16'} (auto on {kind})"
-    else:
-        yield "dtype", f"{models.dtype} (asked for by name)"
+    reason = f"auto on {kind}" if models.dtype == "auto" else "asked for by name"
+    yield "dtype", f"{dtype_for(models.dtype, kind)} ({reason})"
     try:
         name, reason, _ = choose(options.attention, kind)
         yield "attention", f"{name} ({reason})"
@@ -127,13 +126,11 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
 
 def files(options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
-    import jax
-
     from jaxserve.errors import ConfigError
     from jaxserve.hub import resolve_model
     from jaxserve.runner import compile_cache_dir
 
-    configured = jax.config.jax_compilation_cache_dir or compile_cache_dir(options.compile_cache_dir)
+    configured = compile_cache_dir(options.compile_cache_dir)
     if not configured:
         yield "compile cache", "off"
     else:
@@ -172,16 +169,6 @@ def ports(options: ServerOptions, problems: list[str]) -> Iterator[tuple[str, st
                 if must:
                     flag = "--port" if name == "HTTP" else "--grpc-port"
                     problems.append(f"{name} port {port}: {e.strerror}; choose another one with {flag}")
-
-
-def memory_bytes() -> tuple[int, int]:
-    """(total, free) bytes of main memory; zeros where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return kib.get("MemTotal", 0) * 1024, kib.get("MemAvailable", 0) * 1024
 
 
 def _cpu_info() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -147,7 +148,9 @@ class RemoteEngine:
         """One engine process from start to end."""
         self._outbox = asyncio.Queue()
         self._status = EngineStatus(EngineState.LOADING, "starting the engine process")
-        with tempfile.TemporaryDirectory(prefix="jaxserve-") as directory:  # only this user may open it
+        # Only this user may open it. A socket's path has at most 107 bytes, whatever TMPDIR is.
+        parent = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
+        with tempfile.TemporaryDirectory(prefix="jaxserve-", dir=parent) as directory:
             socket = f"{directory}/engine.sock"
             process = self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

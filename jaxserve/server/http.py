@@ -75,7 +75,7 @@ class HttpApp:
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[..., Any]) -> None:
         assert scope["type"] == "http", "the server is configured without lifespan and websockets"
-        exchange = Exchange(scope, receive, send)
+        exchange, arrival = Exchange(scope, receive, send), time.monotonic()
         scope["app"], scope["exchange"] = self, exchange
         try:
             await self._router(scope, receive, send)
@@ -89,7 +89,7 @@ class HttpApp:
             endpoint = scope.get("endpoint")
             route = endpoint.path if isinstance(endpoint, _Endpoint) else "none"
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http(route, method, exchange.status or CLIENT_GONE)
+            self._metrics.http(route, method, exchange.status or CLIENT_GONE, time.monotonic() - arrival)
             exchange.log(quiet=route in _QUIET)
 
     def _route(self, path: str, handle: Callable[[Exchange], Awaitable[None]], method: str = "GET") -> Route:

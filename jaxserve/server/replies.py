@@ -8,8 +8,6 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from jaxserve.errors import JaxserveError, RequestAborted
-from jaxserve.request import FinishReason
 from jaxserve.server.status import error_body
 from jaxserve.text import TextDelta, TokenLogprob
 
@@ -186,11 +184,7 @@ class Reply:
         raise NotImplementedError
 
     def _count(self, prompt: int, delta: TextDelta) -> int:
-        """The choice that the delta belongs to. Raises if its work was ended from outside."""
-        if delta.finish is FinishReason.ABORT:
-            raise RequestAborted("the request was aborted before it finished")
-        if delta.finish is FinishReason.ERROR:
-            raise JaxserveError("a sequence ended with an error that was not raised")
+        """The choice that the delta belongs to."""
         self.completion_tokens += len(delta.token_ids)
         if delta.num_cached_tokens:
             self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)

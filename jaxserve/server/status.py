@@ -32,7 +32,6 @@ STATUS: dict[type[errors.JaxserveError], Status] = {
     errors.BodyTooLarge: Status(413, _C.RESOURCE_EXHAUSTED, _BAD, "request_too_large"),
     errors.Overloaded: Status(503, _C.RESOURCE_EXHAUSTED, _BUSY, "overloaded"),
     errors.DeadlineExceeded: Status(504, _C.DEADLINE_EXCEEDED, "timeout_error", "deadline_exceeded"),
-    errors.RequestAborted: Status(499, _C.CANCELLED, _SERVER, "request_aborted"),
     errors.EngineStopped: Status(503, _C.UNAVAILABLE, _BUSY, "engine_unavailable"),
 }
 
@@ -61,7 +60,7 @@ def public_message(error: BaseException) -> str:
 def retry_after_s(error: BaseException) -> int | None:
     """Whole seconds after which trying again may help; None where it will not."""
     if isinstance(error, errors.Overloaded):
-        return max(1, round(error.retry_after_s))
+        return error.retry_after_s
     return 2 if isinstance(error, errors.EngineStopped) else None
 
 

@@ -194,7 +194,11 @@ def with_token(ids: list[int], token_id: int | None, wanted: bool | None) -> lis
 
 
 def not_unicode() -> InvalidParameter:
-    return InvalidParameter("the text is not valid Unicode: it holds half of a surrogate pair", param="prompt")
+    return InvalidParameter(
+        "the text is not valid Unicode: it holds half of a surrogate pair, which no UTF-8 text can; send the whole "
+        "character, or U+FFFD in its place",
+        param="prompt",
+    )
 
 
 def _contents(value: Any) -> list[str]:

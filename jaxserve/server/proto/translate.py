@@ -15,8 +15,6 @@ _REPEATED = frozenset({"allowed_token_ids", "banned_token_ids", "stop", "stop_to
 _FINISH = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 
 

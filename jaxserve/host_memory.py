@@ -1,0 +1,62 @@
+"""How much main memory this process may use: the machine's, and the limits of the control groups it runs in."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of main memory, and those that could still be had."""
+
+    total: int
+    free: int
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Memory of the machine or of the container, whichever is less. `root` is where /proc and /sys are looked for."""
+    memory = _machine(root)
+    for limit, used in _control_groups(root):
+        memory = HostMemory(min(memory.total, limit), min(memory.free, max(0, limit - used)))
+    return memory
+
+
+def _machine(root: Path) -> HostMemory:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: what is free is not known
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return HostMemory(total, total)
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return HostMemory(kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024)
+
+
+def _control_groups(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) bytes of every control group, version 2 or 1, that holds this process and has a limit.
+
+    Files and meaning: the Linux kernel's cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    try:
+        entries = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for _, controllers, path in entries:
+        if controllers == "":
+            mount, limit, used, reclaimable = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            reclaimable = "total_inactive_file"
+        else:
+            continue
+        group = Path(path.strip("/"))
+        for folder in (group, *group.parents):  # inside a container the path may be the host's; the top is ours
+            at = root / mount / folder
+            try:
+                most = int((at / limit).read_text())  # "max", which is no number: no limit
+                held = int((at / used).read_text())
+                statistics = dict(line.split() for line in (at / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            found.append((most, held - int(statistics.get(reclaimable, 0))))
+    return found
