@@ -1,36 +1,54 @@
 """The one place where an attention kernel is chosen and bound to a step."""
 
+from collections.abc import Callable
 from importlib import import_module
 
 import jax
 import jax.numpy as jnp
 
+from jaxserve import native
 from jaxserve.errors import ConfigError
+from jaxserve.native.build import BuildError
 from jaxserve.spec import Attend
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
-KERNELS = {"reference": "kernels_pallas.ragged_paged_attention.reference"}
+KERNELS = {"reference": "kernels_pallas.ragged_paged_attention.reference", "cpu": "jaxserve.native.attention"}
 """Bodies by name. A platform's own body goes here and into PLATFORM."""
-PLATFORM = {"cpu": "reference", "gpu": "reference", "tpu": "reference"}
+PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "reference"}
 
 
-def choose(name: str, platform: str) -> tuple[str, str, RaggedPagedAttention]:
-    """The kernel's name, the reason in words, and the kernel. Raises ConfigError for an unknown name."""
+def choose(
+    name: str, platform: str, progress: Callable[[str], None] = lambda message: None
+) -> tuple[str, str, RaggedPagedAttention]:
+    """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had."""
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
     reason = f"auto on {platform}" if name == "auto" else "asked for by name"
+    if chosen == "cpu":
+        if platform != "cpu":
+            raise ConfigError(f"attention='cpu' does not run on {platform}; use auto")
+        try:
+            native.load(progress)
+        except BuildError as error:
+            if name != "auto":
+                raise ConfigError(f"attention='cpu': {error}") from error
+            chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
 
 
 def bind(
     kernel: RaggedPagedAttention,
+    layers: int,
     kv_lens: jax.Array,
     page_table: jax.Array,
     cu_q_lens: jax.Array,
     distribution: jax.Array,
 ) -> Attend:
-    """Attention over a stacked cache [L, P, page, row] for one step's sequences, as a model file calls it."""
+    """Attention over a stacked cache [layers * P, page, row] for one step's sequences, as a model file calls it.
+
+    The layers' pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
+    """
     kernel = jax.jit(kernel, static_argnames=("scale", "window"))  # traced once a step, not once a layer
 
     def attend(
@@ -43,20 +61,20 @@ def bind(
         scale: float | None = None,
         window: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        layers, pages, page, row = cache.shape
-        out, flat = kernel(
+        out, cache = kernel(
             q,
             k,
             v,
-            cache.reshape(layers * pages, page, row),
+            cache,
             kv_lens,
-            page_table + layer * pages,  # the kernel sees the whole cache: slicing a layer out would copy it
+            page_table
+            + layer * (cache.shape[0] // layers),  # the kernel sees the whole cache: slicing a layer out would copy it
             cu_q_lens,
             distribution,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             window=window,
         )
-        return out.astype(q.dtype), flat.reshape(cache.shape)
+        return out.astype(q.dtype), cache
 
     return attend
 

@@ -3,7 +3,7 @@
 A step's shape is (T tokens, S sequences). Everything else that varies is data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import flax.struct
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxserve.sampling import RowParams
-from jaxserve.scheduler import Plan, Row
+from jaxserve.scheduler import Plan, Row, Sequence
 
 GREEDY_BELOW = 1e-5
 LEAST_TOP_P = 1e-6
@@ -43,14 +43,14 @@ def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int) -> list[S
     return sorted({Shape(n, n) for n in _powers(least, seqs, 2)} | mixed)
 
 
-def pick(known: Sequence[Shape], plan: Plan) -> Shape:
+def pick(known: Seq[Shape], plan: Plan) -> Shape:
     """The smallest of the known shapes that holds the plan."""
     single = plan.num_single == len(plan.rows) and not any(_targets(row) for row in plan.rows)
     fits = (s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens and (single or not s.single))
     return min(fits)
 
 
-def covering(known: Sequence[Shape]) -> list[Shape]:
+def covering(known: Seq[Shape]) -> list[Shape]:
     """The shape that can serve anything, and the one that serves a lone user fast."""
     return [max(known), min(known)]
 
@@ -74,7 +74,7 @@ class StepInput:
     rows: RowParams
 
 
-_INTS = ("top_k", "position", "num_prompt", "biased", "allow_only", "ban_stop", "logprobs")
+_INTS = ("top_k", "num_prompt", "min_tokens", "biased", "allow_only", "logprobs")
 _FLOATS = (
     "temperature",
     "top_p",
@@ -83,7 +83,66 @@ _FLOATS = (
     "presence_penalty",
     "frequency_penalty",
 )
-_BOOLS = ("biased", "allow_only", "ban_stop", "logprobs")
+_BOOLS = ("biased", "allow_only", "logprobs")
+_COLUMNS = (*_INTS, *_FLOATS, "seed")  # the seed has two
+_WIDTH = len(_COLUMNS) + 1
+
+
+_NOBODY = np.zeros(_WIDTH, np.int32)
+"""The columns of a row of no sequence: they ask for no work."""
+_NOBODY[_COLUMNS.index("repetition_penalty")] = _NOBODY[_COLUMNS.index("top_p")] = np.float32(1.0).view(np.int32)
+
+
+class SlotRows:
+    """What steps repeat of every running sequence, by slot: packing then costs a copy, not a pass over each field."""
+
+    def __init__(self, num_slots: int, pages_per_seq: int):
+        self.params = np.zeros((num_slots, _WIDTH), np.int32)
+        self.pages = np.zeros((num_slots, pages_per_seq), np.int32)
+        self._num_pages = [0] * num_slots
+
+    def update(self, plan: Plan) -> None:
+        """Takes in who has got a slot with this plan, and whose pages have grown."""
+        for sequence in plan.admitted:
+            self.params[sequence.slot] = _columns(sequence)
+            self._num_pages[sequence.slot] = 0
+        for row in plan.rows:
+            slot, pages = row.slot, row.sequence.pages
+            known = self._num_pages[slot]
+            if len(pages) > known:
+                self.pages[slot, known : len(pages)] = pages[known:]
+                self._num_pages[slot] = len(pages)
+
+
+def _columns(sequence: Sequence) -> np.ndarray:
+    """A sequence's row of `SlotRows.params`, floats by their bits."""
+    params = sequence.request.params
+    assert params.seed is not None, "the engine gives every request a seed"
+    seed = params.seed + sequence.index
+    ints = (
+        params.top_k,
+        sequence.num_prompt,
+        params.min_tokens,
+        bool(params.logit_bias or params.banned_token_ids or params.allowed_token_ids),
+        params.allowed_token_ids is not None,
+        params.logprobs is not None,
+    )
+    floats = (
+        params.temperature if params.temperature >= GREEDY_BELOW else 0.0,
+        max(params.top_p, LEAST_TOP_P),
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+    words = ((seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF)
+    return np.concatenate(
+        [
+            np.array(ints, np.int32),
+            np.array(floats, np.float32).view(np.int32),
+            np.array(words, np.uint32).view(np.int32),
+        ]
+    )
 
 
 class Layout:
@@ -101,8 +160,7 @@ class Layout:
             "page_table": (s, pages_per_seq),
             "slots": (s,),
             "samples": (s,),
-            "seed": (s, 2),
-            **{name: (s,) for name in _INTS + _FLOATS},
+            "params": (s, _WIDTH),
         }
         self._fields: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         end = 0
@@ -111,62 +169,52 @@ class Layout:
             self._fields[name] = (start, end, size)
         self.size = end
 
-    def pack(self, plan: Plan) -> np.ndarray:
-        """The plan's buffer, int32 [size]."""
+    def pack(self, plan: Plan, slots: SlotRows) -> np.ndarray:
+        """The plan's buffer, int32 [size]; `slots` must have been told of the plan."""
         buffer = np.zeros(self.size, np.int32)
         view = {name: buffer[a:b].reshape(size) for name, (a, b, size) in self._fields.items()}
-        for name in _FLOATS:
-            view[name] = view[name].view(np.float32)
-        view["seed"] = view["seed"].view(np.uint32)
+        used, singles = len(plan.rows), plan.num_single
+        which = [row.slot for row in plan.rows]
+        starts = [row.start for row in plan.rows]
+        counts = [row.count for row in plan.rows]
         view["targets"].fill(-1)
         view["slots"].fill(self.num_slots)
-        view["repetition_penalty"].fill(1.0)
-        view["top_p"].fill(1.0)
         view["cu_q_lens"].fill(plan.num_tokens)
-        view["distribution"][:] = (plan.num_single, plan.num_single, len(plan.rows))
+        view["distribution"][:] = (singles, singles, used)
+        view["slots"][:used] = which
+        view["samples"][:used] = [row.last for row in plan.rows]
+        view["kv_lens"][:used] = np.add(starts, counts)
+        view["cu_q_lens"][:used] = np.cumsum([0, *counts[:-1]])
+        view["page_table"][:used] = slots.pages[which]
+        view["params"][:used] = slots.params[which]
+        view["params"][used:] = _NOBODY
+        tokens = [row.sequence.tokens for row in plan.rows[:singles]]
+        known = zip(tokens, starts, strict=False)
+        view["tokens"][:singles] = [t[start] if start < len(t) else -1 for t, start in known]
         at = 0
-        for i, row in enumerate(plan.rows):
-            self._pack_row(view, i, row, at)
+        for row in plan.rows:
+            if row.count > 1:
+                row_tokens = row.sequence.tokens[row.start : row.start + row.count]
+                view["tokens"][at : at + row.count] = row_tokens if len(row_tokens) == row.count else [*row_tokens, -1]
+            if row.sequence.prompt_logprobs is not None:
+                targets = _targets(row)
+                view["targets"][at : at + len(targets)] = targets
             at += row.count
         return buffer
-
-    def _pack_row(self, view: dict[str, np.ndarray], i: int, row: Row, at: int) -> None:
-        sequence, params, end = row.sequence, row.sequence.request.params, row.start + row.count
-        known = sequence.tokens[row.start : end]
-        view["tokens"][at : at + row.count] = known if len(known) == row.count else [*known, -1]
-        targets = _targets(row)
-        view["targets"][at : at + len(targets)] = targets
-        view["cu_q_lens"][i] = at
-        view["kv_lens"][i] = end
-        view["page_table"][i, : len(sequence.pages)] = sequence.pages
-        view["slots"][i] = row.slot
-        view["samples"][i] = row.last
-        assert params.seed is not None, "the engine gives every request a seed"
-        seed = params.seed + sequence.index
-        view["seed"][i] = ((seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF)
-        view["position"][i] = end
-        view["num_prompt"][i] = sequence.num_prompt
-        view["temperature"][i] = params.temperature if params.temperature >= GREEDY_BELOW else 0.0
-        view["top_k"][i] = params.top_k
-        view["top_p"][i] = max(params.top_p, LEAST_TOP_P)
-        view["min_p"][i] = params.min_p
-        view["repetition_penalty"][i] = params.repetition_penalty
-        view["presence_penalty"][i] = params.presence_penalty
-        view["frequency_penalty"][i] = params.frequency_penalty
-        view["biased"][i] = bool(params.logit_bias or params.banned_token_ids or params.allowed_token_ids)
-        view["allow_only"][i] = params.allowed_token_ids is not None
-        view["ban_stop"][i] = 0 <= end - sequence.num_prompt < params.min_tokens
-        view["logprobs"][i] = params.logprobs is not None
 
     def unpack(self, buffer: Int[Array, " size"]) -> StepInput:
         """The same arrays, cut out of the buffer on the device."""
         view = {name: buffer[a:b].reshape(size) for name, (a, b, size) in self._fields.items()}
+        params = view.pop("params")  # [S, columns]
+        of: dict[str, jax.Array] = {name: params[:, i] for i, name in enumerate(_INTS + _FLOATS)}
         for name in _FLOATS:
-            view[name] = jax.lax.bitcast_convert_type(view[name], jnp.float32)
+            of[name] = jax.lax.bitcast_convert_type(of[name], jnp.float32)
         for name in _BOOLS:
-            view[name] = view[name] != 0
-        view["seed"] = jax.lax.bitcast_convert_type(view["seed"], jnp.uint32)
-        rows = RowParams(seed=view.pop("seed"), **{name: view.pop(name) for name in _INTS + _FLOATS})
+            of[name] = of[name] != 0
+        seed = jax.lax.bitcast_convert_type(params[:, -2:], jnp.uint32)
+        said = view["kv_lens"] - of["num_prompt"]
+        ban_stop = (said >= 0) & (said < of.pop("min_tokens"))
+        rows = RowParams(seed=seed, position=view["kv_lens"], ban_stop=ban_stop, **of)
         return StepInput(rows=rows, **view)
 
 

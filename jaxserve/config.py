@@ -4,7 +4,9 @@ Field names follow vLLM's flags for what vLLM has. None means "worked out from t
 and what was worked out is printed at start-up.
 """
 
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from jaxserve.errors import ConfigError
@@ -116,6 +118,14 @@ class EngineOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+def cache_home() -> Path | None:
+    """Where this user's caches of jaxserve lie; None for a user without a home, as in some containers."""
+    home = os.path.expanduser("~")
+    if home == "~":
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "jaxserve"
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

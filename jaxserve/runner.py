@@ -22,8 +22,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import attention, batch, sampling
-from jaxserve.batch import Layout, Shape
-from jaxserve.config import EngineOptions
+from jaxserve.batch import Layout, Shape, SlotRows
+from jaxserve.config import EngineOptions, cache_home
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import host_memory
 from jaxserve.metrics import EngineMetrics
@@ -47,7 +47,7 @@ CPU_TOKENS_PER_SEQ = 512
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: jax.Array  # [layers, pages, page_size, kv_heads * 2 * head_dim]
+    cache: jax.Array  # [layers * pages, page_size, kv_heads * 2 * head_dim]
     slots: SlotState
 
 
@@ -117,7 +117,7 @@ class Runner:
         self._metrics = metrics
         self._device = jax.local_devices()[0]
         platform = self._device.platform
-        name, reason, self._kernel = attention.choose(options.device.attention, platform)
+        name, reason, self._kernel = attention.choose(options.device.attention, platform, progress)
         progress(f"attention: {name} ({reason})")
         _use_compile_cache(options.device.compile_cache_dir, progress)
         dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
@@ -142,6 +142,7 @@ class Runner:
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
         self.sizes, self._compiled, workspace = self._fit(options, spec, weights, progress)
         self._layout = self._layouts(self.sizes)
+        self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
         self._pool: ThreadPoolExecutor | None = None
@@ -183,7 +184,8 @@ class Runner:
                 self._state = self._bind(self._state, *self._binding(sequence))
         shape = batch.pick(self.shapes, plan)
         compiled = self._compiled.get(shape) or self._compile_now(shape)
-        buffer = self._layout[shape].pack(plan)
+        self._rows.update(plan)
+        buffer = self._layout[shape].pack(plan, self._rows)
         self._state, output = compiled(self._params, self._state, buffer)
         return Launched(plan, output), shape.tokens - plan.num_tokens
 
@@ -193,7 +195,7 @@ class Runner:
 
     def _abstract(self, sizes: Sizes) -> StepState:
         spec = self.model.cache_spec(self.config)
-        cache = jax.ShapeDtypeStruct((spec.layers, sizes.num_pages, sizes.page_size, spec.row), self._dtype)
+        cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._dtype)
         slots = jax.eval_shape(
             lambda: SlotState.empty(sizes.max_num_seqs + 1, sizes.max_model_len, MAX_BIAS_IDS, MAX_STOP_IDS)
         )
@@ -379,7 +381,8 @@ def _step(
     history = _remember(history, slot, positions, tokens)
 
     with jax.named_scope("forward"):
-        attend = attention.bind(kernel, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
+        layers = model.cache_spec(config).layers
+        attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
     with jax.named_scope("logits"):
         last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
@@ -449,10 +452,8 @@ def compile_cache_dir(option: str | None) -> str:
         return os.path.expanduser(option)
     if jax.config.jax_compilation_cache_dir:
         return str(jax.config.jax_compilation_cache_dir)
-    home = os.path.expanduser("~")
-    if home == "~":  # a user without a home, as in some containers
-        return ""
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "jaxserve" / "xla")
+    home = cache_home()
+    return "" if home is None else str(home / "xla")
 
 
 def _use_compile_cache(option: str | None, progress: Progress) -> None:

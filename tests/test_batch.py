@@ -8,7 +8,7 @@ import pytest
 from running_engine import request
 
 from jaxserve import batch
-from jaxserve.batch import Layout, Shape
+from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.pages import PagePool
 from jaxserve.scheduler import Sampled, Scheduler
 
@@ -41,18 +41,22 @@ def test_unpack_gives_what_was_packed():
                 presence_penalty=1.5, frequency_penalty=-0.5, repetition_penalty=1.25, allowed_token_ids=(3,)),
         0.0,
     )  # fmt: skip
-    s.commit(s.plan(0.0), Sampled([8, 0]), 0.0)
+    slots, plan = SlotRows(4, 10), s.plan(0.0)
+    slots.update(plan)
+    s.commit(plan, Sampled([8, 0]), 0.0)
     s.add(request("c", [9], max_tokens=1, seed=0), 0.0)
     s.add(request("d", range(12), max_tokens=1, seed=0, prompt_logprobs=0), 0.0)
     first = s.plan(0.0)  # b has sampled; a has 8; both continue, c and d come in
     second = s.plan(0.0)  # made before the first was committed: a's token is known to the device alone
+    slots.update(first)
+    slots.update(second)
     layout = Layout(Shape(16, 4), 10, 4)
-    step = jax.jit(layout.unpack)(layout.pack(second))
+    step = jax.jit(layout.unpack)(layout.pack(second, slots))
     rows = [(r.sequence.request.id, r.start, r.count) for r in second.rows]
     assert [r[0] for r in rows][:2] == ["a", "b"]
     assert np.asarray(step.tokens)[:2].tolist() == [-1, -1]
     assert np.asarray(step.kv_lens)[:2].tolist() == [r.start + r.count for r in second.rows[:2]]
-    step = jax.jit(layout.unpack)(layout.pack(first))
+    step = jax.jit(layout.unpack)(layout.pack(first, slots))
     assert np.asarray(step.tokens)[:2].tolist() == [8, 0]
     assert np.asarray(step.distribution).tolist() == [first.num_single, first.num_single, len(first.rows)]
     a, b = first.rows[0].sequence, first.rows[1].sequence

@@ -13,21 +13,22 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from lower ranks, or from its own package.
 RANKS = {
     "errors": -1,
-    "request": 0, "metrics": 0, "host_memory": 0,
-    "config": 1, "spec": 1, "quant": 1,
-    "layers": 2, "sharding": 2,
-    "models": 3, "attention": 3, "sampling": 3, "weights": 3, "hub": 3, "tokenizer": 3, "chat": 3, "pages": 3,
-    "scheduler": 4,
-    "batch": 5,
-    "runner": 6,
-    "engine": 7,
-    "client": 8,
-    "text": 9,
-    "llm": 10, "bench": 10,
-    "server": 11,
-    "cli": 12,
-    "__init__": 13,  # the public names
-    "__main__": 13,
+    "request": 0, "metrics": 0, "host_memory": 0, "config": 0,
+    "spec": 1, "native": 1,
+    "quant": 2,
+    "layers": 3, "sharding": 3,
+    "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
+    "scheduler": 5,
+    "batch": 6,
+    "runner": 7,
+    "engine": 8,
+    "client": 9,
+    "text": 10,
+    "llm": 11, "bench": 11,
+    "server": 12,
+    "cli": 13,
+    "__init__": 14,  # the public names
+    "__main__": 14,
 }  # fmt: skip
 
 # What the front-end process loads; it must not pay for JAX.
@@ -87,10 +88,10 @@ def test_imports_go_down() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "wrong"),
     [
-        ("jaxserve/pages.py", "from jaxserve.scheduler import Scheduler", "pages (rank 3) imports scheduler (rank 4)"),
-        ("jaxserve/pages.py", "def f():\n    import jaxserve.engine", "pages.py:2: pages (rank 3) imports engine"),
-        ("jaxserve/weights/load.py", "from jaxserve import hub", "weights (rank 3) imports hub (rank 3)"),
-        ("jaxserve/weights/load.py", "from ..runner import Runner", "weights (rank 3) imports runner (rank 6)"),
+        ("jaxserve/pages.py", "from jaxserve.scheduler import Scheduler", "pages (rank 4) imports scheduler (rank 5)"),
+        ("jaxserve/pages.py", "def f():\n    import jaxserve.engine", "pages.py:2: pages (rank 4) imports engine"),
+        ("jaxserve/weights/load.py", "from jaxserve import hub", "weights (rank 4) imports hub (rank 4)"),
+        ("jaxserve/weights/load.py", "from ..runner import Runner", "weights (rank 4) imports runner (rank 7)"),
         ("jaxserve/weights/load.py", "from .orbax import save_orbax", None),
         ("jaxserve/server/http.py", "from jaxserve.text import TextModel", None),
         ("jaxserve/utils.py", "", "utils has no rank"),

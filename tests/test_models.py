@@ -56,14 +56,16 @@ def paged(path, chunks, page=8):
     tokens = golden["tokens"][0]
     spec = model.cache_spec(config)
     pages = -(-len(tokens) // page)
-    cache = jnp.full((spec.layers, pages + 1, page, spec.row), jnp.nan)
+    cache = jnp.full((spec.layers * (pages + 1), page, spec.row), jnp.nan)
     table = jnp.asarray(np.arange(pages, 0, -1, dtype=np.int32)[None])  # pages in an order of their own
     kernel = attention.choose("reference", "cpu")[2]
 
     @jax.jit
     def step(params, tokens, positions, cache, kv_lens, cu):
         decode = jnp.where(cu[1] == 1, 1, 0)
-        attend = attention.bind(kernel, kv_lens, table, cu, jnp.stack([decode, decode, jnp.ones_like(decode)]))
+        attend = attention.bind(
+            kernel, spec.layers, kv_lens, table, cu, jnp.stack([decode, decode, jnp.ones_like(decode)])
+        )
         hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
         return model.logits(params, config, hidden), cache
 

@@ -560,7 +560,7 @@ def check(path: Path, per_kind: int) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs=2, default=(1000, 600), help="optimiser steps of the two parts")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1300, 700), help="optimiser steps of the two parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, default=Path("build/tiny"), help="checkpoints, kept for resuming")
     parser.add_argument("--out", type=Path, default=ROOT / "jaxserve" / "embedded", help="where the model goes")

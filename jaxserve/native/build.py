@@ -1,0 +1,146 @@
+"""From the C++ sources to a library for this machine: which instruction set, which compiler, where it is kept."""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.ffi
+import jaxlib
+
+from jaxserve.config import cache_home
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-pthread",
+    # Results may not depend on which products the compiler chose to fuse: the code says where it fuses.
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+TIMEOUT_S = 600
+
+
+class BuildError(Exception):
+    """The kernels could not be built or loaded; says why, and the cure."""
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set that the sources have a body for."""
+
+    name: str
+    machines: tuple[str, ...]
+    cpu_flags: tuple[str, ...]
+    """What the processor must have, by Linux's names."""
+    compiler_flags: tuple[str, ...]
+
+    def runs_here(self) -> bool:
+        return platform.machine().lower() in self.machines and set(self.cpu_flags) <= _cpu_flags()
+
+
+_X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+ISAS = (
+    Isa(
+        "avx512",
+        _X86,
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    ),
+    Isa("avx2", _X86, ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
+    Isa("neon", _ARM, (), ()),
+    Isa("scalar", (*_X86, *_ARM), (), ("-DJAXSERVE_SCALAR",)),
+)
+"""Best first. `scalar` uses no vectors at all: it is the oracle of the others."""
+
+
+def best_isa() -> Isa:
+    """The best instruction set of this processor. Raises BuildError where there is none."""
+    for isa in ISAS:
+        if isa.runs_here():
+            return isa
+    raise BuildError(f"no kernels are written for {platform.machine()}")
+
+
+def library(progress: Callable[[str], None] = lambda message: None) -> Path:
+    """The library for this machine, built now if it is not in the cache. Raises BuildError."""
+    isa, compiler = best_isa(), find_compiler()
+    path = _kept(isa, compiler)
+    if not path.exists():
+        progress(f"compiling the CPU kernels for {isa.name}; this is done once")
+        build(isa, compiler, path)
+    return path
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, or the first of the usual names that runs. Raises BuildError."""
+    chosen = os.environ.get("CXX")
+    for command in [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]) and subprocess.run([*command, "--version"], capture_output=True).returncode == 0:
+            return command
+    raise BuildError(
+        f"no C++ compiler was found ({f'CXX is {chosen!r}' if chosen else 'tried c++, g++ and clang++'}); "
+        "install one, for example with: apt install g++"
+    )
+
+
+def build(isa: Isa, compiler: list[str], path: Path, extra: tuple[str, ...] = ()) -> None:
+    """Compiles the sources into the library `path`. Raises BuildError with the compiler's words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = [*compiler, *FLAGS, *isa.compiler_flags, *extra]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as directory:
+        objects = {source: Path(directory) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cc"))}
+        compiles = [
+            [*flags, "-c", "-isystem", jax.ffi.include_dir(), "-o", str(object_), str(source)]
+            for source, object_ in objects.items()
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compiles))
+        new = Path(directory) / path.name  # whoever finds the library finds all of it
+        _run([*flags, "-shared", "-o", str(new), *map(str, objects.values())])
+        os.replace(new, path)
+
+
+def main() -> None:
+    """Builds the library ahead of its first use and prints where it lies, or why there is none."""
+    try:
+        print(library(print))
+    except BuildError as error:
+        print(f"the CPU kernels are not there, and XLA will serve without them, slower by far: {error}")
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"compiling the CPU kernels failed: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"compiling the CPU kernels failed: {shlex.join(command)}\n{done.stderr.strip()}")
+
+
+def _kept(isa: Isa, compiler: list[str]) -> Path:
+    """Where the library lies: a name that changes with everything that went into it."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    digest = hashlib.blake2b(version + repr((FLAGS, isa, jaxlib.__version__)).encode(), digest_size=10)
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    home = cache_home() or Path(tempfile.gettempdir()) / f"jaxserve-{os.getuid()}"
+    return home / "native" / f"kernels-{isa.name}-{digest.hexdigest()}.so"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    found = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(found, []))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+// Ragged paged attention for CPU; signature and meaning are those of kernels_pallas/ragged_paged_attention/contract.py.
+//
+// The unit of work is a tile: a few query tokens of one sequence, with all query heads of one kv head. It walks over
+// the sequence's positions in blocks that begin at multiples of kBlock, and every sum runs in an order that positions
+// alone decide. So a token's result is the same bit for bit whatever else is in the step, however its prompt was cut,
+// and on however many threads.
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace jaxserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kBlock = 64;     // positions scored at once
+constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
+constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks of both products: as many as the registers hold
+
+struct Step {
+  int64_t heads, kv_heads, head_dim, page, row, table_width;
+  float scale;
+  int64_t window;  // 0: none
+  const int32_t *kv_lens, *page_table, *cu_q_lens;
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Two ways for a matrix of floats to lie in memory: row i at a fixed distance from the row before, or wherever it says.
+struct Strided {
+  const float* data;
+  int64_t stride;
+  const float* operator()(int64_t i) const { return data + i * stride; }
+};
+struct Scattered {
+  const float* const* rows;
+  int64_t offset;
+  const float* operator()(int64_t i) const { return rows[i] + offset; }
+};
+
+// c[r][j] = start + sum over i < depth of a[r][i] * b[i][j], one fused step at a time in the order of i, for `rows` rows
+// and `cols` vectors of columns from column `from` on. The start is c where `onto` is set, else 0.
+template <int rows, int cols, bool onto, class B>
+void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c, int64_t c_stride) {
+  Vec sum[rows][cols];
+  for (int r = 0; r < rows; r++) {
+    for (int j = 0; j < cols; j++) sum[r][j] = onto ? load(c + r * c_stride + from + j * kLanes) : splat(0.0f);
+  }
+  for (int64_t i = 0; i < depth; i++) {
+    const float* row = b(i) + from;
+    Vec column[cols];
+    for (int j = 0; j < cols; j++) column[j] = load(row + j * kLanes);
+    for (int r = 0; r < rows; r++) {
+      const Vec x = splat(a[r * a_stride + i]);
+      for (int j = 0; j < cols; j++) sum[r][j] = fma(x, column[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int j = 0; j < cols; j++) store(c + r * c_stride + from + j * kLanes, sum[r][j]);
+  }
+}
+
+template <int cols, bool onto, class B>
+void all_rows(int rows, const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c,
+              int64_t c_stride) {
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    block_product<kRows, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    block_product<2, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
+  }
+  if (r < rows) block_product<1, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
+}
+
+// The same for all of `columns` columns, a multiple of kLanes.
+template <bool onto, class B>
+void product(int rows, int64_t columns, const float* a, int64_t a_stride, int64_t depth, B b, float* c,
+             int64_t c_stride) {
+  for (int64_t j = 0; j < columns;) {
+    const int64_t left = (columns - j) / kLanes;
+    if (left >= 4) {
+      all_rows<4, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
+      j += 4 * kLanes;
+    } else if (left >= 2) {
+      all_rows<2, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
+      j += 2 * kLanes;
+    } else {
+      all_rows<1, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
+      j += kLanes;
+    }
+  }
+}
+
+// Floats of scratch that a tile of `rows` rows needs, head_dim rounded up to `padded`.
+int64_t scratch_size(int64_t rows, int64_t padded) { return rows * (kBlock + kSums + 1) + 2 * kBlock * padded; }
+
+// Query tokens [first, first + count) of sequence s, the heads of kv head h: queries [rows][padded], times the scale and
+// padded with zeros, to results [rows][padded].
+template <class C>
+void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, const float* queries, const C* cache,
+            float* sums, float* scratch) {
+  const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads;
+  const int rows = static_cast<int>(count * group);
+  const int64_t position = p.kv_lens[s] - (p.cu_q_lens[s + 1] - p.cu_q_lens[s]) + first;  // of the first token
+  const int32_t* pages = p.page_table + s * p.table_width;
+
+  float* scores = scratch;                         // [rows][kBlock]
+  float* keys = scores + rows * kBlock;            // [D][kBlock]
+  float* values = keys + kBlock * padded;          // [kBlock][padded], unless they can be read where they are
+  float* denominators = values + kBlock * padded;  // [rows][kSums]
+  float* best = denominators + rows * kSums;       // [rows]
+  std::fill(sums, sums + rows * padded, 0.0f);
+  std::fill(denominators, denominators + rows * kSums, 0.0f);
+  std::fill(best, best + rows, kNone);
+
+  const int64_t end = position + count;  // positions [0, end) are written
+  const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
+  const bool in_place = std::is_same_v<C, float> && D == padded;
+  for (int64_t block = low / kBlock * kBlock; block < end; block += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - block));
+    const int scored = static_cast<int>(round_up(n, 16));
+    const C* at[kBlock];  // the rows' keys; past the end the last one again, whose scores are not used
+    for (int64_t t = 0, page = block / p.page, offset = block % p.page; t < n; page++, offset = 0) {
+      const C* row = cache + (pages[page] * p.page + offset) * p.row + h * 2 * D;
+      for (; t < n && offset < p.page; t++, offset++, row += p.row) at[t] = row;
+    }
+    std::fill(at + n, at + scored, at[n - 1]);
+    for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
+    product<false>(rows, scored, queries, padded, D, Strided{keys, kBlock}, scores, kBlock);
+    for (int r = 0; r < rows; r++) {
+      float* score = scores + r * kBlock;
+      const int64_t own = position + r / group - block;  // this row's token, counted from the block
+      const int from = static_cast<int>(p.window ? std::clamp<int64_t>(own - p.window + 1, 0, n) : 0);
+      const int to = static_cast<int>(std::clamp<int64_t>(own + 1, 0, n));
+      std::fill(score, score + std::min(from, to), kNone);
+      std::fill(score + to, score + kBlock, kNone);
+      Vec most = splat(best[r]);
+      for (int t = 0; t < kBlock; t += kLanes) most = max(load(score + t), most);
+      float lanes[kLanes];
+      store(lanes, most);
+      const float highest = *std::max_element(lanes, lanes + kLanes);
+      const Vec base = splat(highest == kNone ? 0.0f : highest);
+      const Vec fade = exp_of_negative(sub(splat(best[r]), base));
+      best[r] = highest;
+      float* denominator = denominators + r * kSums;
+      for (int i = 0; i < kSums; i += kLanes) store(denominator + i, mul(load(denominator + i), fade));
+      for (int t = 0; t < kBlock; t += kLanes) {
+        const Vec weight = exp_of_negative(sub(load(score + t), base));
+        store(score + t, weight);
+        store(denominator + t % kSums, add(load(denominator + t % kSums), weight));
+      }
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        store(sums + r * padded + i, mul(load(sums + r * padded + i), fade));
+      }
+    }
+    if (!in_place) {
+      for (int t = 0; t < n; t++) {
+        int64_t i = 0;
+        for (; i + kLanes <= D; i += kLanes) store(values + t * padded + i, load(at[t] + D + i));
+        for (; i < D; i++) values[t * padded + i] = to_float(at[t][D + i]);
+        std::fill(values + t * padded + D, values + (t + 1) * padded, 0.0f);
+      }
+    }
+    if constexpr (std::is_same_v<C, float>) {
+      if (in_place) product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
+    }
+    if (!in_place) product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
+  }
+  for (int r = 0; r < rows; r++) {
+    float denominator = 0.0f;
+    for (int i = 0; i < kSums; i++) denominator += denominators[r * kSums + i];
+    const Vec factor = splat(denominator > 0.0f ? 1.0f / denominator : 0.0f);
+    float* row = sums + r * padded;
+    for (int64_t i = 0; i < padded; i += kLanes) store(row + i, mul(load(row + i), factor));
+  }
+}
+
+// The same from and to the step's own arrays.
+template <class Q, class C>
+void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, const Q* q, const C* cache,
+                 Q* out) {
+  const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads, rows = count * group;
+  float* queries = scratch(2 * rows * padded + scratch_size(rows, padded));
+  float* sums = queries + rows * padded;
+  auto start = [&](int64_t r) {  // of row r in q and in out
+    return ((p.cu_q_lens[s] + first + r / group) * p.heads + h * group + r % group) * D;
+  };
+  for (int64_t r = 0; r < rows; r++) {
+    const Q* from = q + start(r);
+    for (int64_t i = 0; i < D; i++) queries[r * padded + i] = to_float(from[i]) * p.scale;
+    std::fill(queries + r * padded + D, queries + (r + 1) * padded, 0.0f);
+  }
+  attend(p, s, first, count, h, queries, cache, sums, sums + rows * padded);
+  for (int64_t r = 0; r < rows; r++) {
+    Q* to = out + start(r);
+    for (int64_t i = 0; i < D; i++) from_float(sums[r * padded + i], to + i);
+  }
+}
+
+struct Tile {
+  int64_t sequence, first, count;
+};
+
+template <class Q, class C>
+void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, const Q* q, const Q* k, const Q* v,
+         C* cache, Q* out) {
+  const int64_t group = p.heads / p.kv_heads, D = p.head_dim;
+  std::vector<Tile> tiles;
+  for (int64_t s = 0; s < seqs; s++) {
+    const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], step = std::max<int64_t>(1, kTileRows / group);
+    for (int64_t first = 0; first < q_len; first += step) tiles.push_back({s, first, std::min(step, q_len - first)});
+  }
+  // All of the step's keys and values are written before anything is read.
+  auto write = [&](int64_t tile) {
+    const auto [s, first, count] = tiles[tile];
+    for (int64_t t = p.cu_q_lens[s] + first; t < p.cu_q_lens[s] + first + count; t++) {
+      const int64_t i = p.kv_lens[s] - p.cu_q_lens[s + 1] + t;
+      C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + i % p.page) * p.row;
+      for (int64_t h = 0; h < p.kv_heads; h++) {
+        for (const Q* from : {k, v}) {
+          for (int64_t d = 0; d < D; d++) from_float(to_float(from[(t * p.kv_heads + h) * D + d]), to + d);
+          to += D;
+        }
+      }
+    }
+  };
+  const int64_t many = 64 * 1024;  // elements worth a second thread
+  const int64_t used = p.cu_q_lens[seqs];
+  if (used * p.row > many) {
+    parallel_for(pool, static_cast<int64_t>(tiles.size()), write);
+  } else {
+    for (size_t tile = 0; tile < tiles.size(); tile++) write(static_cast<int64_t>(tile));
+  }
+  parallel_for(pool, static_cast<int64_t>(tiles.size()) * p.kv_heads, [&](int64_t i) {
+    const Tile& tile = tiles[i / p.kv_heads];
+    attend_tile(p, tile.sequence, tile.first, tile.count, i % p.kv_heads, q, cache, out);
+  });
+  std::memset(static_cast<void*>(out + used * p.heads * D), 0, (tokens - used) * p.heads * D * sizeof(Q));
+}
+
+ffi::Error invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("ragged_paged_attention: " + message);
+}
+
+bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+std::string text(ffi::AnyBuffer::Dimensions dims) {
+  std::string shape = "[";
+  for (const int64_t d : dims) shape += (shape.size() > 1 ? ", " : "") + std::to_string(d);
+  return shape + "]";
+}
+
+// The lengths and page ids: what only the device knows, so no caller can have checked it.
+ffi::Error check(const Step& p, int64_t seqs, int64_t all_seqs, int64_t tokens, int64_t pages) {
+  if (seqs < 0 || seqs > all_seqs) return invalid("distribution holds " + std::to_string(seqs) + " sequences");
+  for (int64_t s = 0; s < seqs; s++) {
+    const int64_t begin = p.cu_q_lens[s], end = p.cu_q_lens[s + 1], length = p.kv_lens[s];
+    const std::string who = " of sequence " + std::to_string(s);
+    if (begin < 0 || end < begin || end > tokens || (s == 0 && begin != 0)) return invalid("cu_q_lens" + who);
+    if (length < end - begin || length > p.table_width * p.page) return invalid("kv_lens" + who);
+    for (int64_t i = 0; i * p.page < length; i++) {
+      const int64_t id = p.page_table[s * p.table_width + i];
+      if (id < 0 || id >= pages) return invalid("page " + std::to_string(id) + who + " is not in the cache");
+    }
+  }
+  return ffi::Error::Success();
+}
+
+template <class Q>
+ffi::Error with_cache_type(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, ffi::AnyBuffer q,
+                           ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer cache, ffi::AnyBuffer out) {
+  auto call = [&](auto element) {
+    using C = decltype(element);
+    run<Q, C>(pool, p, seqs, tokens, static_cast<const Q*>(q.untyped_data()), static_cast<const Q*>(k.untyped_data()),
+              static_cast<const Q*>(v.untyped_data()), static_cast<C*>(cache.untyped_data()),
+              static_cast<Q*>(out.untyped_data()));
+    return ffi::Error::Success();
+  };
+  switch (cache.element_type()) {
+    case ffi::DataType::F32: return call(float{});
+    case ffi::DataType::BF16: return call(bf16{});
+    case ffi::DataType::F16: return call(f16{});
+    default: return invalid("the cache must be float32, bfloat16 or float16");
+  }
+}
+
+ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                                  ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> kv_lens,
+                                  ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cu_q_lens,
+                                  ffi::Buffer<ffi::S32> distribution, ffi::Result<ffi::AnyBuffer> out,
+                                  ffi::Result<ffi::AnyBuffer> new_cache, float scale, int64_t window) {
+  const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
+  const auto ts = page_table.dimensions();
+  if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
+    return invalid("q, k, v and cache must have 3 axes and page_table 2");
+  }
+  const int64_t tokens = qs[0], all_seqs = ts[0];
+  const bool heads_fit = ks[1] > 0 && qs[1] > 0 && qs[1] % ks[1] == 0 && ks[0] == tokens && ks[2] == qs[2];
+  if (!heads_fit || !same(ks, vs) || qs[2] < 1) return invalid("q " + text(qs) + ", k " + text(ks) + ", v " + text(vs));
+  if (cs[2] != ks[1] * 2 * ks[2] || cs[1] < 1) return invalid("cache " + text(cs) + " for k " + text(ks));
+  if (static_cast<int64_t>(kv_lens.element_count()) != all_seqs ||
+      static_cast<int64_t>(cu_q_lens.element_count()) != all_seqs + 1 || distribution.element_count() != 3) {
+    return invalid("kv_lens, cu_q_lens or distribution do not fit page_table " + text(ts));
+  }
+  if (k.element_type() != q.element_type() || v.element_type() != q.element_type() ||
+      out->element_type() != q.element_type() || new_cache->element_type() != cache.element_type()) {
+    return invalid("q, k, v and the result must be of one type, and the cache keep its own");
+  }
+  if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return invalid("results of other shapes than q, cache");
+  if (window < 0) return invalid("a negative window");
+  if (cache.untyped_data() != new_cache->untyped_data()) return invalid("the cache must be updated in place");
+
+  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, window, kv_lens.typed_data(),
+               page_table.typed_data(), cu_q_lens.typed_data()};
+  const int64_t seqs = distribution.typed_data()[2];
+  if (ffi::Error error = check(p, seqs, all_seqs, tokens, cs[0]); error.failure()) return error;
+  switch (q.element_type()) {
+    case ffi::DataType::F32: return with_cache_type<float>(pool, p, seqs, tokens, q, k, v, *new_cache, *out);
+    case ffi::DataType::BF16: return with_cache_type<bf16>(pool, p, seqs, tokens, q, k, v, *new_cache, *out);
+    default: return invalid("q must be float32 or bfloat16");
+  }
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_paged_attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window"));

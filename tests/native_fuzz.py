@@ -1,0 +1,126 @@
+"""Random calls of the C++ kernels of one library, good ones and bad ones; prints a digest of every result.
+
+    python native_fuzz.py LIBRARY SEED CASES
+
+Imports JAX only, so that it runs under a sanitizer in a process of its own.
+"""
+
+import ctypes
+import hashlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ATTENTION, LINEAR = "jaxserve_ragged_paged_attention", "jaxserve_linear"
+
+
+def random_case(rng):
+    """A step of a few sequences of random lengths in random pages; unwritten memory is NaN."""
+    kv_heads, group = int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 3, 7, 8]))
+    head_dim = int(rng.choice([1, 8, 12, 16, 32, 40, 64, 80, 128]))
+    page = int(rng.choice([1, 4, 16, 48]))
+    pages = 1100 // page + 8
+    seqs = int(rng.integers(1, 6))
+    decodes = int(rng.integers(0, seqs + 1))
+    q_lens = [1] * decodes + [int(rng.integers(0, 90)) for _ in range(seqs - decodes)]
+    lens = [n + int(rng.integers(0, 120)) for n in q_lens]
+    rows = seqs + int(rng.integers(0, 3))
+    width = -(-max(1, *lens) // page) + 1
+    free = iter(rng.permutation(pages))
+    table = rng.integers(-5, pages + 5, (rows, width)).astype(np.int32)  # what lies past a sequence is never looked at
+    cache = np.full((pages, page, kv_heads * 2 * head_dim), np.nan, np.float32)
+    for s, length in enumerate(lens):
+        for i in range(-(-length // page)):
+            table[s, i] = next(free)
+        for i in range(length - q_lens[s]):
+            cache[table[s, i // page], i % page] = rng.normal(size=cache.shape[2])
+    tokens = max(1, sum(q_lens) + int(rng.integers(0, 5)))
+    cu = np.full(rows + 1, sum(q_lens), np.int32)
+    cu[: seqs + 1] = np.concatenate([[0], np.cumsum(q_lens)])
+    q = rng.normal(size=(tokens, kv_heads * group, head_dim))
+    k, v = rng.normal(size=(2, tokens, kv_heads, head_dim))
+    kv_lens = np.array([*lens, *[0] * (rows - seqs)], np.int32)
+    step = dict(
+        kv_lens=kv_lens, page_table=table, cu_q_lens=cu, distribution=np.array([decodes, decodes, seqs], np.int32)
+    )
+    compute = rng.choice(["float32", "bfloat16"])
+    held = rng.choice(["float32", "bfloat16", "float16"])
+    data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held)]
+    return data, step, int(rng.choice([0, 0, 1, 5, 70])), sum(q_lens)
+
+
+def random_product(rng):
+    """x [T, K], w [N, K] and the result's type."""
+    tokens, depth, outputs = (int(rng.choice(sizes)) for sizes in (
+        [1, 2, 3, 4, 5, 33, 130], [1, 15, 16, 100, 256, 512, 513, 1500], [1, 3, 16, 31, 32, 70]
+    ))  # fmt: skip
+    x = jnp.asarray(rng.normal(size=(tokens, depth)), rng.choice(["float32", "bfloat16"]))
+    w = jnp.asarray(rng.normal(size=(outputs, depth)), rng.choice(["float32", "bfloat16", "float16"]))
+    return x, w, str(rng.choice(["float32", "bfloat16"]))
+
+
+def spoil(rng, step, pages):
+    """One lie in what only the device knows."""
+    step, seqs = {name: array.copy() for name, array in step.items()}, step["distribution"][2]
+    which = int(rng.integers(0, 6))
+    if which == 0:
+        step["distribution"][2] = rng.choice([-1, len(step["kv_lens"]) + 1, 2**31 - 1])
+    elif which == 1:
+        step["kv_lens"][rng.integers(0, seqs)] = rng.choice([-(2**31), 2**31 - 1])
+    elif which == 2:
+        step["cu_q_lens"][rng.integers(0, seqs + 1)] = rng.choice([-7, 2**31 - 1])
+    elif which == 3:
+        step["kv_lens"][0] = max(1, step["kv_lens"][0])
+        step["page_table"][0, 0] = rng.choice([-1, pages, 2**31 - 1, -(2**31)])
+    elif which == 4:
+        step["kv_lens"][0] = step["cu_q_lens"][1] - 1
+    else:
+        step["kv_lens"][0] = step["page_table"].shape[1] * 48 + 1
+    return step
+
+
+def main() -> None:
+    library, seed, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    handlers = ctypes.CDLL(library)
+    for target in (ATTENTION, LINEAR):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
+    digest, refused = hashlib.blake2b(digest_size=16), 0
+    for case in range(cases):
+        rng = np.random.default_rng([seed, case])
+        (q, k, v, cache), step, window, used = random_case(rng)
+        results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype))
+        call = jax.jit(
+            lambda *a, results=results, window=window: jax.ffi.ffi_call(
+                ATTENTION, results, input_output_aliases={3: 1}
+            )(*a, scale=np.float32(0.3), window=np.int64(window))
+        )
+        out, new_cache = call(q, k, v, cache, *step.values())
+        assert np.isfinite(np.asarray(out, np.float32)).all(), "unwritten memory was used"
+        digest.update(np.asarray(out).tobytes() + np.asarray(new_cache).tobytes())
+        if used:
+            try:
+                jax.block_until_ready(call(q, k, v, cache, *spoil(rng, step, cache.shape[0]).values()))
+            except (ValueError, jax.errors.JaxRuntimeError) as error:  # raised at once, or when it was waited for
+                assert "ragged_paged_attention: " in str(error), error
+                refused += 1
+        x, w, dtype = random_product(rng)
+        product = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype))
+        y = np.asarray(product(x, w))
+        want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+        error = np.abs(y.astype(np.float64) - want).max() / np.abs(want).max()
+        assert error < (1e-5 if dtype == "float32" else 1e-2), (x.shape, w.shape, dtype, error)
+        alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], w)
+        assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
+        digest.update(y.tobytes())
+        try:
+            jax.block_until_ready(product(x, jnp.concatenate([w, w], axis=rng.integers(0, 2))))
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "linear: " in str(error), error
+            refused += 1
+    print(digest.hexdigest(), refused)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The C++ kernels: every instruction set gives the scalar one's bits, bad arguments give errors and no more."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import attention, native
+from jaxserve.errors import ConfigError
+from jaxserve.native import build
+from jaxserve.native.attention import ragged_paged_attention
+
+FUZZ = Path(__file__).parent / "native_fuzz.py"
+CASES = 25
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    try:
+        return build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def libraries(compiler, tmp_path_factory):
+    """A library for each instruction set that this processor has."""
+    folder = tmp_path_factory.mktemp("native")
+    found = {}
+    for isa in build.ISAS:
+        if isa.runs_here():
+            found[isa.name] = folder / f"{isa.name}.so"
+            build.build(isa, compiler, found[isa.name])
+    return found
+
+
+def fuzz(library, seed, *, cases=CASES, cpus=None, **environ):
+    """(digest, bad calls that were refused) of a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(FUZZ), str(library), str(seed), str(cases)],
+        capture_output=True, text=True, timeout=280, env=os.environ | environ,
+        preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    digest, refused = done.stdout.split()
+    return digest, int(refused)
+
+
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
+    digest, refused = fuzz(libraries["scalar"], 1)
+    assert refused > CASES
+    for name, library in libraries.items():
+        assert fuzz(library, 1) == (digest, refused), name
+    best = next(iter(libraries.values()))
+    assert fuzz(best, 1, cpus={min(os.sched_getaffinity(0))}) == (digest, refused), "one thread"
+
+
+def test_sanitizers_find_nothing(compiler, tmp_path):
+    """Address and undefined-behaviour sanitizers over good and bad calls."""
+    runtime = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip(f"{compiler[0]} has no address sanitizer here")
+    library = tmp_path / "sanitized.so"
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    build.build(build.best_isa(), compiler, library, flags)
+    # The C++ runtime has to be there before the sanitizer looks for its exceptions.
+    stdcxx = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
+    options = "detect_leaks=0,allocator_may_return_null=1"
+    fuzz(library, 2, cases=20, LD_PRELOAD=f"{runtime} {stdcxx}", ASAN_OPTIONS=options)
+
+
+def step(lens, new, *, pages=8, page=4):
+    """Arguments of a step of whole sequences, heads 2, kv heads 1, head_dim 8."""
+    rng = np.random.default_rng(0)
+    tokens = sum(new)
+    q, k, v = (jnp.asarray(rng.normal(size=(tokens, n, 8)), jnp.float32) for n in (2, 1, 1))
+    table = jnp.arange(len(lens) * (pages // len(lens)), dtype=jnp.int32).reshape(len(lens), -1)
+    cu = jnp.asarray([0, *np.cumsum(new)], jnp.int32)
+    cache = jnp.zeros((pages, page, 16), jnp.float32)
+    distribution = jnp.asarray([0, 0, len(lens)], jnp.int32)
+    return [q, k, v, cache, jnp.asarray(lens, jnp.int32), table, cu, distribution]
+
+
+def test_a_prompt_is_the_same_however_it_is_cut(compiler):
+    native.load()
+    rng = np.random.default_rng(5)
+    total, page = 200, 16
+    q, k, v = (jnp.asarray(rng.normal(size=(total, n, 24)), jnp.float32) for n in (6, 2, 2))
+    table = jnp.asarray(rng.permutation(20)[None], jnp.int32)
+    run = jax.jit(lambda *a: ragged_paged_attention(*a, scale=0.2, window=150))
+
+    def cut(*sizes):
+        cache, out, done = jnp.full((20, page, 96), jnp.nan), [], 0
+        for size in sizes:
+            piece = slice(done, done + size)
+            done += size
+            lens, cu = jnp.asarray([done], jnp.int32), jnp.asarray([0, size], jnp.int32)
+            some, cache = run(q[piece], k[piece], v[piece], cache, lens, table, cu, jnp.asarray([0, 0, 1], jnp.int32))
+            out.append(np.asarray(some))
+        return np.concatenate(out)
+
+    whole = cut(200)
+    for sizes in ([1] * 200, [7, 64, 1, 128], [63, 137], [199, 1]):
+        np.testing.assert_array_equal(cut(*sizes), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a[5].at[0, 0].set(8), "page 8 of sequence 0 is not in the cache"),
+        (lambda a: a[5].at[0, 0].set(-1), "page -1 of sequence 0 is not in the cache"),
+    ],
+)
+def test_a_wrong_page_is_an_error_and_the_next_call_works(compiler, change, message):
+    native.load()
+    run = jax.jit(lambda *a: ragged_paged_attention(*a, scale=1.0))
+    good = step([5, 6], [2, 6])
+    bad = [*good]
+    bad[5] = change(good)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
+        jax.block_until_ready(run(*bad))
+    assert np.isfinite(np.asarray(run(*good)[0])).all()
+
+
+def test_without_a_compiler_xla_serves_and_says_so(monkeypatch):
+    def nothing(progress):
+        raise build.BuildError("no C++ compiler was found")
+
+    monkeypatch.setattr(native, "load", nothing)
+    name, reason, _ = attention.choose("auto", "cpu")
+    assert name == "reference" and "no C++ compiler was found" in reason
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+        attention.choose("cpu", "cpu")
+    with pytest.raises(ConfigError, match="does not run on gpu"):
+        attention.choose("cpu", "gpu")
+
+
+@pytest.mark.parametrize("cxx", ["/no/such/compiler", "false"])
+def test_a_compiler_that_does_not_run_is_named(monkeypatch, cxx):
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(build.BuildError, match=f"CXX is '{cxx}'"):
+        build.find_compiler()
+
+
+def test_the_compilers_words_are_passed_on(monkeypatch, compiler, tmp_path):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, sources)
+    (sources / "attention.cc").write_text("int main() { return nothing; }")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    with pytest.raises(build.BuildError, match="nothing.*was not declared|undeclared"):
+        build.build(build.best_isa(), compiler, tmp_path / "x.so")
+    assert not (tmp_path / "x.so").exists()
+
+
+def test_it_is_built_once_and_again_when_a_source_changes(monkeypatch, compiler, tmp_path):
+    sources, built = tmp_path / "csrc", []
+    shutil.copytree(build.SOURCES, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "build", lambda isa, compiler, path: (built.append(path), path.parent.mkdir(
+        parents=True, exist_ok=True), path.touch()))  # fmt: skip
+    assert build.library() == build.library() == built[0] and len(built) == 1
+    (sources / "simd.h").write_text("// another")
+    assert build.library() == built[1] != built[0]
