@@ -1,12 +1,14 @@
 """Random calls of the C++ kernels of one library, good ones and bad ones; prints a digest of every result.
 
-    python native_fuzz.py LIBRARY SEED CASES
+    python native_fuzz.py LIBRARY SEED CASES [CPU]
 
+With CPU it stays on that one processor, so that XLA's pool has one thread.
 Imports JAX only, so that it runs under a sanitizer in a process of its own.
 """
 
 import ctypes
 import hashlib
+import os
 import sys
 
 import jax
@@ -83,6 +85,8 @@ def spoil(rng, step, pages):
 
 def main() -> None:
     library, seed, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if len(sys.argv) > 4:
+        os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
     for target in (ATTENTION, LINEAR):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")

@@ -40,12 +40,12 @@ def libraries(compiler, tmp_path_factory):
     return found
 
 
-def fuzz(library, seed, *, cases=CASES, cpus=None, **environ):
+def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
     """(digest, bad calls that were refused) of a process of its own."""
+    arguments = [library, seed, cases] + ([] if cpu is None else [cpu])
     done = subprocess.run(
-        [sys.executable, str(FUZZ), str(library), str(seed), str(cases)],
+        [sys.executable, str(FUZZ), *map(str, arguments)],
         capture_output=True, text=True, timeout=280, env=os.environ | environ,
-        preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     digest, refused = done.stdout.split()
@@ -58,7 +58,29 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
     for name, library in libraries.items():
         assert fuzz(library, 1) == (digest, refused), name
     best = next(iter(libraries.values()))
-    assert fuzz(best, 1, cpus={min(os.sched_getaffinity(0))}) == (digest, refused), "one thread"
+    assert fuzz(best, 1, cpu=min(os.sched_getaffinity(0))) == (digest, refused), "one thread"
+
+
+def digest(compiler, isa, program, runner=()):
+    """What the kernels' arithmetic gives when it is compiled for `isa`."""
+    sources = [FUZZ.with_name("native_digest.cc"), build.SOURCES / "parallel.cc"]
+    include = ["-isystem", jax.ffi.include_dir(), "-I", str(build.SOURCES)]
+    # One set of flags but for the vectors; -O1, since only the numbers count.
+    flags = [*build.FLAGS, *isa.compiler_flags, "-O1", "-w", "-static"]
+    subprocess.run([*compiler, *flags, *include, "-o", str(program), *map(str, sources)], check=True, timeout=280)
+    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=280).stdout
+
+
+def test_neon_gives_the_same_bits(compiler, tmp_path):
+    """Cross-compiled, and emulated."""
+    isas = {isa.name: isa for isa in build.ISAS}
+    if not isas["scalar"].runs_here():
+        pytest.skip("the scalar kernels do not run here")
+    cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if cross is None or emulator is None:
+        pytest.skip("aarch64-linux-gnu-g++ and qemu-aarch64 are needed (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    want = digest(compiler, isas["scalar"], tmp_path / "scalar")
+    assert digest([cross], isas["neon"], tmp_path / "neon", [emulator]) == want
 
 
 def test_sanitizers_find_nothing(compiler, tmp_path):

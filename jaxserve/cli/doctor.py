@@ -100,6 +100,7 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
     from jaxserve.attention import choose
     from jaxserve.errors import ConfigError
+    from jaxserve.native.build import BuildError, best_isa, library
     from jaxserve.runner import dtype_for
 
     try:
@@ -116,10 +117,15 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
     kind = found[0].platform
     if kind == "cpu" and shutil.which("nvidia-smi") and not importlib.util.find_spec("jax_cuda13_plugin"):
         problems.append("an NVIDIA GPU is here, but JAX lacks its plugin: pip install 'jaxserve[cuda]'")
+    if kind == "cpu":
+        try:
+            yield "C++ kernels", f"{best_isa().name}: {library(print)}"
+        except BuildError as e:
+            yield "C++ kernels", f"none: {e}"
     reason = f"auto on {kind}" if models.dtype == "auto" else "asked for by name"
     yield "dtype", f"{dtype_for(models.dtype, kind)} ({reason})"
     try:
-        name, reason, _ = choose(options.attention, kind)
+        name, reason, _ = choose(options.attention, kind, print)
         yield "attention", f"{name} ({reason})"
     except ConfigError as e:
         problems.append(str(e))

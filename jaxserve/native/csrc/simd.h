@@ -26,6 +26,11 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using half = __fp16;
+#else
+using half = _Float16;
+#endif
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -35,7 +40,7 @@ inline float to_float(bf16 x) {
   return y;
 }
 inline float to_float(f16 x) {
-  _Float16 y;
+  half y;
   std::memcpy(&y, &x, 2);
   return static_cast<float>(y);
 }
@@ -47,7 +52,7 @@ inline void from_float(float x, bf16* y) {  // to nearest, ties to even; a NaN s
   y->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline void from_float(float x, f16* y) {
-  const _Float16 h = static_cast<_Float16>(x);
+  const half h = static_cast<half>(x);
   std::memcpy(y, &h, 2);
 }
 
