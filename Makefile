@@ -35,11 +35,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing jaxserve into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	@$(BIN)/python -m jaxserve.native.build
+	@$(BIN)/python -m jaxserve.native
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing jaxserve[dev] into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@$(BIN)/python -m jaxserve.native.build
+	@$(BIN)/python -m jaxserve.native
 	@touch $@ $(VENV)/.installed

@@ -154,17 +154,20 @@ class Engine:
 
     def _measure(self) -> None:
         m, now, seen = self.metrics, self.scheduler.stats, self._seen
-        m.preemptions.inc(now.preemptions - seen.preemptions)
-        prompt, cached = now.prompt_tokens - seen.prompt_tokens, now.cached_tokens - seen.cached_tokens
-        m.prompt_tokens.inc(prompt)
-        m.prompt_tokens_cached.inc(cached)
-        m.prompt_tokens_hit.inc(cached)
-        m.prompt_tokens_computed.inc(prompt - cached)
-        m.prefix_queries.inc(now.looked_up_tokens - seen.looked_up_tokens)
-        m.prefix_hits.inc(now.hit_tokens - seen.hit_tokens)
-        m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
-        m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
-        self._seen = replace(now)
+        if now.generated_tokens != seen.generated_tokens:
+            m.generation_tokens.inc(now.generated_tokens - seen.generated_tokens)
+            seen.generated_tokens = now.generated_tokens
+        if now != seen:  # the rest changes only where requests come and go
+            prompt, cached = now.prompt_tokens - seen.prompt_tokens, now.cached_tokens - seen.cached_tokens
+            m.preemptions.inc(now.preemptions - seen.preemptions)
+            m.prompt_tokens.inc(prompt)
+            m.prompt_tokens_cached.inc(cached)
+            m.prompt_tokens_hit.inc(cached)
+            m.prompt_tokens_computed.inc(prompt - cached)
+            m.prefix_queries.inc(now.looked_up_tokens - seen.looked_up_tokens)
+            m.prefix_hits.inc(now.hit_tokens - seen.hit_tokens)
+            m.discarded_tokens.inc(now.discarded_tokens - seen.discarded_tokens)
+            self._seen = replace(now)
         for sequence in self.scheduler.ended:
             m.request_preemptions.observe(sequence.num_preemptions)
             m.prefill_computed.observe(sequence.num_prompt - sequence.num_cached)

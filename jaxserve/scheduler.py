@@ -233,11 +233,22 @@ class Scheduler:
                 sequence.in_flight += 1
 
         # Decodes before prompts, each in rank order: what is preempted for pages is always of lower rank.
-        ready = [s for s in self.running if not s.in_flight or s.length < s.limit]  # others end with this commit
-        for sequence in [s for s in ready if s.length - s.num_computed == 1]:
-            if sequence.slot >= 0 and self._grow(sequence, singles):
-                place(sequence)
-        for sequence in [s for s in ready if s.length - s.num_computed > 1]:
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            length = len(sequence.tokens) + sequence.in_flight
+            if not sequence.in_flight or length < sequence.limit:  # others end with this commit
+                (decodes if length - sequence.num_computed == 1 else prompts).append(sequence)
+        size = self.pages.page_size
+        for sequence in decodes:  # nearly all of a busy step: no more than it takes
+            start = sequence.num_computed
+            room = sequence.slot >= 0 and (start < len(sequence.pages) * size or self._grow(sequence, singles))
+            if room:
+                singles.append(Row(sequence, sequence.slot, start, 1, True))
+                sequence.num_computed = start + 1
+                sequence.in_flight += start + 1 < sequence.limit
+        budget -= len(singles)
+        for sequence in prompts:
             if budget and sequence.slot >= 0:
                 place(sequence)
         for sequence in list(self.waiting):
@@ -252,7 +263,7 @@ class Scheduler:
             admitted.append(sequence)
             place(sequence)
 
-        for row in chunks + singles:  # only now: a step never reads blocks that it computes itself
+        for row in chunks:  # only now: a step never reads blocks that it computes itself
             self._register(row.sequence)
         rows = singles + chunks
         if not rows:
@@ -265,7 +276,7 @@ class Scheduler:
         A sequence that ended after the plan was made has run one token too far; that token is discarded. One that
         was preempted meanwhile keeps its token: the step that sampled it was right.
         """
-        deltas = []
+        deltas, size = [], self.pages.page_size
         for i, row in enumerate(plan.rows):
             sequence = row.sequence
             produced = row.last and row.start + row.count < sequence.limit
@@ -285,7 +296,7 @@ class Scheduler:
             self.stats.generated_tokens += 1
             if sequence.first_token is None:
                 sequence.first_token = now
-            if sequence.slot >= 0:
+            if sequence.slot >= 0 and len(sequence.tokens) >= (sequence.num_registered + 1) * size:
                 self._register(sequence)
             finish, stop_token = self._finish(sequence, token)
             logprobs = (sampled.logprobs[i],) if i in sampled.logprobs else None
@@ -350,15 +361,13 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, planned: list[Row]) -> bool:
-        """Makes room for one more token, preempting from the lowest rank up; False if this one had to go itself."""
-        if sequence.num_computed < len(sequence.pages) * self.pages.page_size:
-            return True
-        holders = {id(row.sequence) for row in planned}
+        """Takes one more page, preempting from the lowest rank up; False if this one had to go itself."""
         while True:
             page = self.pages.take(1)
             if page is not None:
                 sequence.pages += page
                 return True
+            holders = {id(row.sequence) for row in planned}
             victim = next((s for s in reversed(self.running) if id(s) not in holders), sequence)
             self._preempt(victim)
             if victim is sequence:

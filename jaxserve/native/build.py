@@ -106,14 +106,6 @@ def build(isa: Isa, compiler: list[str], path: Path, extra: tuple[str, ...] = ()
         os.replace(new, path)
 
 
-def main() -> None:
-    """Builds the library ahead of its first use and prints where it lies, or why there is none."""
-    try:
-        print(library(print))
-    except BuildError as error:
-        print(f"the CPU kernels are not there, and XLA will serve without them, slower by far: {error}")
-
-
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -140,7 +132,3 @@ def _cpu_flags() -> set[str]:
         return set()
     found = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
     return set(next(found, []))
-
-
-if __name__ == "__main__":
-    main()

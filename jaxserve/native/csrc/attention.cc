@@ -134,6 +134,10 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, c
       for (; t < n && offset < p.page; t++, offset++, row += p.row) at[t] = row;
     }
     std::fill(at + n, at + scored, at[n - 1]);
+    for (int t = 0; t < n; t++) {  // all of the block at once: rows are too far apart for the processor to foresee
+      const char* row = reinterpret_cast<const char*>(at[t]);
+      for (int64_t i = 0; i < 2 * D * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(row + i);
+    }
     for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
     product<false>(rows, scored, queries, padded, D, Strided{keys, kBlock}, scores, kBlock);
     for (int r = 0; r < rows; r++) {

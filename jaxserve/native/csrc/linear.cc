@@ -143,6 +143,9 @@ void add_piece(const float* x, int64_t x_stride, int64_t tokens, const float* w,
   const int64_t whole = kTileT > 1 ? tokens / kTileT * kTileT : 0;
   for (int64_t n = 0; whole && n < outputs; n += kInFirstCache) {
     const int64_t count = std::min<int64_t>(kInFirstCache, outputs - n);
+    for (int64_t r = n + count; r < std::min(n + 2 * kInFirstCache, outputs); r++) {  // come while these are used
+      for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(w + r * w_stride + k);
+    }
     for (int64_t t = 0; t < whole; t += kTileT) {
       tiles_of<kTileT, kTileN>(x + t * x_stride, x_stride, w + n * w_stride, w_stride, count, depth,
                                y + t * y_stride + n, y_stride);
