@@ -1,0 +1,105 @@
+"""Times the C++ kernels for CPU beside XLA in one process, call by call in turn, and prints two tables.
+
+python tools/bench_kernels.py [--rounds 20]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve import attention, native
+from jaxserve.native.linear import linear
+
+# sequences, context, query tokens each, heads, kv heads, head_dim, dtype
+ATTENTION = [
+    (32, 96, 1, 8, 4, 32, "float32"),
+    (16, 512, 1, 16, 8, 128, "float32"),
+    (16, 512, 1, 16, 8, 128, "bfloat16"),
+    (1, 4096, 1, 16, 8, 128, "float32"),
+    (1, 512, 512, 16, 8, 128, "float32"),
+]
+PRODUCTS = [(t, 2048, 2048, "float32") for t in (1, 4, 32, 256)] + [(t, 2048, 2048, "bfloat16") for t in (4, 32, 256)]
+PAGE = 16
+
+
+def fastest(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each call's fastest round; the calls take turns, so that all meet the same machine."""
+    best = dict.fromkeys(calls, float("inf"))
+    for name, call in list(calls.items()) * (rounds + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        best[name] = min(best[name], 1000 * (time.perf_counter() - start))  # the first, which compiles, is never it
+    return best
+
+
+def attention_call(body: str, case: tuple) -> Callable[[], Any]:
+    seqs, context, queries, heads, kv_heads, head_dim, dtype = case
+    kernel = attention.choose(body, "cpu")[2]
+    width, rng = -(-context // PAGE), np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(seqs * queries, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads))
+    held = [jnp.asarray(rng.normal(size=(seqs * width, PAGE, kv_heads * 2 * head_dim)), dtype)]
+    lens, table = jnp.full((seqs,), context, jnp.int32), jnp.arange(seqs * width, dtype=jnp.int32).reshape(seqs, -1)
+    cu = jnp.arange(seqs + 1, dtype=jnp.int32) * queries
+    singles = seqs if queries == 1 else 0
+    distribution = jnp.asarray([singles, singles, seqs], jnp.int32)
+    run = jax.jit(lambda *a: kernel(*a, lens, table, cu, distribution, scale=head_dim**-0.5), donate_argnums=3)
+
+    def call() -> Any:
+        out, held[0] = run(q, k, v, held[0])
+        return out, held[0]
+
+    return call
+
+
+def product_call(body: str, case: tuple) -> Callable[[], Any]:
+    tokens, depth, outputs, dtype = case
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(tokens, depth)), dtype)
+    weights = [jnp.asarray(rng.normal(size=(outputs, depth)), dtype) for _ in range(4)]  # more than a cache holds
+
+    def xla(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(dtype)
+
+    one = xla if body == "xla" else lambda x, w: linear(x, w, x.dtype)
+    run = jax.jit(lambda x, weights: [one(x, w) for w in weights])
+    return lambda: run(x, weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the C++ kernels for CPU beside XLA.")
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
+    native.load(print)
+    row = "{:<44} {:>9} {:>9} {:>7} {:>9} {:>10}"
+    print(row.format("attention: seqs x context, queries, heads", "XLA ms", "C++ ms", "ratio", "GB/s", "GFLOP/s"))
+    for case in ATTENTION:
+        seqs, context, queries, heads, kv_heads, head_dim, dtype = case
+        ms = fastest({b: attention_call(b, case) for b in ("reference", "cpu")}, rounds)
+        read = seqs * context * kv_heads * 2 * head_dim * jnp.dtype(dtype).itemsize
+        work = 4 * seqs * queries * (context - (queries - 1) / 2) * heads * head_dim
+        name = f"{seqs} x {context}, {queries}, {heads}/{kv_heads} of {head_dim}, {dtype}"
+        figures = (
+            ms["reference"],
+            ms["cpu"],
+            ms["reference"] / ms["cpu"],
+            read / ms["cpu"] / 1e6,
+            work / ms["cpu"] / 1e6,
+        )
+        print(row.format(name, *(f"{f:.2f}" for f in figures)), flush=True)
+    print(row.format("product: x [T, K], w [N, K]", "XLA ms", "C++ ms", "ratio", "GB/s", "GFLOP/s"))
+    for product in PRODUCTS:
+        tokens, depth, outputs, dtype = product
+        ms = {b: m / 4 for b, m in fastest({b: product_call(b, product) for b in ("xla", "cpu")}, rounds).items()}
+        read, work = depth * outputs * jnp.dtype(dtype).itemsize, 2 * tokens * depth * outputs
+        name = f"[{tokens}, {depth}] x [{outputs}, {depth}], {dtype}"
+        figures = ms["xla"], ms["cpu"], ms["xla"] / ms["cpu"], read / ms["cpu"] / 1e6, work / ms["cpu"] / 1e6
+        print(row.format(name, *(f"{f:.2f}" for f in figures)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
