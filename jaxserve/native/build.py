@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax.ffi
@@ -121,8 +122,13 @@ def _kept(isa: Isa, compiler: list[str]) -> Path:
     digest = hashlib.blake2b(version + repr((FLAGS, isa, jaxlib.__version__)).encode(), digest_size=10)
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    home = cache_home() or Path(tempfile.gettempdir()) / f"jaxserve-{os.getuid()}"
-    return home / "native" / f"kernels-{isa.name}-{digest.hexdigest()}.so"
+    return (cache_home() or _temporary_home()) / "native" / f"kernels-{isa.name}-{digest.hexdigest()}.so"
+
+
+@cache
+def _temporary_home() -> Path:
+    """For a user without a home: a folder that nobody else could have filled before us, for this process alone."""
+    return Path(tempfile.mkdtemp(prefix="jaxserve-"))
 
 
 def _cpu_flags() -> set[str]:
