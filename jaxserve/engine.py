@@ -97,9 +97,9 @@ class Engine:
                     deltas += self.scheduler.commit(pending[0], sampled, time.monotonic())
                     host += time.perf_counter() - start
                 start = time.perf_counter()
+                self._measure()  # first: whoever has an answer finds it counted
                 if deltas:
                     self._deliver(deltas)
-                self._measure()
                 if plan or pending:
                     self.metrics.host_gap.observe(host + time.perf_counter() - start)
                     checked = False
