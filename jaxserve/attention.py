@@ -61,14 +61,14 @@ def bind(
         scale: float | None = None,
         window: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
+        first = layer * (cache.shape[0] // layers)
         out, cache = kernel(
             q,
             k,
             v,
             cache,
             kv_lens,
-            page_table
-            + layer * (cache.shape[0] // layers),  # the kernel sees the whole cache: slicing a layer out would copy it
+            page_table + first,  # the kernel sees the whole cache: slicing a layer out would copy it
             cu_q_lens,
             distribution,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,

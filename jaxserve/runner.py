@@ -152,7 +152,7 @@ class Runner:
         )
         # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
         self._bind = jax.jit(_bind, donate_argnums=0).lower(self._abstract(self.sizes), *self._no_binding()).compile()
-        kv, slots = self._state.cache.nbytes, sum(a.nbytes for a in jax.tree.leaves(self._state.slots))
+        kv, slots = self._state.cache.nbytes, _bytes(self._state.slots)
         self.info = EngineInfo(
             model=str(path),
             architecture=self.model.name,
@@ -196,10 +196,7 @@ class Runner:
     def _abstract(self, sizes: Sizes) -> StepState:
         spec = self.model.cache_spec(self.config)
         cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._dtype)
-        slots = jax.eval_shape(
-            lambda: SlotState.empty(sizes.max_num_seqs + 1, sizes.max_model_len, MAX_BIAS_IDS, MAX_STOP_IDS)
-        )
-        return StepState(cache, slots)  # type: ignore[arg-type]  # a tree of shapes
+        return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
@@ -249,7 +246,7 @@ class Runner:
         if given is None:
             total = _device_memory(self._device) + (weights if cpu else 0)  # on CPU: what was free before the weights
             share = options.device.memory_utilization or (0.5 if cpu else 0.9)
-            budget = int(total * share) - weights - self._slot_bytes(seqs, length)
+            budget = int(total * share) - weights - _bytes(_slots(seqs, length))
             pages = budget // page_bytes
             if pages < 1:
                 raise ConfigError(
@@ -279,11 +276,6 @@ class Runner:
         if found.max_model_len < length:
             progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
-
-    def _slot_bytes(self, seqs: int, length: int) -> int:
-        """Bytes of what the slots remember; next to nothing unless the context is very long."""
-        slots = jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
-        return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(slots))
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
         """full: compiles every shape. min: two shapes serve until the others, in the background, are there."""
@@ -336,6 +328,15 @@ class Runner:
         stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
         stops[: len(stop)] = stop
         return np.int32(sequence.slot), history, ids, values, stops
+
+
+def _slots(seqs: int, length: int) -> SlotState:
+    """The shapes of what the slots remember; few bytes unless the context is very long."""
+    return jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _needs_binding(sequence: Sequence) -> bool:

@@ -148,7 +148,7 @@ class Scheduler:
     @property
     def num_deferred(self) -> int:
         """Waiting sequences that wait for their leader's pages, not for capacity. Any thread may ask."""
-        return sum(s.leader is not None and not self._prompt_planned(s.leader) for s in list(self.waiting))
+        return sum(map(self._deferred, list(self.waiting)))
 
     def add(self, request: Request, now: float) -> None:
         """Queues a checked request. Raises Overloaded when the queue is full."""
@@ -256,7 +256,7 @@ class Scheduler:
                 break
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
-            if sequence.leader is not None and not self._prompt_planned(sequence.leader):
+            if self._deferred(sequence):
                 continue
             if not self._admit(sequence, now):
                 break
@@ -324,17 +324,22 @@ class Scheduler:
         """Lower goes first and is preempted last."""
         return (sequence.request.priority if self.priorities else 0, sequence.order)
 
-    def _prompt_planned(self, leader: Sequence) -> bool:
-        """The leader's full blocks are there to be shared."""
-        blocks = (leader.num_prompt - 1) // self.pages.page_size
-        return leader.finished or leader.num_output > 0 or leader.num_registered >= blocks
+    def _deferred(self, sequence: Sequence) -> bool:
+        """Its prompt's full blocks are still to be computed by its leader, and then shared."""
+        leader = sequence.leader
+        if leader is None or leader.finished or leader.num_output > 0:
+            return False
+        return leader.num_registered < (leader.num_prompt - 1) // self.pages.page_size
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        # Without a cache across requests, the continuations of one request still share their prompt.
+        salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
+        extend_hashes(sequence.hashes, sequence.tokens, self.pages.page_size, salt)
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
         """Gives a waiting sequence a slot and the pages of all its tokens, or leaves it waiting."""
         size = self.pages.page_size
-        # Without a cache across requests, the continuations of one request still share their prompt.
-        salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
-        extend_hashes(sequence.hashes, sequence.tokens, size, salt)
+        self._extend_hashes(sequence)
         usable = (len(sequence.tokens) - 1) // size  # the last token is computed always: its logits are wanted
         found: list[int] = []
         if sequence.prompt_logprobs is None:  # which need every position's logits
@@ -407,8 +412,7 @@ class Scheduler:
         if full <= sequence.num_registered:
             return
         if full > len(sequence.hashes):
-            salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
-            extend_hashes(sequence.hashes, sequence.tokens, size, salt)
+            self._extend_hashes(sequence)
         for block in range(sequence.num_registered, full):
             self.pages.register(sequence.pages[block], sequence.hashes[block])
         sequence.num_registered = full

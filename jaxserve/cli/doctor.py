@@ -83,13 +83,13 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def machine() -> Iterator[tuple[str, str]]:
+    from jaxserve.native.build import cpu_flags, cpu_info
+
     yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
-    cpu = _cpu_info()
-    yield "processor", cpu.get("model name") or platform.processor() or platform.machine()
+    yield "processor", cpu_info().get("model name") or platform.processor() or platform.machine()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cores", f"{usable} usable of {os.cpu_count()}"
-    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
-    if flags:
+    if flags := cpu_flags():
         yield "instruction sets", " ".join(f for f in CPU_FLAGS if f in flags) or "none of " + " ".join(CPU_FLAGS)
     memory = host_memory()
     yield "memory", f"{_size(memory.total)}, {_size(memory.free)} free"
@@ -175,14 +175,6 @@ def ports(options: ServerOptions, problems: list[str]) -> Iterator[tuple[str, st
                 if must:
                     flag = "--port" if name == "HTTP" else "--grpc-port"
                     problems.append(f"{name} port {port}: {e.strerror}; choose another one with {flag}")
-
-
-def _cpu_info() -> dict[str, str]:
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    return {k.strip(): v.strip() for k, v in (line.split(":", 1) for line in first.splitlines() if ":" in line)}
 
 
 def _writable(path: Path) -> bool:

@@ -42,7 +42,7 @@ class Isa:
     compiler_flags: tuple[str, ...]
 
     def runs_here(self) -> bool:
-        return platform.machine().lower() in self.machines and set(self.cpu_flags) <= _cpu_flags()
+        return platform.machine().lower() in self.machines and set(self.cpu_flags) <= cpu_flags()
 
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -131,10 +131,16 @@ def _temporary_home() -> Path:
     return Path(tempfile.mkdtemp(prefix="jaxserve-"))
 
 
-def _cpu_flags() -> set[str]:
+def cpu_info() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        return set()
-    found = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
-    return set(next(found, []))
+        return {}
+    return {k.strip(): v.strip() for k, v in (line.split(":", 1) for line in first.splitlines() if ":" in line)}
+
+
+def cpu_flags() -> set[str]:
+    """The processor's features, by Linux's names."""
+    info = cpu_info()
+    return set((info.get("flags") or info.get("Features") or "").split())

@@ -167,12 +167,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, c
       }
     }
     if (!in_place) {
-      for (int t = 0; t < n; t++) {
-        int64_t i = 0;
-        for (; i + kLanes <= D; i += kLanes) store(values + t * padded + i, load(at[t] + D + i));
-        for (; i < D; i++) values[t * padded + i] = to_float(at[t][D + i]);
-        std::fill(values + t * padded + D, values + (t + 1) * padded, 0.0f);
-      }
+      for (int t = 0; t < n; t++) to_floats(at[t] + D, D, padded, values + t * padded);
     }
     if constexpr (std::is_same_v<C, float>) {
       if (in_place) product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
@@ -199,9 +194,9 @@ void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, int64_t
     return ((p.cu_q_lens[s] + first + r / group) * p.heads + h * group + r % group) * D;
   };
   for (int64_t r = 0; r < rows; r++) {
-    const Q* from = q + start(r);
-    for (int64_t i = 0; i < D; i++) queries[r * padded + i] = to_float(from[i]) * p.scale;
-    std::fill(queries + r * padded + D, queries + (r + 1) * padded, 0.0f);
+    float* query = queries + r * padded;
+    to_floats(q + start(r), D, padded, query);
+    for (int64_t i = 0; i < padded; i += kLanes) store(query + i, mul(load(query + i), splat(p.scale)));
   }
   attend(p, s, first, count, h, queries, cache, sums, sums + rows * padded);
   for (int64_t r = 0; r < rows; r++) {

@@ -129,12 +129,7 @@ inline void tiles_of(const float* x, int64_t x_stride, const float* w, int64_t w
 // Rows of `from` as floats, each followed by zeros up to `padded`.
 template <class T>
 void unpack(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t padded, float* to) {
-  for (int64_t r = 0; r < rows; r++) {
-    int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) store(to + r * padded + k, load(from + r * stride + k));
-    for (; k < count; k++) to[r * padded + k] = to_float(from[r * stride + k]);
-    std::fill(to + r * padded + count, to + (r + 1) * padded, 0.0f);
-  }
+  for (int64_t r = 0; r < rows; r++) to_floats(from + r * stride, count, padded, to + r * padded);
 }
 
 // y[t][n] += folded products over one piece, for all rows of x and of w.

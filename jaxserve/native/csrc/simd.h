@@ -178,6 +178,15 @@ inline Vec exp_of_negative(Vec x) {
   return zero_where_below(x, limit, times_power_of_two(p, n));
 }
 
+// `count` numbers as floats, followed by zeros up to `padded`.
+template <class T>
+void to_floats(const T* from, int64_t count, int64_t padded, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; i++) to[i] = to_float(from[i]);
+  for (; i < padded; i++) to[i] = 0.0f;
+}
+
 // columns[i * stride + t] = rows[t][i] for t < 16 and i < count, as floats.
 template <class T>
 void transpose16(const T* const* rows, int count, float* columns, int stride) {
