@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxserve import attention, batch, sampling
+from jaxserve import attention, batch, native, quant, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, cache_home
 from jaxserve.errors import ConfigError
@@ -31,7 +31,7 @@ from jaxserve.models import find_model
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
-from jaxserve.spec import CacheSpec, Model
+from jaxserve.spec import CacheSpec, Model, ParamSpec
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
 
@@ -130,7 +130,8 @@ class Runner:
             self.config,
             checkpoint,
             dtype=dtype,
-            device_put=lambda array, spec: jax.device_put(array, self._device),
+            device_put=lambda leaf, spec: jax.device_put(leaf, self._device),
+            pack=_packer(dtype, options.model.dtype == "auto") if platform == "cpu" and native.loaded() else None,
             progress=report,
         )
         self._params, self._tree = jax.tree.flatten(params)
@@ -163,7 +164,7 @@ class Runner:
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
             dtype=jnp.dtype(dtype).name,
-            num_params=sum(a.size for a in self._params),
+            num_params=sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config))),
             platform=platform,
             attention=name,
             priorities=options.schedule.scheduling_policy == "priority",
@@ -328,6 +329,11 @@ class Runner:
         stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
         stops[: len(stop)] = stop
         return np.int32(sequence.slot), history, ids, values, stops
+
+
+def _packer(dtype: Any, as_stored: bool) -> Callable[[np.ndarray, ParamSpec], quant.Packed]:
+    """Lays matrices out for the CPU kernels, which multiply what is stored: they are cast only on demand."""
+    return lambda w, spec: quant.pack(w if as_stored else w.astype(dtype, copy=False), spec.shape, dtype)
 
 
 def _slots(seqs: int, length: int) -> SlotState:

@@ -28,18 +28,32 @@ class ParamSpec:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     name: str
+    matrix: bool = False
+    """Only `linear`, `linear_f32` and `embed` touch it: it may be kept in another layout, or quantised."""
 
 
 def weight(config: Any, axes: str, name: str) -> ParamSpec:
     """A ParamSpec whose axis names are the config's field names, so shape and sharding cannot disagree.
 
-    `weight(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
+    `weight(c, "width", "model.layers.0.input_layernorm.weight")`
     """
+    return ParamSpec(*_sized(config, axes, name), name)
+
+
+def matrix(config: Any, axes: str, name: str) -> ParamSpec:
+    """The same for a weight [outputs, inputs] that nothing but `linear`, `linear_f32` and `embed` of quant.py touches.
+
+    `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
+    """
+    return ParamSpec(*_sized(config, axes, name), name, matrix=True)
+
+
+def _sized(config: Any, axes: str, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     names = tuple(axes.split())
     missing = [a for a in names if not hasattr(config, a)]
     if missing:
         raise ConfigError(f"{name}: no size for axis {missing[0]!r} in {type(config).__name__}")
-    return ParamSpec(names, tuple(getattr(config, a) for a in names), name)
+    return names, tuple(getattr(config, a) for a in names)
 
 
 def only_served(hf: Mapping[str, Any], **served: Any) -> None:

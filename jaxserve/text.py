@@ -15,7 +15,7 @@ from jaxserve.client import EngineClient
 from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
 from jaxserve.metrics import FrontMetrics
 from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
-from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer, read_gguf, text_gguf
 from jaxserve.tokenizer.base import read_json
 
 # generation_config.json's names and ours; as in vLLM the rest of that file, do_sample too, changes nothing.
@@ -77,17 +77,19 @@ class TextModel:
     template: ChatTemplate | None
     name: str
     defaults: SamplingParams
-    """What a request that does not say gets: generation_config.json over SamplingParams' own defaults, and
-    max_tokens None (up to the end of the context) unless that file has max_new_tokens."""
+    """What a request that does not say gets: generation_config.json, or a .gguf file's general.sampling keys, over
+    SamplingParams' own defaults, and max_tokens None (up to the end of the context) unless there is max_new_tokens."""
     eos_token_ids: tuple[int, ...]
     metrics: FrontMetrics | None = None
 
     @classmethod
     def open(cls, path: Path, client: EngineClient, name: str) -> "TextModel":
-        """Reads tokenizer, chat template and generation defaults of a checkpoint directory. Raises ConfigError."""
-        tokenizer = load_tokenizer(path)
-        generation = read_json(path / "generation_config.json")
-        eos = generation.get("eos_token_id", read_json(path / "config.json").get("eos_token_id"))
+        """Reads tokenizer, chat template and generation defaults of a checkpoint directory or .gguf file.
+
+        Raises ConfigError, and CheckpointError for a broken .gguf file.
+        """
+        tokenizer, template, generation, source = _described(path)
+        eos = generation.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if any(not isinstance(i, int) for i in eos_ids):
             raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, got {eos!r}")
@@ -95,11 +97,11 @@ class TextModel:
         try:
             defaults = msgspec.convert({"max_tokens": None, **given}, SamplingParams)
         except (msgspec.ValidationError, InvalidParameter) as error:
-            raise ConfigError(f"{path / 'generation_config.json'}: {error}") from error
+            raise ConfigError(f"{source}: {error}") from error
         return cls(
             client=client,
             tokenizer=tokenizer,
-            template=load_chat_template(path),
+            template=template,
             name=name,
             defaults=defaults,
             eos_token_ids=tuple(dict.fromkeys([*tokenizer.eos_token_ids, *eos_ids])),
@@ -128,7 +130,8 @@ class TextModel:
         """
         if self.template is None:
             raise UnsupportedParameter(
-                f"model {self.name} has no chat template; use completions, or add chat_template.jinja to its directory",
+                f"model {self.name} has no chat template; use completions, or give it one: chat_template.jinja in its "
+                "directory, tokenizer.chat_template in a .gguf file",
                 param="messages",
             )
         variables = dict(template_kwargs or {})
@@ -212,6 +215,22 @@ class TextModel:
         finally:
             if timer is not None:
                 timer.finish(outcome, prompt_tokens, [s.tokens for s in sequences])
+
+
+def _described(path: Path) -> tuple[Tokenizer, ChatTemplate | None, dict[str, Any], Path]:
+    """A checkpoint's tokenizer, its template, what its generation_config.json says or would say, and where that is."""
+    if (file := text_gguf(path)) is not None:
+        text = read_gguf(file)
+        try:
+            template = ChatTemplate(text.templates, text.named) if text.templates else None
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error.message}") from error
+        return text.tokenizer, template, text.generation, file
+    source = path / "generation_config.json"
+    generation = read_json(source)
+    if "eos_token_id" not in generation:
+        generation["eos_token_id"] = read_json(path / "config.json").get("eos_token_id")
+    return load_tokenizer(path), load_chat_template(path), generation, source
 
 
 class _Sequence:

@@ -40,7 +40,7 @@ void attention(int64_t head_dim, int64_t window) {
   for (int64_t first : {0, 7, 8}) {
     const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12;
     for (int64_t h = 0; h < kv_heads; h++) {
-      jaxserve::attend_tile(step, 0, first, count, h, q.data(), cache.data(), out.data());
+      jaxserve::attend_tile(step, 0, first, count, h, 1, q.data(), cache.data(), out.data());
     }
   }
   add(out);
@@ -48,12 +48,13 @@ void attention(int64_t head_dim, int64_t window) {
 
 template <class W>
 void product(int64_t tokens, int64_t depth, int64_t outputs) {
-  const int64_t padded = (depth + 15) / 16 * 16;
   const auto x = numbers<float>(tokens * depth, 3);
   const auto w = numbers<W>(outputs * depth, 4);
-  std::vector<float> rows(tokens * padded), y(tokens * outputs, 0.0f);
-  jaxserve::unpack(x.data(), depth, tokens, depth, padded, rows.data());
-  jaxserve::block(rows.data(), padded, tokens, w.data(), depth, outputs, y.data(), outputs);
+  const int64_t columns = (outputs + 15) / 16 * 16;
+  std::vector<W> panels(columns * depth);
+  std::vector<float> y(tokens * columns);
+  jaxserve::pack(w.data(), outputs, depth, panels.data());
+  jaxserve::block(x.data(), tokens, panels.data(), depth, columns, y.data());
   add(y);
 }
 

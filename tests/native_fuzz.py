@@ -10,12 +10,13 @@ import ctypes
 import hashlib
 import os
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ATTENTION, LINEAR = "jaxserve_ragged_paged_attention", "jaxserve_linear"
+ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
 
 
 def random_case(rng):
@@ -63,6 +64,21 @@ def random_product(rng):
     return x, w, str(rng.choice(["float32", "bfloat16"]))
 
 
+def packed(library, w):
+    """w [N, K] as the library lays it out: panels [N / 16, K, 16], zeros after the last row."""
+    rows = np.asarray(w)
+    panels = np.full((-(-rows.shape[0] // 16), rows.shape[1], 16), 7, rows.dtype)
+    library.jaxserve_pack(
+        ctypes.c_void_p(rows.ctypes.data),
+        *(ctypes.c_int64(n) for n in (*rows.shape, rows.itemsize)),
+        ctypes.c_void_p(panels.ctypes.data),
+    )
+    want = np.zeros((panels.shape[0] * 16, rows.shape[1]), rows.dtype)
+    want[: rows.shape[0]] = rows
+    assert (panels.transpose(0, 2, 1).reshape(want.shape) == want).all(), "a packed weight is another weight"
+    return jnp.asarray(panels)
+
+
 def spoil(rng, step, pages):
     """One lie in what only the device knows."""
     step, seqs = {name: array.copy() for name, array in step.items()}, step["distribution"][2]
@@ -88,7 +104,7 @@ def main() -> None:
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
-    for target in (ATTENTION, LINEAR):
+    for target in (ATTENTION, LINEAR, EMBED):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
@@ -110,19 +126,26 @@ def main() -> None:
                 assert "ragged_paged_attention: " in str(error), error
                 refused += 1
         x, w, dtype = random_product(rng)
+        panels = packed(handlers, w)
         product = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype))
-        y = np.asarray(product(x, w))
+        y = np.asarray(product(x, panels))
         want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
         error = np.abs(y.astype(np.float64) - want).max() / np.abs(want).max()
         assert error < (1e-5 if dtype == "float32" else 1e-2), (x.shape, w.shape, dtype, error)
-        alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], w)
+        alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], panels)
         assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
         digest.update(y.tobytes())
-        try:
-            jax.block_until_ready(product(x, jnp.concatenate([w, w], axis=rng.integers(0, 2))))
-        except (ValueError, jax.errors.JaxRuntimeError) as error:
-            assert "linear: " in str(error), error
-            refused += 1
+        ids = rng.integers(-2, w.shape[0] + 2, 5).astype(np.int32)
+        gather = jax.ffi.ffi_call(EMBED, jax.ShapeDtypeStruct((5, w.shape[1]), "float32"))
+        rows = gather(panels, ids, outputs=np.int64(w.shape[0]))
+        assert (np.asarray(rows) == np.asarray(w, np.float32)[ids.clip(0, w.shape[0] - 1)]).all()
+        twice, outside = jnp.concatenate([panels, panels], axis=rng.integers(0, 3)), rng.choice([0, -1, 10_000])
+        for wrong, arguments in ((product, (x, twice)), (partial(gather, outputs=np.int64(outside)), (panels, ids))):
+            try:
+                jax.block_until_ready(wrong(*arguments))
+            except (ValueError, jax.errors.JaxRuntimeError) as error:
+                assert "linear: " in str(error) or "embed: " in str(error), error
+                refused += 1
     print(digest.hexdigest(), refused)
 
 

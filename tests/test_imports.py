@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from lower ranks, or from its own package.
 RANKS = {
     "errors": -1,
-    "request": 0, "metrics": 0, "host_memory": 0, "config": 0,
-    "spec": 1, "native": 1,
+    "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0,
+    "spec": 1, "native": 1, "gguf": 1,
     "quant": 2,
     "layers": 3, "sharding": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import attention, native
-from jaxserve.native.linear import linear
+from jaxserve.native.linear import linear, pack
 
 # sequences, context, query tokens each, heads, kv heads, head_dim, dtype
 ATTENTION = [
@@ -65,7 +65,9 @@ def product_call(body: str, case: tuple) -> Callable[[], Any]:
     def xla(x: jax.Array, w: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(dtype)
 
-    one = xla if body == "xla" else lambda x, w: linear(x, w, x.dtype)
+    if body == "cpu":
+        weights = [jnp.asarray(pack(np.asarray(w))) for w in weights]
+    one = xla if body == "xla" else lambda x, w: linear(x, w, outputs, x.dtype)
     run = jax.jit(lambda x, weights: [one(x, w) for w in weights])
     return lambda: run(x, weights)
 

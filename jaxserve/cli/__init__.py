@@ -19,6 +19,8 @@ COMMANDS = {
     "run": "run:run",
     "generate": "generate:generate",
     "convert": "convert:convert",
+    "quantize": "quantize:quantize",
+    "show": "show:show",
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.layers import Rope, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, only_served, weight
+from jaxserve.spec import Attend, matrix, only_served, weight
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,26 @@ class Config:
 
 
 def param_specs(c: Config) -> dict[str, Any]:
-    w = partial(weight, c)  # axis names are the config's fields
+    w, m = partial(weight, c), partial(matrix, c)  # axis names are the config's fields
 
     def block(hf: str) -> dict[str, Any]:
         return {
             "attn_norm": w("width", f"{hf}.input_layernorm.weight"),
-            "q": w("heads head_dim width", f"{hf}.self_attn.q_proj.weight"),
-            "k": w("kv_heads head_dim width", f"{hf}.self_attn.k_proj.weight"),
-            "v": w("kv_heads head_dim width", f"{hf}.self_attn.v_proj.weight"),
-            "o": w("width heads head_dim", f"{hf}.self_attn.o_proj.weight"),
+            "q": m("heads head_dim width", f"{hf}.self_attn.q_proj.weight"),
+            "k": m("kv_heads head_dim width", f"{hf}.self_attn.k_proj.weight"),
+            "v": m("kv_heads head_dim width", f"{hf}.self_attn.v_proj.weight"),
+            "o": m("width heads head_dim", f"{hf}.self_attn.o_proj.weight"),
             "mlp_norm": w("width", f"{hf}.post_attention_layernorm.weight"),
-            "gate": w("ffn width", f"{hf}.mlp.gate_proj.weight"),
-            "up": w("ffn width", f"{hf}.mlp.up_proj.weight"),
-            "down": w("width ffn", f"{hf}.mlp.down_proj.weight"),
+            "gate": m("ffn width", f"{hf}.mlp.gate_proj.weight"),
+            "up": m("ffn width", f"{hf}.mlp.up_proj.weight"),
+            "down": m("width ffn", f"{hf}.mlp.down_proj.weight"),
         }
 
     return {
-        "embed": w("vocab width", "model.embed_tokens.weight"),
+        "embed": m("vocab width", "model.embed_tokens.weight"),
         "blocks": [block(f"model.layers.{i}") for i in range(c.layers)],
         "norm": w("width", "model.norm.weight"),
-        **({} if c.tied else {"unembed": w("vocab width", "lm_head.weight")}),
+        **({} if c.tied else {"unembed": m("vocab width", "lm_head.weight")}),
     }
 
 

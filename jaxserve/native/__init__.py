@@ -8,28 +8,34 @@ import jax
 
 from jaxserve.native.build import BuildError, library
 
-TARGETS = ("jaxserve_linear", "jaxserve_ragged_paged_attention")
+TARGETS = ("jaxserve_linear", "jaxserve_embed", "jaxserve_ragged_paged_attention")
 
 _lock = threading.Lock()
-_loaded = False
+_library: ctypes.CDLL | None = None
 
 
 def loaded() -> bool:
     """Whether `load` has succeeded in this process."""
-    return _loaded
+    return _library is not None
+
+
+def handlers() -> ctypes.CDLL:
+    """The loaded library."""
+    assert _library is not None, "load() comes first"
+    return _library
 
 
 def load(progress: Callable[[str], None] = lambda message: None) -> None:
     """Makes the kernels callable in this process, once. Raises BuildError if no library is there or can be made."""
-    global _loaded
+    global _library
     with _lock:
-        if _loaded:
+        if _library is not None:
             return
         path = library(progress)
         try:
-            handlers = ctypes.CDLL(str(path))
+            found = ctypes.CDLL(str(path))
             for target in TARGETS:
-                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
+                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(found, target)), platform="cpu")
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} does not load: {error}") from error
-        _loaded = True
+        _library = found

@@ -1,17 +1,60 @@
-"""Products with dense weights for CPU in C++; see csrc/linear.cc."""
+"""Products with dense weights for CPU in C++, and the layout that they want their weights in; see csrc/linear.cc."""
+
+import ctypes
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-WEIGHT_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+from jaxserve import native
+
+PANEL = 16
+"""Rows of a weight that lie side by side."""
+WEIGHT_TYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
-def linear(x: Float[Array, "T K"], w: Float[Array, "N K"], dtype: DTypeLike) -> Float[Array, "T N"]:
-    """x [T, K] times w [N, K] -> [T, N] of `dtype`, summed in float32; `jaxserve.native.load` must have been called.
+def pack(w: np.ndarray) -> np.ndarray:
+    """w [N, K] of one of WEIGHT_TYPES -> its panels [N / 16, K, 16], the last one filled up with zeros.
+
+    `jaxserve.native.load` must have been called, as for all of this module. Threads may pack at once.
+    """
+    assert w.ndim == 2 and w.dtype in WEIGHT_TYPES, f"{w.dtype} {w.shape}"
+    w = np.ascontiguousarray(w)
+    panels = aligned((-(-w.shape[0] // PANEL), w.shape[1], PANEL), w.dtype)
+    native.handlers().jaxserve_pack(
+        ctypes.c_void_p(w.ctypes.data),
+        ctypes.c_int64(w.shape[0]),
+        ctypes.c_int64(w.shape[1]),
+        ctypes.c_int64(w.dtype.itemsize),
+        ctypes.c_void_p(panels.ctypes.data),
+    )
+    return panels
+
+
+def linear(
+    x: Float[Array, "T K"], panels: Float[Array, "P K 16"], outputs: int, dtype: DTypeLike
+) -> Float[Array, "T N"]:
+    """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16, summed in float32.
 
     A row of the result depends on its own row of x alone, bit for bit.
     """
-    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype)
-    return jax.ffi.ffi_call("jaxserve_linear", shape)(x, w)
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
+    return jax.ffi.ffi_call("jaxserve_linear", shape)(x, panels)
+
+
+def embed(
+    panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, dtype: DTypeLike
+) -> Float[Array, "T K"]:
+    """Rows `tokens` [T] of a packed w of `outputs` rows -> [T, K] of `dtype`; ids beyond the ends take the end's row."""
+    shape = jax.ShapeDtypeStruct((tokens.shape[0], panels.shape[1]), dtype)
+    return jax.ffi.ffi_call("jaxserve_embed", shape)(panels, tokens, outputs=np.int64(outputs))
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a cache line, which is also what lets XLA take it without a copy."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes].view(dtype).reshape(shape)

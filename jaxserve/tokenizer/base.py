@@ -65,16 +65,32 @@ class Tokenizer(Protocol):
 
 
 class Settings:
-    """What lies beside the tokenizer file: tokenizer_config.json, special_tokens_map.json, added_tokens.json."""
+    """What is said of a vocabulary beside it, in the terms of tokenizer_config.json."""
 
-    def __init__(self, path: Path):
-        self.config = read_json(path / "tokenizer_config.json")
-        other = read_json(path / "special_tokens_map.json")
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        special_map: Mapping[str, Any] | None = None,
+        added: Mapping[str, int] | None = None,
+    ):
+        """special_map, added: what special_tokens_map.json and added_tokens.json hold."""
+        self.config = dict(config)
+        other = special_map or {}
         self.named = {name: _contents(self.config.get(name)) or _contents(other.get(name)) for name in _NAMED}
         self.added: dict[int, dict[str, Any]] = {
-            int(i): {"content": text, "special": False} for text, i in read_json(path / "added_tokens.json").items()
+            int(i): {"content": text, "special": False} for text, i in (added or {}).items()
         }
         self.added |= {int(i): entry for i, entry in self.config.get("added_tokens_decoder", {}).items()}
+
+    @classmethod
+    def beside(cls, path: Path) -> "Settings":
+        """The settings in a checkpoint directory. Raises ConfigError for a file that is no JSON object."""
+        return cls(
+            read_json(path / "tokenizer_config.json"),
+            special_map=read_json(path / "special_tokens_map.json"),
+            added=read_json(path / "added_tokens.json"),
+        )
 
     def control_names(self) -> set[str]:
         """The texts that the configuration calls special."""

@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EOS_GUESSES = ("<|im_end|>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 
 
-class FastTokenizer(TableTokenizer):
-    """tokenizer.json, through the `tokenizers` library.
+class LibraryTokenizer(TableTokenizer):
+    """Encodes with a model of the `tokenizers` library, wherever that came from.
 
     The library finds the text of special tokens in any text, or, with encode_special_tokens, in none. Each control
     token therefore gets an alias, an added token whose text nobody can guess: encode_parts writes aliases where ids
@@ -29,47 +29,41 @@ class FastTokenizer(TableTokenizer):
     (lstrip, prefix space, normalisation) stays as it is.
     """
 
-    def __init__(self, path: Path):
-        """Raises ConfigError when the file is broken or decodes by a rule that has no bytes."""
-        file = path / "tokenizer.json"
-        try:
-            data = file.read_bytes()
-            spec = msgspec.json.decode(data, type=_FastFile)
-            model = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from error
-        settings = Settings(path)
-        model.no_truncation()
-        model.no_padding()
-        added = model.get_added_tokens_decoder()
-        vocab = model.get_vocab(with_added_tokens=True)
-        names = settings.control_names()
-        control = {
-            t.content: i for i, t in added.items() if t.special or t.content in names or has_control_form(t.content)
-        }
-        to_bytes, strips = _byte_rule(spec.decoder, file)
-        table = [b""] * (max(vocab.values(), default=-1) + 1)
-        for text, i in vocab.items():
-            raw = i in added and (added[i].special or to_bytes is _byte_level)
-            table[i] = text.encode() if raw else to_bytes(text)
+    def __init__(
+        self,
+        model: tokenizers.Tokenizer,
+        settings: Settings,
+        table: list[bytes],
+        *,
+        text_ids: Mapping[str, int],
+        special: set[int],
+        control: Mapping[str, int],
+        unknown_id: int | None,
+        prefix: list[int],
+        suffix: list[int],
+        eos: int | None,
+        strips_leading_space: bool,
+    ):
+        """`model` is taken over and changed; every control token is an added token of it.
 
-        prefix, suffix = _post_processed(model)
-        unknown = getattr(model.model, "unk_token", None)
+        prefix, suffix: what add_special_tokens puts around a text, unless the settings say otherwise.
+        """
         super().__init__(
             settings,
             table,
-            text_ids=vocab,
-            special={i for i, t in added.items() if t.special},
+            text_ids=text_ids,
+            special=special,
             control=control,
-            unknown_id=vocab.get(unknown) if unknown is not None else None,
+            unknown_id=unknown_id,
             bos=prefix[0] if prefix else None,
-            eos=next((vocab[t] for t in _EOS_GUESSES if t in control), None),
-            strips_leading_space=strips,
+            eos=eos,
+            strips_leading_space=strips_leading_space,
         )
         # As in transformers, an explicit setting outranks the post-processor in the file.
         self._prefix = with_token(prefix, self.bos_token_id, settings.flag("add_bos_token"))
         self._suffix = with_token(suffix, next(iter(self.eos_token_ids), None), settings.flag("add_eos_token"))
 
+        added = model.get_added_tokens_decoder()
         flags = {i: {f: getattr(added[i], f) for f in ("lstrip", "rstrip", "single_word")} for i in control.values()}
         nonce = secrets.token_hex(16)
         self._alias = {i: f"\ue000{nonce}:{i}\ue001" for i in control.values()}
@@ -105,6 +99,50 @@ class FastTokenizer(TableTokenizer):
             raise not_unicode() from error
 
 
+class FastTokenizer(LibraryTokenizer):
+    """tokenizer.json and what lies beside it."""
+
+    def __init__(self, path: Path):
+        """Raises ConfigError when the file is broken or decodes by a rule that has no bytes."""
+        file = path / "tokenizer.json"
+        try:
+            data = file.read_bytes()
+            spec = msgspec.json.decode(data, type=_FastFile)
+            model = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from error
+        settings = Settings.beside(path)
+        model.no_truncation()
+        model.no_padding()
+        added = model.get_added_tokens_decoder()
+        vocab = model.get_vocab(with_added_tokens=True)
+        names = settings.control_names()
+        control = {
+            t.content: i for i, t in added.items() if t.special or t.content in names or has_control_form(t.content)
+        }
+        to_bytes, strips = _byte_rule(spec.decoder, file)
+        table = [b""] * (max(vocab.values(), default=-1) + 1)
+        for text, i in vocab.items():
+            raw = i in added and (added[i].special or to_bytes is byte_level)
+            table[i] = text.encode() if raw else to_bytes(text)
+
+        prefix, suffix = _post_processed(model)
+        unknown = getattr(model.model, "unk_token", None)
+        super().__init__(
+            model,
+            settings,
+            table,
+            text_ids=vocab,
+            special={i for i, t in added.items() if t.special},
+            control=control,
+            unknown_id=vocab.get(unknown) if unknown is not None else None,
+            prefix=prefix,
+            suffix=suffix,
+            eos=next((vocab[t] for t in _EOS_GUESSES if t in control), None),
+            strips_leading_space=strips,
+        )
+
+
 class _FastFile(msgspec.Struct):
     """The parts of tokenizer.json that are read here; the library reads the rest."""
 
@@ -130,7 +168,7 @@ def _byte_rule(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[st
     for step in steps:
         match step:
             case {"type": "ByteLevel"}:
-                return _byte_level, False
+                return byte_level, False
             case {"type": "Replace", "pattern": {"String": old}, "content": new}:
                 replaced.append((old, new))
             case {"type": "Metaspace", "replacement": old}:
@@ -166,7 +204,8 @@ def _byte_letters() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(others)}
 
 
-def _byte_level(text: str) -> bytes:
+def byte_level(text: str) -> bytes:
+    """The bytes of a token of byte-level BPE."""
     letters = _byte_letters()
     try:
         return bytes([letters[c] for c in text])

@@ -12,36 +12,47 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class SentencePieceTokenizer(TableTokenizer):
-    """tokenizer.model, through the `sentencepiece` library; added tokens come from the configuration beside it."""
+    """A SentencePiece model, through the `sentencepiece` library; added tokens come from the settings."""
 
-    def __init__(self, path: Path):
-        """Raises ConfigError when the file is not a SentencePiece model."""
+    @classmethod
+    def open(cls, path: Path) -> "SentencePieceTokenizer":
+        """tokenizer.model of a checkpoint directory. Raises ConfigError when that is not a SentencePiece model."""
+        file = path / "tokenizer.model"
+        try:
+            return cls(file.read_bytes(), Settings.beside(path))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not a SentencePiece model: {error}; give tokenizer.json instead") from error
+
+    def __init__(self, data: bytes, settings: Settings):
+        """`data`: a serialised ModelProto. Raises ValueError when it is not one that the library reads."""
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as proto
 
-        file = path / "tokenizer.model"
-        data = file.read_bytes()
         try:
             model = proto.ModelProto.FromString(data)  # type: ignore[attr-defined]
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # DecodeError or RuntimeError, by version
-            raise ConfigError(f"{file} is not a SentencePiece model: {error}; give tokenizer.json instead") from error
-        settings = Settings(path)
-        kinds = proto.ModelProto.SentencePiece.Type  # type: ignore[attr-defined]
+            raise ValueError(str(error)) from error
+        piece_type = proto.ModelProto.SentencePiece  # type: ignore[attr-defined]
+        # Taken once: an attribute of protobuf's costs more than all else that is done with a piece.
+        control_kind, unknown_kind, word_kind = piece_type.CONTROL, piece_type.UNKNOWN, piece_type.USER_DEFINED
+        byte_kind, unused_kind = piece_type.BYTE, piece_type.UNUSED
         ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
-        added = {i: entry for i, entry in settings.added.items() if i >= len(model.pieces)}
+        # A piece that the model does not use may be given a use.
+        size = len(model.pieces)
+        added = {i: e for i, e in settings.added.items() if not 0 <= i < size or model.pieces[i].type == unused_kind}
         ids |= {entry["content"]: i for i, entry in added.items()}
         names = settings.control_names()
-        special = {i for i, p in enumerate(model.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)}
+        special = {i for i, p in enumerate(model.pieces) if p.type in (control_kind, unknown_kind)}
         special |= {i for i, entry in added.items() if entry.get("special")}
-        parsed = {p.piece: i for i, p in enumerate(model.pieces) if p.type == kinds.USER_DEFINED}
+        parsed = {p.piece: i for i, p in enumerate(model.pieces) if p.type == word_kind}
         parsed |= {entry["content"]: i for i, entry in added.items()}
         control = {p.piece: i for i, p in enumerate(model.pieces) if i in special}
         control |= {t: i for t, i in parsed.items() if i in special or t in names or has_control_form(t)}
 
         table = [b""] * (max(ids.values(), default=-1) + 1)
         for i, piece in enumerate(model.pieces):
-            byte = piece.type == kinds.BYTE and _BYTE_TOKEN.fullmatch(piece.piece)
+            byte = piece.type == byte_kind and _BYTE_TOKEN.fullmatch(piece.piece)
             plain = piece.piece if i in special else piece.piece.replace("▁", " ")
             table[i] = bytes([int(byte[1], 16)]) if byte else plain.encode()
         for i, entry in added.items():
@@ -68,7 +79,7 @@ class SentencePieceTokenizer(TableTokenizer):
             model.normalizer_spec.add_dummy_prefix = False
             self._bare = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         self._inner = self._bare if settings.flag("legacy") is False else self._model
-        self._strips = {i: (bool(e.get("lstrip")), bool(e.get("rstrip"))) for i, e in added.items()}
+        self._strips = {i: (bool(e.get("lstrip")), bool(e.get("rstrip"))) for i, e in settings.added.items()}
         words = {entry["content"]: i for i, entry in added.items() if entry["content"] not in control}
         self._words = words
         self._word = any_of(words)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and which reader a directory needs; the readers are the siblings."""
+"""What a checkpoint is, and which reader a file or directory needs; the readers are the siblings."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.gguf import find_gguf
 from jaxserve.weights import safetensors
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -19,11 +20,11 @@ ORBAX_PARAMS = "params"
 
 
 class Checkpoint(Protocol):
-    """Named tensors of a checkpoint directory, each read when it is asked for."""
+    """Named tensors of a checkpoint directory or GGUF file, each read when it is asked for."""
 
     path: Path
     config: dict[str, Any]
-    """What config.json holds."""
+    """What config.json holds, or would hold."""
 
     def names(self) -> frozenset[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -34,12 +35,19 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The reader for what the directory holds; no tensor is read.
+    """The reader for what the directory holds, or for a GGUF file; no tensor is read.
 
-    Raises ConfigError if it holds no checkpoint, CheckpointError if what it holds is damaged.
+    A directory's only GGUF file, or split, counts where it holds nothing else that is read.
+    Raises ConfigError if there is no checkpoint or its model is not served, CheckpointError if it is damaged.
     """
-    if not path.is_dir():
-        raise ConfigError(f"no checkpoint directory {path}")
+    if not path.is_dir() and not path.is_file():
+        raise ConfigError(f"no checkpoint directory or file {path}")
+    if (file := find_gguf(path)) is not None:
+        from jaxserve.weights.gguf import GgufCheckpoint  # the formats, which other checkpoints do without
+
+        return GgufCheckpoint(file)
+    if path.is_file():
+        raise ConfigError(f"{path} is not a GGUF file; give the directory that holds config.json and the weights")
     config = _read_config(path / CONFIG)
     if (path / safetensors.SINGLE).is_file():
         return safetensors.open_single(path, config)
@@ -49,9 +57,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from jaxserve.weights.orbax import OrbaxCheckpoint  # seconds to import, and seldom needed
 
         return OrbaxCheckpoint(path, config)
-    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".gguf", ".bin", ".pth", ".pt"))
+    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     raise ConfigError(
-        f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX} and no Orbax {ORBAX_PARAMS}/"
+        f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"
         + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
     )
 

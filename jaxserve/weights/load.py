@@ -21,11 +21,15 @@ def load_params(
     checkpoint: Checkpoint,
     *,
     dtype: Any,
-    device_put: Callable[[np.ndarray, ParamSpec], jax.Array],
+    device_put: Callable[[Any, ParamSpec], Any],
+    pack: Callable[[np.ndarray, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> Params:
     """The model's tree of parameters: each read, given its spec's shape, cast to `dtype` and put on the device.
+
+    A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, to the leaf
+    that `device_put` then gets.
 
     `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
@@ -39,11 +43,14 @@ def load_params(
     sizes = [_nbytes(checkpoint, spec.name) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
-    def load(spec: ParamSpec, nbytes: int) -> jax.Array:
+    def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
         stored = checkpoint.read(spec.name)
-        # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches the model.
-        host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
+        if pack is not None and spec.matrix and stored.ndim == 2:
+            host = pack(stored, spec)
+        else:
+            # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
+            host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
         # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
         array = jax.block_until_ready(device_put(host, spec))
         with lock:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "product.h"
 #include "simd.h"
 
 namespace jaxserve {
@@ -23,8 +24,6 @@ constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill t
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks of both products: as many as the registers hold
-
 struct Step {
   int64_t heads, kv_heads, head_dim, page, row, table_width;
   float scale;
@@ -34,174 +33,130 @@ struct Step {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Two ways for a matrix of floats to lie in memory: row i at a fixed distance from the row before, or wherever it says.
-struct Strided {
-  const float* data;
-  int64_t stride;
-  const float* operator()(int64_t i) const { return data + i * stride; }
-};
-struct Scattered {
-  const float* const* rows;
-  int64_t offset;
-  const float* operator()(int64_t i) const { return rows[i] + offset; }
-};
-
-// c[r][j] = start + sum over i < depth of a[r][i] * b[i][j], one fused step at a time in the order of i, for `rows` rows
-// and `cols` vectors of columns from column `from` on. The start is c where `onto` is set, else 0.
-template <int rows, int cols, bool onto, class B>
-void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c, int64_t c_stride) {
-  Vec sum[rows][cols];
-  for (int r = 0; r < rows; r++) {
-    for (int j = 0; j < cols; j++) sum[r][j] = onto ? load(c + r * c_stride + from + j * kLanes) : splat(0.0f);
-  }
-  for (int64_t i = 0; i < depth; i++) {
-    const float* row = b(i) + from;
-    Vec column[cols];
-    for (int j = 0; j < cols; j++) column[j] = load(row + j * kLanes);
-    for (int r = 0; r < rows; r++) {
-      const Vec x = splat(a[r * a_stride + i]);
-      for (int j = 0; j < cols; j++) sum[r][j] = fma(x, column[j], sum[r][j]);
-    }
-  }
-  for (int r = 0; r < rows; r++) {
-    for (int j = 0; j < cols; j++) store(c + r * c_stride + from + j * kLanes, sum[r][j]);
-  }
+// Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
+int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded) {
+  return heads * rows * (kSums + 1) + rows * kBlock + 2 * kBlock * padded;
 }
 
-template <int cols, bool onto, class B>
-void all_rows(int rows, const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c,
-              int64_t c_stride) {
-  int r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    block_product<kRows, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
-  }
-  for (; r + 2 <= rows; r += 2) {
-    block_product<2, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
-  }
-  if (r < rows) block_product<1, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
-}
-
-// The same for all of `columns` columns, a multiple of kLanes.
-template <bool onto, class B>
-void product(int rows, int64_t columns, const float* a, int64_t a_stride, int64_t depth, B b, float* c,
-             int64_t c_stride) {
-  for (int64_t j = 0; j < columns;) {
-    const int64_t left = (columns - j) / kLanes;
-    if (left >= 4) {
-      all_rows<4, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
-      j += 4 * kLanes;
-    } else if (left >= 2) {
-      all_rows<2, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
-      j += 2 * kLanes;
-    } else {
-      all_rows<1, onto>(rows, a, a_stride, depth, b, j, c, c_stride);
-      j += kLanes;
-    }
-  }
-}
-
-// Floats of scratch that a tile of `rows` rows needs, head_dim rounded up to `padded`.
-int64_t scratch_size(int64_t rows, int64_t padded) { return rows * (kBlock + kSums + 1) + 2 * kBlock * padded; }
-
-// Query tokens [first, first + count) of sequence s, the heads of kv head h: queries [rows][padded], times the scale and
-// padded with zeros, to results [rows][padded].
+// Query tokens [first, first + count) of sequence s, the heads of kv heads [h, h + heads): queries
+// [heads][rows][padded], times the scale and padded with zeros, to results [heads][rows][padded].
 template <class C>
-void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, const float* queries, const C* cache,
-            float* sums, float* scratch) {
+void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, int64_t heads, const float* queries,
+            const C* cache, float* results, float* scratch) {
   const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads;
   const int rows = static_cast<int>(count * group);
   const int64_t position = p.kv_lens[s] - (p.cu_q_lens[s + 1] - p.cu_q_lens[s]) + first;  // of the first token
   const int32_t* pages = p.page_table + s * p.table_width;
 
-  float* scores = scratch;                         // [rows][kBlock]
-  float* keys = scores + rows * kBlock;            // [D][kBlock]
-  float* values = keys + kBlock * padded;          // [kBlock][padded], unless they can be read where they are
-  float* denominators = values + kBlock * padded;  // [rows][kSums]
-  float* best = denominators + rows * kSums;       // [rows]
-  std::fill(sums, sums + rows * padded, 0.0f);
-  std::fill(denominators, denominators + rows * kSums, 0.0f);
-  std::fill(best, best + rows, kNone);
+  float* scores = scratch;                               // [rows][kBlock]
+  float* keys = scores + rows * kBlock;                  // [D][kBlock]
+  float* values = keys + kBlock * padded;                // [kBlock][padded], unless they can be read where they are
+  float* all_denominators = values + kBlock * padded;    // [heads][rows][kSums]
+  float* all_best = all_denominators + heads * rows * kSums;  // [heads][rows]
+  std::fill(results, results + heads * rows * padded, 0.0f);
+  std::fill(all_denominators, all_denominators + heads * rows * kSums, 0.0f);
+  std::fill(all_best, all_best + heads * rows, kNone);
 
   const int64_t end = position + count;  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
   const bool in_place = std::is_same_v<C, float> && D == padded;
-  for (int64_t block = low / kBlock * kBlock; block < end; block += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - block));
-    const int scored = static_cast<int>(round_up(n, 16));
-    const C* at[kBlock];  // the rows' keys; past the end the last one again, whose scores are not used
+
+  const C* found[2][kBlock];  // the rows' keys of this block and of the next
+  const auto find = [&](int64_t block, const C** at) {
+    const int n = static_cast<int>(std::clamp<int64_t>(end - block, 0, kBlock));
     for (int64_t t = 0, page = block / p.page, offset = block % p.page; t < n; page++, offset = 0) {
       const C* row = cache + (pages[page] * p.page + offset) * p.row + h * 2 * D;
       for (; t < n && offset < p.page; t++, offset++, row += p.row) at[t] = row;
     }
-    std::fill(at + n, at + scored, at[n - 1]);
-    for (int t = 0; t < n; t++) {  // all of the block at once: rows are too far apart for the processor to foresee
-      const char* row = reinterpret_cast<const char*>(at[t]);
-      for (int64_t i = 0; i < 2 * D * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(row + i);
+    return n;
+  };
+  const auto fetch = [&](const C* const* at, int n, int64_t head) {  // rows lie too far apart for the processor to foresee
+    for (int t = 0; t < n; t++) {
+      const char* row = reinterpret_cast<const char*>(at[t] + head * 2 * D);
+      for (int64_t i = 0; i < 2 * D * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(row + i, 0, 2);
     }
-    for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
-    product<false>(rows, scored, queries, padded, D, Strided{keys, kBlock}, scores, kBlock);
-    for (int r = 0; r < rows; r++) {
-      float* score = scores + r * kBlock;
-      const int64_t own = position + r / group - block;  // this row's token, counted from the block
-      const int from = static_cast<int>(p.window ? std::clamp<int64_t>(own - p.window + 1, 0, n) : 0);
-      const int to = static_cast<int>(std::clamp<int64_t>(own + 1, 0, n));
-      std::fill(score, score + std::min(from, to), kNone);
-      std::fill(score + to, score + kBlock, kNone);
-      Vec most = splat(best[r]);
-      for (int t = 0; t < kBlock; t += kLanes) most = max(load(score + t), most);
-      float lanes[kLanes];
-      store(lanes, most);
-      const float highest = *std::max_element(lanes, lanes + kLanes);
-      const Vec base = splat(highest == kNone ? 0.0f : highest);
-      const Vec fade = exp_of_negative(sub(splat(best[r]), base));
-      best[r] = highest;
-      float* denominator = denominators + r * kSums;
-      for (int i = 0; i < kSums; i += kLanes) store(denominator + i, mul(load(denominator + i), fade));
-      for (int t = 0; t < kBlock; t += kLanes) {
-        const Vec weight = exp_of_negative(sub(load(score + t), base));
-        store(score + t, weight);
-        store(denominator + t % kSums, add(load(denominator + t % kSums), weight));
+  };
+  int64_t block = low / kBlock * kBlock;
+  int n = find(block, found[0]), turn = 0;
+  if (heads > 1) fetch(found[0], n, 0);  // and from then on what comes next, while this is computed
+  for (; block < end; block += kBlock, turn = 1 - turn) {
+    const int next = find(block + kBlock, found[1 - turn]);
+    const int scored = static_cast<int>(round_up(n, 16));
+    if (heads == 1) fetch(found[turn], n, 0);  // a part so large that the next would push it out of the cache
+    for (int64_t head = 0; head < heads; head++) {
+      if (head + 1 < heads) fetch(found[turn], n, head + 1);
+      else if (heads > 1) fetch(found[1 - turn], next, 0);
+      float *sums = results + head * rows * padded, *best = all_best + head * rows;
+      float* denominators = all_denominators + head * rows * kSums;
+      const C* at[kBlock];  // past the end the last one again, whose scores are not used
+      for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * 2 * D;
+      for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
+      product<false>(rows, scored, queries + head * rows * padded, padded, D, Strided{keys, kBlock}, scores, kBlock);
+      for (int r = 0; r < rows; r++) {
+        float* score = scores + r * kBlock;
+        const int64_t own = position + r / group - block;  // this row's token, counted from the block
+        const int from = static_cast<int>(p.window ? std::clamp<int64_t>(own - p.window + 1, 0, n) : 0);
+        const int to = static_cast<int>(std::clamp<int64_t>(own + 1, 0, n));
+        std::fill(score, score + std::min(from, to), kNone);
+        std::fill(score + to, score + kBlock, kNone);
+        Vec most = splat(best[r]);
+        for (int t = 0; t < kBlock; t += kLanes) most = max(load(score + t), most);
+        float lanes[kLanes];
+        store(lanes, most);
+        const float highest = *std::max_element(lanes, lanes + kLanes);
+        const Vec base = splat(highest == kNone ? 0.0f : highest);
+        const Vec fade = exp_of_negative(sub(splat(best[r]), base));
+        best[r] = highest;
+        float* denominator = denominators + r * kSums;
+        for (int i = 0; i < kSums; i += kLanes) store(denominator + i, mul(load(denominator + i), fade));
+        for (int t = 0; t < kBlock; t += kLanes) {
+          const Vec weight = exp_of_negative(sub(load(score + t), base));
+          store(score + t, weight);
+          store(denominator + t % kSums, add(load(denominator + t % kSums), weight));
+        }
+        for (int64_t i = 0; i < padded; i += kLanes) {
+          store(sums + r * padded + i, mul(load(sums + r * padded + i), fade));
+        }
       }
-      for (int64_t i = 0; i < padded; i += kLanes) {
-        store(sums + r * padded + i, mul(load(sums + r * padded + i), fade));
+      if (!in_place) {
+        for (int t = 0; t < n; t++) to_floats(at[t] + D, D, padded, values + t * padded);
       }
+      if constexpr (std::is_same_v<C, float>) {
+        if (in_place) product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
+      }
+      if (!in_place) product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
     }
-    if (!in_place) {
-      for (int t = 0; t < n; t++) to_floats(at[t] + D, D, padded, values + t * padded);
-    }
-    if constexpr (std::is_same_v<C, float>) {
-      if (in_place) product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
-    }
-    if (!in_place) product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
+    n = next;
   }
-  for (int r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < heads * rows; r++) {
     float denominator = 0.0f;
-    for (int i = 0; i < kSums; i++) denominator += denominators[r * kSums + i];
+    for (int i = 0; i < kSums; i++) denominator += all_denominators[r * kSums + i];
     const Vec factor = splat(denominator > 0.0f ? 1.0f / denominator : 0.0f);
-    float* row = sums + r * padded;
+    float* row = results + r * padded;
     for (int64_t i = 0; i < padded; i += kLanes) store(row + i, mul(load(row + i), factor));
   }
 }
 
 // The same from and to the step's own arrays.
 template <class Q, class C>
-void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, const Q* q, const C* cache,
-                 Q* out) {
+void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, int64_t heads, const Q* q,
+                 const C* cache, Q* out) {
   const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads, rows = count * group;
-  float* queries = scratch(2 * rows * padded + scratch_size(rows, padded));
-  float* sums = queries + rows * padded;
-  auto start = [&](int64_t r) {  // of row r in q and in out
-    return ((p.cu_q_lens[s] + first + r / group) * p.heads + h * group + r % group) * D;
+  float* queries = scratch(2 * heads * rows * padded + scratch_size(heads, rows, padded));
+  float* results = queries + heads * rows * padded;
+  auto start = [&](int64_t i) {  // of row i % rows of head i / rows, in q and in out
+    const int64_t r = i % rows;
+    return ((p.cu_q_lens[s] + first + r / group) * p.heads + (h + i / rows) * group + r % group) * D;
   };
-  for (int64_t r = 0; r < rows; r++) {
-    float* query = queries + r * padded;
-    to_floats(q + start(r), D, padded, query);
-    for (int64_t i = 0; i < padded; i += kLanes) store(query + i, mul(load(query + i), splat(p.scale)));
+  for (int64_t i = 0; i < heads * rows; i++) {
+    float* query = queries + i * padded;
+    to_floats(q + start(i), D, padded, query);
+    for (int64_t d = 0; d < padded; d += kLanes) store(query + d, mul(load(query + d), splat(p.scale)));
   }
-  attend(p, s, first, count, h, queries, cache, sums, sums + rows * padded);
-  for (int64_t r = 0; r < rows; r++) {
-    Q* to = out + start(r);
-    for (int64_t i = 0; i < D; i++) from_float(sums[r * padded + i], to + i);
+  attend(p, s, first, count, h, heads, queries, cache, results, results + heads * rows * padded);
+  for (int64_t i = 0; i < heads * rows; i++) {
+    Q* to = out + start(i);
+    for (int64_t d = 0; d < D; d++) from_float(results[i * padded + d], to + d);
   }
 }
 
@@ -214,9 +169,11 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
          C* cache, Q* out) {
   const int64_t group = p.heads / p.kv_heads, D = p.head_dim;
   std::vector<Tile> tiles;
+  int64_t longest = 1;  // tokens of a tile
   for (int64_t s = 0; s < seqs; s++) {
     const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], step = std::max<int64_t>(1, kTileRows / group);
     for (int64_t first = 0; first < q_len; first += step) tiles.push_back({s, first, std::min(step, q_len - first)});
+    longest = std::max(longest, std::min(step, q_len));
   }
   // All of the step's keys and values are written before anything is read.
   auto write = [&](int64_t tile) {
@@ -239,9 +196,14 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   } else {
     for (size_t tile = 0; tile < tiles.size(); tile++) write(static_cast<int64_t>(tile));
   }
-  parallel_for(pool, static_cast<int64_t>(tiles.size()) * p.kv_heads, [&](int64_t i) {
-    const Tile& tile = tiles[i / p.kv_heads];
-    attend_tile(p, tile.sequence, tile.first, tile.count, i % p.kv_heads, q, cache, out);
+  // All kv heads of a position lie in one row of the cache: where there is work for every thread, an item takes several.
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  int64_t heads = count < 4 * pool.num_threads() ? 1 : std::clamp<int64_t>(kTileRows / longest / group, 1, p.kv_heads);
+  while (p.kv_heads % heads) heads--;
+  const int64_t parts = p.kv_heads / heads;
+  parallel_for(pool, count * parts, [&](int64_t i) {
+    const Tile& tile = tiles[i / parts];
+    attend_tile(p, tile.sequence, tile.first, tile.count, i % parts * heads, heads, q, cache, out);
   });
   std::memset(static_cast<void*>(out + used * p.heads * D), 0, (tokens - used) * p.heads * D * sizeof(Q));
 }

@@ -1,12 +1,13 @@
-// Products with dense weights for CPU: y[t][n] = sum over k of x[t][k] * w[n][k], weights as the checkpoint has them.
+// Products with dense weights for CPU: y[t][n] = sum over k of x[t][k] * w[n][k], weights in panels.
 //
-// The sum runs in 16 lanes (k mod 16) over pieces of kDepth, each folded by one fixed tree; the folded pieces are added
-// in their order. That order depends on K alone: a row of y is the same bit for bit whatever other rows are computed.
+// A panel holds 16 rows of w side by side, [K][16], so that a row of y grows in vectors, one k after the other. That
+// order is the same for every row: a row of y is the same bit for bit whatever other rows are computed.
 
 #include <string>
 #include <vector>
 
 #include "parallel.h"
+#include "product.h"
 #include "simd.h"
 
 namespace jaxserve {
@@ -14,182 +15,43 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kDepth = 512;     // k of a piece
-constexpr int kOutputs = 32;    // rows of w that one item of work takes
-constexpr int kTokens = 128;    // rows of x that one item of work takes
-constexpr int kInFirstCache = 8;  // rows of w that stay in the first-level cache while all tokens pass by
-constexpr int kParts = 16 / kLanes;
+constexpr int kDepth = 128;   // k of a piece of w that stays in the first-level cache while rows of x pass by
+constexpr int kTokens = 96;   // rows of x that one item of work takes
+constexpr int kOutputs = 64;  // rows of w that one item of work takes
+constexpr int kOutputsOfOne = 128;  // the same for a single row of x
 
-// Rows of x and of w whose products are summed in registers together: 16 sums for the widest vectors.
-constexpr int kTileT = kLanes == 16 ? 4 : kLanes == 1 ? 1 : 2;
-constexpr int kTileN = kLanes == 16 ? 4 : kLanes == 1 ? 1 : 2;
-constexpr int kTileOfOne = kLanes == 16 ? 16 : kTileN;  // rows of w for a single row of x
-
-// Lane i + 8 is added to lane i, then i + 4, i + 2, i + 1.
-inline float fold(const Vec (&parts)[kParts]) {
-  float lanes[16];
-  for (int i = 0; i < kParts; i++) store(lanes + i * kLanes, parts[i]);
-  for (int width = 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-#if defined(JAXSERVE_AVX512)
-// The same folds of 16 vectors side by side: element 4 i + p of the result is the fold of s[i][p].
-inline __m512 fold16(const __m512 (&s)[4][4]) {
-  __m512 w[4];
-#pragma GCC unroll 4
-  for (int p = 0; p < 4; p++) {
-    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(s[0][p], s[1][p], 0x44),
-                                   _mm512_shuffle_f32x4(s[0][p], s[1][p], 0xee));
-    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(s[2][p], s[3][p], 0x44),
-                                   _mm512_shuffle_f32x4(s[2][p], s[3][p], 0xee));
-    w[p] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  }
-  const auto pairs = [](__m512 a, __m512 b) {
-    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  };
-  const __m512 g = pairs(w[0], w[1]), h = pairs(w[2], w[3]);
-  return _mm512_add_ps(_mm512_shuffle_ps(g, h, 0x88), _mm512_shuffle_ps(g, h, 0xdd));
-}
-#endif
-
-// y[t][n] += folded products of `tokens` rows of x and `outputs` rows of w over k in [0, depth), depth a multiple of 16.
-template <int tokens, int outputs>
-inline void tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth, float* y,
-                 int64_t y_stride) {
-#if defined(JAXSERVE_AVX512)
-  if constexpr (tokens * outputs == 16) {
-    __m512 sum[4][4];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i / 4][i % 4] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < depth; k += 16) {
-      __m512 weight[4];
-      if constexpr (tokens == 4) {
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) weight[n] = _mm512_loadu_ps(w + n * w_stride + k);
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const __m512 value = _mm512_loadu_ps(tokens == 4 ? x + i * x_stride + k : x + k);
-#pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) {
-          const __m512 one = tokens == 4 ? weight[n] : _mm512_loadu_ps(w + (4 * i + n) * w_stride + k);
-          sum[i][n] = _mm512_fmadd_ps(value, one, sum[i][n]);
-        }
-      }
-    }
-    const __m512 folded = fold16(sum);
-    if constexpr (tokens == 1) {
-      _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), folded));
-    } else {
-      alignas(64) float rows[16];
-      _mm512_store_ps(rows, folded);
-      for (int t = 0; t < 4; t++) {
-        float* to = y + t * y_stride;
-        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm_load_ps(rows + 4 * t)));
-      }
-    }
-    return;
-  }
-#endif
-  Vec sum[tokens][outputs][kParts];
-  for (auto& row : sum) {
-    for (auto& one : row) {
-      for (Vec& part : one) part = splat(0.0f);
-    }
-  }
-  for (int64_t k = 0; k < depth; k += 16) {
-    for (int p = 0; p < kParts; p++) {
-      Vec weight[outputs];
-      for (int n = 0; n < outputs; n++) weight[n] = load(w + n * w_stride + k + p * kLanes);
-      for (int t = 0; t < tokens; t++) {
-        const Vec value = load(x + t * x_stride + k + p * kLanes);
-        for (int n = 0; n < outputs; n++) sum[t][n][p] = fma(value, weight[n], sum[t][n][p]);
-      }
-    }
-  }
-  for (int t = 0; t < tokens; t++) {
-    for (int n = 0; n < outputs; n++) y[t * y_stride + n] += fold(sum[t][n]);
-  }
-}
-
-template <int tokens, int step>
-inline void tiles_of(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t outputs,
-                     int64_t depth, float* y, int64_t y_stride) {
-  int64_t n = 0;
-  for (; n + step <= outputs; n += step) {
-    tile<tokens, step>(x, x_stride, w + n * w_stride, w_stride, depth, y + n, y_stride);
-  }
-  for (; n < outputs; n++) tile<tokens, 1>(x, x_stride, w + n * w_stride, w_stride, depth, y + n, y_stride);
-}
-
-// Rows of `from` as floats, each followed by zeros up to `padded`.
-template <class T>
-void unpack(const T* from, int64_t stride, int64_t rows, int64_t count, int64_t padded, float* to) {
-  for (int64_t r = 0; r < rows; r++) to_floats(from + r * stride, count, padded, to + r * padded);
-}
-
-// y[t][n] += folded products over one piece, for all rows of x and of w.
-void add_piece(const float* x, int64_t x_stride, int64_t tokens, const float* w, int64_t w_stride, int64_t outputs,
-               int64_t depth, float* y, int64_t y_stride) {
-  const int64_t whole = kTileT > 1 ? tokens / kTileT * kTileT : 0;
-  for (int64_t n = 0; whole && n < outputs; n += kInFirstCache) {
-    const int64_t count = std::min<int64_t>(kInFirstCache, outputs - n);
-    for (int64_t r = n + count; r < std::min(n + 2 * kInFirstCache, outputs); r++) {  // come while these are used
-      for (int64_t k = 0; k < depth; k += 16) __builtin_prefetch(w + r * w_stride + k);
-    }
-    for (int64_t t = 0; t < whole; t += kTileT) {
-      tiles_of<kTileT, kTileN>(x + t * x_stride, x_stride, w + n * w_stride, w_stride, count, depth,
-                               y + t * y_stride + n, y_stride);
-    }
-  }
-  for (int64_t t = whole; t < tokens; t++) {
-    tiles_of<1, kTileOfOne>(x + t * x_stride, x_stride, w, w_stride, outputs, depth, y + t * y_stride, y_stride);
-  }
-}
-
-// One item of work: sums on y, which holds zeros.
+// One item of work: the product of `tokens` rows of x and the panels of w from `w` on, `columns` rows of w.
 template <class W>
-void block(const float* x, int64_t x_stride, int64_t tokens, const W* w, int64_t depth, int64_t outputs, float* y,
-           int64_t y_stride) {
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t piece = std::min<int64_t>(kDepth, depth - k), padded = (piece + 15) / 16 * 16;
-    if constexpr (std::is_same_v<W, float>) {
-      if (padded == piece) {
-        add_piece(x + k, x_stride, tokens, w + k, depth, outputs, padded, y, y_stride);
-        continue;
-      }
-    }
-    float* copy = scratch(kOutputs * kDepth);
-    unpack(w + k, depth, outputs, piece, padded, copy);
-    add_piece(x + k, x_stride, tokens, copy, padded, outputs, padded, y, y_stride);
+void block(const float* x, int64_t tokens, const W* w, int64_t depth, int64_t columns, float* y) {
+  const int64_t first = tokens == 1 ? depth : std::min<int64_t>(kDepth, depth);
+  product<false>(tokens, columns, x, depth, first, Panels<W>{w, depth}, y, columns);
+  for (int64_t k = first; k < depth; k += kDepth) {
+    const int64_t count = std::min<int64_t>(kDepth, depth - k);
+    product<true>(tokens, columns, x + k, depth, count, Panels<W>{w + k * kPanel, depth}, y, columns);
   }
 }
 
 template <class X, class W, class Y>
 void run(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t tokens, int64_t depth, int64_t outputs) {
-  // x as floats whose rows are whole vectors
-  const int64_t padded = (depth + 15) / 16 * 16;
   const float* rows;
   std::vector<float> copy;
-  if constexpr (std::is_same_v<X, float>) rows = x;
-  if (!std::is_same_v<X, float> || padded != depth) {
-    copy.resize(tokens * padded);
-    unpack(x, depth, tokens, depth, padded, copy.data());
+  if constexpr (std::is_same_v<X, float>) {
+    rows = x;
+  } else {
+    copy.resize(tokens * depth);
+    to_floats(x, tokens * depth, tokens * depth, copy.data());
     rows = copy.data();
   }
-  const int64_t n_blocks = (outputs + kOutputs - 1) / kOutputs, t_blocks = (tokens + kTokens - 1) / kTokens;
+  const int64_t wide = tokens == 1 ? kOutputsOfOne : kOutputs;
+  const int64_t n_blocks = (outputs + wide - 1) / wide, t_blocks = (tokens + kTokens - 1) / kTokens;
   parallel_for(pool, n_blocks * t_blocks, [&](int64_t item) {
-    const int64_t n = item / t_blocks * kOutputs, t = item % t_blocks * kTokens;
-    const int64_t count_n = std::min<int64_t>(kOutputs, outputs - n), count_t = std::min<int64_t>(kTokens, tokens - t);
-    float sums[kTokens * kOutputs];
-    std::fill(sums, sums + count_t * kOutputs, 0.0f);
-    block(rows + t * padded, padded, count_t, w + n * depth, depth, count_n, sums, kOutputs);
+    const int64_t n = item / t_blocks * wide, t = item % t_blocks * kTokens;
+    const int64_t count_n = std::min(wide, outputs - n), count_t = std::min<int64_t>(kTokens, tokens - t);
+    const int64_t columns = (count_n + kPanel - 1) / kPanel * kPanel;
+    float* sums = scratch(kTokens * kOutputs);
+    block(rows + t * depth, count_t, w + n * depth, depth, columns, sums);
     for (int64_t i = 0; i < count_t; i++) {
-      for (int64_t j = 0; j < count_n; j++) from_float(sums[i * kOutputs + j], y + (t + i) * outputs + n + j);
+      for (int64_t j = 0; j < count_n; j++) from_float(sums[i * columns + j], y + (t + i) * outputs + n + j);
     }
   });
 }
@@ -225,20 +87,81 @@ ffi::Error with_weight_type(ffi::ThreadPool& pool, const X* x, ffi::AnyBuffer w,
 
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  if (xs.size() != 2 || ws.size() != 2 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ys[1] != ws[0]) {
-    return ffi::Error::InvalidArgument("linear: x must be [T, K], w [N, K] and the result [T, N]");
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ws[2] != kPanel ||
+      ws[0] != (ys[1] + kPanel - 1) / kPanel) {
+    return ffi::Error::InvalidArgument("linear: x must be [T, K], w [N / 16, K, 16] and the result [T, N]");
   }
   switch (x.element_type()) {
     case ffi::DataType::F32:
-      return with_weight_type(pool, static_cast<const float*>(x.untyped_data()), w, *y, xs[0], xs[1], ws[0]);
+      return with_weight_type(pool, static_cast<const float*>(x.untyped_data()), w, *y, xs[0], xs[1], ys[1]);
     case ffi::DataType::BF16:
-      return with_weight_type(pool, static_cast<const bf16*>(x.untyped_data()), w, *y, xs[0], xs[1], ws[0]);
+      return with_weight_type(pool, static_cast<const bf16*>(x.untyped_data()), w, *y, xs[0], xs[1], ys[1]);
     default: return ffi::Error::InvalidArgument("linear: x must be float32 or bfloat16");
+  }
+}
+
+template <class W, class Y>
+void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64_t outputs, Y* y) {
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t n = std::clamp<int64_t>(ids[t], 0, outputs - 1);
+    const W* from = w + n / kPanel * depth * kPanel + n % kPanel;
+    for (int64_t k = 0; k < depth; k++) from_float(to_float(from[k * kPanel]), y + t * depth + k);
+  }
+}
+
+ffi::Error embed(ffi::AnyBuffer w, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> y, int64_t outputs) {
+  const auto ws = w.dimensions(), ys = y->dimensions();
+  const int64_t tokens = static_cast<int64_t>(ids.element_count());
+  if (ws.size() != 3 || ws[2] != kPanel || outputs < 1 || ws[0] != (outputs + kPanel - 1) / kPanel ||
+      ys.size() != 2 || ys[0] != tokens || ys[1] != ws[1]) {
+    return ffi::Error::InvalidArgument("embed: w must be [N / 16, K, 16], ids [T] and the result [T, K]");
+  }
+  const auto into = [&](auto weight) {
+    using W = decltype(weight);
+    const W* from = static_cast<const W*>(w.untyped_data());
+    switch (y->element_type()) {
+      case ffi::DataType::F32:
+        gather(from, ids.typed_data(), tokens, ws[1], outputs, static_cast<float*>(y->untyped_data()));
+        return ffi::Error::Success();
+      case ffi::DataType::BF16:
+        gather(from, ids.typed_data(), tokens, ws[1], outputs, static_cast<bf16*>(y->untyped_data()));
+        return ffi::Error::Success();
+      default: return ffi::Error::InvalidArgument("embed: the result must be float32 or bfloat16");
+    }
+  };
+  switch (w.element_type()) {
+    case ffi::DataType::F32: return into(float{});
+    case ffi::DataType::BF16: return into(bf16{});
+    case ffi::DataType::F16: return into(f16{});
+    default: return ffi::Error::InvalidArgument("embed: weights must be float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+void pack(const T* from, int64_t outputs, int64_t depth, T* to) {
+  constexpr int64_t kTile = 64;  // k at a time, so that 16 rows are read in whole cache lines
+  for (int64_t n = 0; n < outputs; n += kPanel, to += depth * kPanel) {
+    const int64_t count = std::min<int64_t>(kPanel, outputs - n);
+    for (int64_t k0 = 0; k0 < depth; k0 += kTile) {
+      const int64_t end = std::min(depth, k0 + kTile);
+      for (int64_t i = 0; i < kPanel; i++) {
+        for (int64_t k = k0; k < end; k++) to[k * kPanel + i] = i < count ? from[(n + i) * depth + k] : T{};
+      }
+    }
   }
 }
 
 }  // namespace
 }  // namespace jaxserve
+
+// w [N][K] to panels [N / 16][K][16], zeros after the last row; elements of 2 or 4 bytes. Without XLA: for loading.
+extern "C" void jaxserve_pack(const void* w, int64_t outputs, int64_t depth, int64_t bytes, void* panels) {
+  if (bytes == 4) {
+    jaxserve::pack(static_cast<const uint32_t*>(w), outputs, depth, static_cast<uint32_t*>(panels));
+  } else {
+    jaxserve::pack(static_cast<const uint16_t*>(w), outputs, depth, static_cast<uint16_t*>(panels));
+  }
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::linear,
                               xla::ffi::Ffi::Bind()
@@ -246,3 +169,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::linear,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_embed, jaxserve::embed,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("outputs"));

@@ -1,0 +1,596 @@
+"""What a .gguf file says of text (vocabulary, chat template, sampling), in the terms of a checkpoint directory's files.
+
+A vocabulary there is a list of tokens with a kind and, by model, a score each or a list of merges:
+- gpt2: byte-level BPE. How text is cut before merging is only named (`tokenizer.ggml.pre`): see _FAMILIES.
+- gemma4: BPE over characters, spaces as U+2581, bytes for what is not in the vocabulary.
+- llama: SentencePiece BPE, t5: SentencePiece unigram; both are put together again and given to that library.
+- bert: WordPiece, the first piece of a word marked by U+2581 where tokenizer.json marks all the others by ##.
+
+Where llama.cpp and the checkpoint's own tokenizer part ways (normalisation to NFC, spaces behind Phi-3's control
+tokens), this follows the checkpoint.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.gguf import GgufFile, find_gguf
+from jaxserve.tokenizer.base import Settings, Tokenizer, has_control_form
+from jaxserve.tokenizer.fast import LibraryTokenizer, byte_level
+from jaxserve.tokenizer.sentencepiece import SentencePieceTokenizer
+
+_KEY = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+# Metadata's names of the special tokens, and tokenizer_config.json's. "seperator" is the format's own spelling.
+_NAMED = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",
+    "cls": "cls_token",
+}
+# Control tokens that end an answer where no key says so. A file has one eos; generation_config.json had several.
+_ENDS = frozenset(
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|endoftext|> <|end_of_text|> <end_of_turn> <turn|> "
+    "<|tool_response> <EOT> [EOT] <end_of_utterance> <｜end▁of▁sentence｜> [e~[".split()
+)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True)
+class GgufText:
+    """A file's part in text, as the files of a checkpoint directory would give it."""
+
+    tokenizer: Tokenizer
+    templates: dict[str, str]
+    """Chat templates by name; the main one is "default"."""
+    named: dict[str, str]
+    """Text of bos_token, eos_token, ..."""
+    generation: dict[str, Any]
+    """As generation_config.json: eos_token_id, a list, and the defaults of sampling."""
+
+
+def text_gguf(path: Path) -> Path | None:
+    """The .gguf file that a model path takes its text from: itself, or a directory's that has no tokenizer files.
+
+    Raises ConfigError where a directory holds several.
+    """
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return find_gguf(path)
+
+
+def read_gguf(path: Path) -> GgufText:
+    """Everything of text in a .gguf file. Raises as gguf_text and GgufFile do."""
+    return gguf_text(GgufFile(path).metadata, str(path))
+
+
+def gguf_text(metadata: Mapping[str, Any], where: str) -> GgufText:
+    """Everything of text in a file's metadata; `where` names the file in errors.
+
+    Raises ConfigError for a vocabulary that is not served, CheckpointError, naming the key, for one that is broken.
+    """
+    values = _Values(metadata, where)
+    model = values.text(_KEY + "model")
+    if model is None:
+        raise CheckpointError(f"{where}: there is no {_KEY}model: the file holds no tokenizer")
+    if model not in _BUILDERS:
+        raise ConfigError(f"{where}: {_KEY}model {model!r} is not served; {', '.join(_BUILDERS)} are")
+    vocabulary = _Vocabulary(values, model)
+    tokenizer = _BUILDERS[model](vocabulary)
+    templates = {"default": values.text(_TEMPLATE)}
+    templates |= {
+        key.removeprefix(_TEMPLATE + "."): values.text(key) for key in metadata if key.startswith(_TEMPLATE + ".")
+    }
+    sampling = {ours: values.number(f"general.sampling.{key}") for key, ours in _SAMPLING.items()}
+    return GgufText(
+        tokenizer=tokenizer,
+        templates={name: text for name, text in templates.items() if text},
+        named=vocabulary.named,
+        generation={"eos_token_id": vocabulary.ends()} | {k: v for k, v in sampling.items() if v is not None},
+    )
+
+
+class _Values:
+    """Metadata whose values are checked as they are taken; None for a key that is absent."""
+
+    def __init__(self, metadata: Mapping[str, Any], where: str):
+        self._metadata = metadata
+        self.where = where
+
+    def wrong(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key} {what}")
+
+    def _get(self, key: str, kind: Any, name: str) -> Any:
+        value = self._metadata.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+            raise self.wrong(key, f"must be {name}, got {type(value).__name__} {str(value)[:100]}")
+        return value
+
+    def text(self, key: str) -> str | None:
+        value: str | None = self._get(key, str, "a string")
+        if value is not None and not _is_unicode(value):
+            raise self.wrong(key, "is not UTF-8")
+        return value
+
+    def flag(self, key: str) -> bool | None:
+        value: bool | None = self._get(key, bool, "true or false")
+        return value
+
+    def number(self, key: str) -> int | float | None:
+        value: int | float | None = self._get(key, int | float, "a number")
+        # 0.6 is stored as a float32, which is not the double of that name.
+        return float(f"{value:.7g}") if isinstance(value, float) else value
+
+    def token(self, key: str, size: int) -> int | None:
+        """An id below `size`."""
+        value: int | None = self._get(key, int, "a token id")
+        if value is not None and not 0 <= value < size:
+            raise self.wrong(key, f"is {value}, and there are {size} tokens")
+        return value
+
+    def texts(self, key: str) -> list[str] | None:
+        value: list[str] | None = self._get(key, list, "an array of strings")
+        if value is None:
+            return None
+        if not all(isinstance(text, str) for text in value):
+            raise self.wrong(key, "must be an array of strings")
+        if not _is_unicode("".join(value)):
+            i = next(i for i, text in enumerate(value) if not _is_unicode(text))
+            raise self.wrong(f"{key}[{i}]", f"is not UTF-8: {value[i].encode('utf-8', 'surrogateescape')!r}")
+        return value
+
+    def numbers(self, key: str, size: int | None = None, *, whole: bool = False) -> np.ndarray | None:
+        """A vector without NaN; with `size`, one of that length."""
+        value = self._metadata.get(key)
+        if value is None or (isinstance(value, list) and not value and not size):  # an empty array has no type
+            return None
+        if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in ("iu" if whole else "iuf"):
+            raise self.wrong(key, f"must be an array of {'whole ' if whole else ''}numbers")
+        if size is not None and len(value) != size:
+            raise self.wrong(key, f"has {len(value)} entries, {_KEY}tokens has {size}")
+        if value.dtype.kind == "f" and np.isnan(value).any():
+            raise self.wrong(key, "holds NaN")
+        return value
+
+
+class _Kind(IntEnum):
+    """The format's kinds of tokens; SentencePiece's, and one for none of them."""
+
+    UNDEFINED = 0
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+_SPECIAL = (_Kind.CONTROL, _Kind.UNKNOWN)
+
+
+class _Vocabulary:
+    """The tokens, checked: their kinds, and which of them are named."""
+
+    def __init__(self, values: _Values, model: str):
+        self.values = values
+        self.where = values.where
+        tokens = values.texts(_KEY + "tokens")
+        if not tokens:
+            raise CheckpointError(f"{self.where}: {_KEY}tokens is missing or empty")
+        self.tokens = tokens
+        size = len(tokens)
+        kinds = values.numbers(_KEY + "token_type", size, whole=True)
+        self.ids: dict[str, int] = {}
+        """By metadata's names: bos, eos, ..."""
+        defaults = _DEFAULT_IDS.get(model, {})
+        for name in (*_NAMED, "eot", "eom"):
+            given, default = values.token(f"{_KEY}{name}_token_id", size), defaults.get(name, size)
+            if given is not None:
+                self.ids[name] = given
+            elif default < size and (kinds is None or kinds[default] in _SPECIAL):
+                self.ids[name] = default
+        self.kinds: list[int] = self._guessed_kinds(model) if kinds is None else kinds.tolist()
+        # Names that fill a gap in the ids; a text of that name is not the token.
+        self.gaps = {i for i, text in enumerate(tokens) if not text or text == f"[PAD{i}]"} - set(self.ids.values())
+        self.text_ids = {text: i for i, text in enumerate(tokens) if i not in self.gaps}
+        if len(self.text_ids) + len(self.gaps) != size:
+            counts = Counter(text for i, text in enumerate(tokens) if i not in self.gaps)
+            twice = counts.most_common(1)[0][0]
+            raise values.wrong(_KEY + "tokens", f"holds {twice[:100]!r} more than once")
+        self.named = {
+            theirs: tokens[self.ids[ours]]
+            for ours, theirs in _NAMED.items()
+            if ours in self.ids and tokens[self.ids[ours]]
+        }
+        self.special = {i for i, kind in enumerate(self.kinds) if kind in _SPECIAL} - self.gaps
+        # A file may call any token its bos; one that text is made of stays a part of text.
+        named = set(self.named.values())
+        self.control = {
+            text: i
+            for text, i in self.text_ids.items()
+            if i in self.special
+            or text in _ENDS
+            or ((self.kinds[i] == _Kind.USER_DEFINED or text in named) and has_control_form(text))
+        }
+        self.words = {
+            text: i
+            for text, i in self.text_ids.items()
+            if self.kinds[i] == _Kind.USER_DEFINED and text not in self.control
+        }
+        """Parts of the vocabulary that are cut out of a text before anything else."""
+
+    def _guessed_kinds(self, model: str) -> list[int]:
+        kinds: list[int] = [_Kind.NORMAL] * len(self.tokens)
+        if model == "llama":
+            kinds = [_Kind.BYTE if _BYTE_TOKEN.fullmatch(text) else _Kind.NORMAL for text in self.tokens]
+        for name, i in self.ids.items():
+            kinds[i] = _Kind.UNKNOWN if name == "unknown" else _Kind.CONTROL
+        return kinds
+
+    def ends(self) -> list[int]:
+        """The ids that end an answer, eos first."""
+        texts = _ENDS & self.control.keys()
+        if {"<|return|>", "<|call|>"} <= texts:  # there, <|end|> ends only one of an answer's messages
+            texts -= {"<|end|>"}
+        known = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
+        return list(dict.fromkeys([*known, *sorted(self.control[text] for text in texts)]))
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.values.flag(_KEY + name)
+        return default if value is None else value
+
+
+_DEFAULT_IDS = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "t5": {"eos": 1, "unknown": 2, "padding": 0},
+    "bert": {"unknown": 100, "cls": 101, "seperator": 102, "padding": 0},
+}
+
+
+# --- byte-level BPE
+
+_CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_LLAMA3 = _CONTRACTION + _WORD + r"|\p{N}{1,3}" + _SYMBOLS + _SPACES
+_QWEN2 = _CONTRACTION + _WORD + r"|\p{N}" + _SYMBOLS + _SPACES
+_QWEN35 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _SPACES
+# Words that begin a new piece where a capital follows a small letter.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+)
+_O200K_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_O200K = _O200K_WORDS + r"|\p{N}{1,3}" + _O200K_SYMBOLS + _SPACES
+_TEKKEN = _O200K_WORDS.replace(_CONTRACTION + "?", "") + r"|\p{N}" + _O200K_SYMBOLS + _SPACES
+_DEEPSEEK3_WORDS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+_DEEPSEEK3 = _DEEPSEEK3_WORDS + r"| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES
+_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_OLD_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+_DEEPSEEK_LETTERS = (
+    "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
+    "\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d"
+    "\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+    "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139"
+    "\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d"
+    "\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a"
+    "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
+    "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a value of `tokenizer.ggml.pre` stands for."""
+
+    splits: tuple[str, ...]
+    """One after the other, each cuts out what it matches."""
+    ignore_merges: bool = False
+    """A piece that is a token is that token, whatever the merges make of it."""
+    add_bos: bool = False
+    """For a file that does not say."""
+    nfc: bool = False
+
+
+# Those that count digits from the right (superbpe, tiny_aya) are left out: a long number would take its length squared.
+_BY_NAMES = {
+    # Files from before the key existed.
+    "default": _Family((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "gpt-2 phi-2 jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum": _Family((_GPT2,)),
+    "mpt olmo": _Family((_GPT2,), nfc=True),
+    "starcoder refact smollm codeshell exaone minerva-7b mellum2": _Family((r"\p{N}", _GPT2)),
+    "command-r": _Family((r"\p{N}", _GPT2), nfc=True),
+    "falcon": _Family((r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": _Family(
+        (_LLAMA3,), ignore_merges=True, add_bos=True
+    ),
+    "dbrx smaug-bpe chatglm-bpe": _Family((_LLAMA3,)),
+    "glm4 glm5": _Family((_LLAMA3,), ignore_merges=True),
+    "qwen2": _Family((_QWEN2,), nfc=True),
+    "deepseek-r1-qwen stablelm2 hunyuan solar-open megrez kormo grok-2 f2llmv2": _Family((_QWEN2,)),
+    "qwen35": _Family((_QWEN35,), nfc=True),
+    "gpt-4o llama4 kanana2 minimax-m2 talkie": _Family((_O200K,)),
+    "tekken": _Family((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "deepseek-llm": _Family(
+        (
+            r"[\r\n]",
+            rf"\s?[{_DEEPSEEK_LETTERS}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            _OLD_CJK,
+            r"\p{N}+",
+        )
+    ),
+    "deepseek-coder": _Family((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _OLD_CJK, r"\p{N}")),
+    "deepseek-v3 hunyuan-dense joyai-llm hy_v4": _Family((r"\p{N}{1,3}", _CJK, _DEEPSEEK3)),
+    "poro-chat bloom gpt3-finnish": _Family((_BLOOM,)),
+    "viking": _Family((_BLOOM, r"\p{N}")),
+    "chameleon": _Family(
+        (
+            "<sentinel:[0-9]+>",
+            "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+            r"([\t\n]|    |  )",
+            r"\p{N}",
+            r"[\p{P}!-/:-@\[-`{-~]",
+            _GPT2,
+        ),
+        add_bos=True,
+    ),
+    "bailingmoe bailingmoe2 llada-moe": _Family(
+        (
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "seed-coder": _Family((_CONTRACTION + _WORD + r"|\p{N}| ?[^\s\p{L}\p{N}\r\n]+" + _SPACES,)),
+    "exaone-moe": _Family(
+        (
+            _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "minicpm5": _Family((r"\p{N}{1,3}", _CONTRACTION + _WORD + r"|\p{N}+" + _SYMBOLS + _SPACES), ignore_merges=True),
+}
+_FAMILIES = {name: family for names, family in _BY_NAMES.items() for name in names.split()}
+
+
+def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
+    pre = vocabulary.values.text(_KEY + "pre") or "default"
+    family = _FAMILIES.get(pre)
+    if family is None:
+        raise ConfigError(
+            f"{vocabulary.where}: {_KEY}pre {pre!r} is not served: how it cuts text is not known here; "
+            f"{', '.join(sorted(_FAMILIES))} are"
+        )
+    model = _bpe(vocabulary, ignore_merges=family.ignore_merges)
+    if family.nfc:
+        model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in family.splits),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw = vocabulary.special | set(vocabulary.words.values()) | set(vocabulary.control.values())
+    table = [text.encode() if i in raw else byte_level(text) for i, text in enumerate(vocabulary.tokens)]
+    add_bos = vocabulary.flag("add_bos_token", family.add_bos)
+    return _library(vocabulary, model, table, add_bos=add_bos, add_eos=vocabulary.flag("add_eos_token", False))
+
+
+def _bpe(vocabulary: _Vocabulary, **options: Any) -> tokenizers.Tokenizer:
+    """A BPE model of the `tokenizers` library."""
+    key = _KEY + "merges"
+    merges = vocabulary.values.texts(key)
+    if merges is None:
+        raise CheckpointError(f"{vocabulary.where}: {key} is missing")
+    pairs = []
+    for i, merge in enumerate(merges):
+        left, _, right = merge[1:].partition(" ")  # the left part may be a space itself
+        if not merge or not right:
+            raise vocabulary.values.wrong(f"{key}[{i}]", f"must be two tokens with a space between, got {merge!r}")
+        pairs.append((merge[0] + left, right))
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=vocabulary.text_ids, merges=pairs, **options))
+    except Exception as error:  # the library raises plain Exception
+        raise vocabulary.values.wrong(key, f"and {_KEY}tokens do not fit: {error}") from error
+
+
+def _library(
+    vocabulary: _Vocabulary,
+    model: tokenizers.Tokenizer,
+    table: list[bytes],
+    *,
+    add_bos: bool | None,
+    add_eos: bool | None,
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+    strips_leading_space: bool = False,
+) -> LibraryTokenizer:
+    """`model` with the special tokens and words of the vocabulary. add_bos, add_eos: None leaves prefix and suffix."""
+
+    def added(texts: Mapping[str, int], special: bool) -> list[tokenizers.AddedToken]:
+        return [tokenizers.AddedToken(text, special=special, normalized=False) for text in texts]
+
+    model.add_special_tokens(added(vocabulary.control, True))
+    model.add_tokens(added(vocabulary.words, False))
+    for i in vocabulary.gaps:
+        table[i] = b""
+    return LibraryTokenizer(
+        model,
+        Settings({**vocabulary.named, "add_bos_token": add_bos, "add_eos_token": add_eos}),
+        table,
+        text_ids=vocabulary.text_ids,
+        special=vocabulary.special,
+        control=vocabulary.control,
+        unknown_id=vocabulary.ids.get("unknown"),
+        prefix=list(prefix),
+        suffix=list(suffix),
+        eos=vocabulary.ids.get("eos"),
+        strips_leading_space=strips_leading_space,
+    )
+
+
+# --- the other models
+
+
+def _gemma4(vocabulary: _Vocabulary) -> Tokenizer:
+    unknown = vocabulary.named.get("unk_token")
+    model = _bpe(vocabulary, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model.normalizer = normalizers.Replace(" ", "▁")
+    raw = vocabulary.special | set(vocabulary.control.values())
+    table = [_spaced(vocabulary, i) if i not in raw else text.encode() for i, text in enumerate(vocabulary.tokens)]
+    # Early files say add_bos_token false, and the model does not work without.
+    return _library(vocabulary, model, table, add_bos=True, add_eos=vocabulary.flag("add_eos_token", False))
+
+
+def _spaced(vocabulary: _Vocabulary, i: int) -> bytes:
+    """The bytes of a token in which U+2581 stands for a space."""
+    text = vocabulary.tokens[i]
+    if vocabulary.kinds[i] == _Kind.BYTE and (byte := _BYTE_TOKEN.fullmatch(text)):
+        return bytes([int(byte[1], 16)])
+    return text.replace("▁", " ").encode()
+
+
+def _wordpiece(vocabulary: _Vocabulary) -> Tokenizer:
+    values = vocabulary.values
+    marked = vocabulary.special | set(vocabulary.control.values())
+
+    def piece(i: int, text: str) -> str:
+        if i in marked:
+            return text
+        return text[1:] if text.startswith("▁") else "##" + text
+
+    pieces = {piece(i, text): i for text, i in vocabulary.text_ids.items()}
+    unknown = vocabulary.named.get("unk_token")
+    if unknown is None:
+        raise CheckpointError(f"{vocabulary.where}: {_KEY}unknown_token_id is missing")
+    lowercase = values.flag(_KEY + "normalizer.lowercase")
+    lowercase = True if lowercase is None else lowercase
+    strip = values.flag(_KEY + "normalizer.strip_accents")
+    model = tokenizers.Tokenizer(models.WordPiece(vocab=pieces, unk_token=unknown, max_input_chars_per_word=100))
+    model.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=lowercase if strip is None else strip
+    )
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    table = [text.encode() if i in marked else _spaced(vocabulary, i) for i, text in enumerate(vocabulary.tokens)]
+    cls = vocabulary.ids.get("cls", vocabulary.ids.get("bos"))
+    sep = vocabulary.ids.get("seperator", vocabulary.ids.get("eos"))
+    return _library(
+        vocabulary,
+        model,
+        table,
+        add_bos=vocabulary.values.flag(_KEY + "add_bos_token"),
+        add_eos=vocabulary.values.flag(_KEY + "add_eos_token"),
+        prefix=[] if cls is None else [cls],
+        suffix=[] if sep is None else [sep],
+        strips_leading_space=True,
+    )
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    """llama and t5: the model file that the vocabulary was taken from, but for what only a trainer reads."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    values, tokens = vocabulary.values, vocabulary.tokens
+    unigram = values.text(_KEY + "model") == "t5"
+    scores = values.numbers(_KEY + "scores", len(tokens))
+    if scores is None:
+        raise CheckpointError(f"{vocabulary.where}: {_KEY}scores is missing")
+    unknown = vocabulary.ids.get(
+        "unknown", next((i for i, k in enumerate(vocabulary.kinds) if k == _Kind.UNKNOWN), None)
+    )
+    # Phi-3's control tokens take the space behind them, which only tokenizer.json says.
+    strips = values.text("general.architecture") == "phi3"
+    added: dict[int, dict[str, Any]] = {}
+
+    def add(i: int, content: str) -> _Kind:
+        added[i] = {"content": content, "special": False}
+        return _Kind.UNUSED
+
+    def kind_of(i: int, text: str) -> _Kind:
+        kind = vocabulary.kinds[i]
+        if i == unknown:
+            return _Kind.UNKNOWN
+        if i in vocabulary.gaps:
+            return add(i, "")
+        if i in vocabulary.special:
+            return _Kind.CONTROL
+        if kind == _Kind.USER_DEFINED and not text.strip(" ▁"):
+            return _Kind.USER_DEFINED  # runs of spaces are SentencePiece's own; other words were added later
+        if text in vocabulary.words or text in vocabulary.control:
+            return add(i, text)
+        return _Kind(kind) if kind in (_Kind.UNUSED, _Kind.BYTE) else _Kind.NORMAL
+
+    model = proto.ModelProto()  # type: ignore[attr-defined]
+    for i, (text, score) in enumerate(zip(tokens, scores.tolist(), strict=True)):
+        kind = kind_of(i, text)
+        if kind == _Kind.USER_DEFINED and (marked := text.replace(" ", "▁")) not in vocabulary.text_ids:
+            text = marked
+        model.pieces.add(piece=text or f"[EMPTY{i}]", score=score, type=int(kind))
+    model.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM if unigram else proto.TrainerSpec.BPE  # type: ignore[attr-defined]
+    model.trainer_spec.byte_fallback = _Kind.BYTE in vocabulary.kinds
+    for name in ("bos", "eos", "unk", "pad"):
+        if named := vocabulary.named.get(f"{name}_token"):
+            setattr(model.trainer_spec, f"{name}_piece", named)
+    charsmap = values.numbers(_KEY + "precompiled_charsmap", whole=True)
+    normalizer = model.normalizer_spec
+    normalizer.add_dummy_prefix = vocabulary.flag("add_space_prefix", True)
+    normalizer.remove_extra_whitespaces = vocabulary.flag("remove_extra_whitespaces", False)
+    normalizer.escape_whitespaces = True
+    normalizer.precompiled_charsmap = b"" if charsmap is None else charsmap.tobytes()
+    if strips:
+        for text, i in {**vocabulary.control, **vocabulary.words}.items():
+            if text not in ("<unk>", "<s>", "<|endoftext|>"):
+                added[i] = {"content": text, "special": i in vocabulary.special, "rstrip": True}
+    settings = Settings(
+        {
+            **vocabulary.named,
+            "add_bos_token": vocabulary.flag("add_bos_token", not unigram),
+            "add_eos_token": vocabulary.flag("add_eos_token", unigram),
+            "added_tokens_decoder": added,
+        }
+    )
+    try:
+        return SentencePieceTokenizer(model.SerializeToString(), settings)
+    except ValueError as error:
+        raise CheckpointError(f"{vocabulary.where}: the tokens are no SentencePiece vocabulary: {error}") from error
+
+
+_BUILDERS = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+    "t5": _sentencepiece,
+    "bert": _wordpiece,
+    "gemma4": _gemma4,
+}
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,296 @@
+"""A GGUF file as a checkpoint: Hugging Face's tensor names, row order and config.json, made from what the file says."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.formats import Format, dequantise
+from jaxserve.gguf import GgufFile
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""general.architecture to the name that jaxserve.models knows; `llama` with a sliding window is Mistral."""
+
+TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""Under blk.N and model.layers.N, before .weight or .bias."""
+
+ROPE_FREQS = "rope_freqs.weight"
+"""Llama 3's scaling: what each rotary frequency is divided by."""
+
+_INTERLEAVED = ("llama", "mistral")  # what general.architecture `llama` stands for
+_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)")
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_CHUNK = 2**20  # weights that are dequantised at a time: what that needs besides its result stays in the cache
+# Keys of an architecture that change nothing here: a size that the tensors tell too, the epsilon of a norm that the
+# architecture has not, how rope scaling came about.
+_IDLE = (
+    "vocab_size",
+    "attention.layer_norm_epsilon",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "tensor_data_layout",
+)
+
+
+class GgufCheckpoint:
+    """jaxserve.weights.Checkpoint over one GGUF file or split.
+
+    Tensors that no name of Hugging Face's belongs to keep their own, so that whoever asks for names meets them.
+    """
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError for a damaged file, ConfigError for a model that is not served, naming the key."""
+        self.path = path
+        self.file = GgufFile(path)
+        self.config = make_config(self.file)
+        self._sources: dict[str, str] = {}
+        for name in self.file.tensors:
+            if name == ROPE_FREQS and self.config["model_type"] in _INTERLEAVED:
+                continue  # what it says is in the config
+            hf = hf_name(name)
+            if hf in self._sources:
+                raise CheckpointError(f"{path}: tensors {self._sources[hf]!r} and {name!r} are both {hf}")
+            self._sources[hf] = name
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[self._sources[name]].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` gives: float32 for a quantised tensor."""
+        return _DTYPES.get(self.file.tensors[self._sources[name]].format.name, np.dtype(np.float32))
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor of plain numbers as it is, a quantised one dequantised to float32."""
+        info, raw = self.file.tensors[self._sources[name]], self.file.raw(self._sources[name])
+        order = self._row_order(name)
+        if not info.format.quantised:
+            dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(info.shape)
+            return dense if order is None else dense[order]
+        out = np.empty((len(raw), info.shape[-1]), np.float32)
+        step = max(1, _CHUNK // info.shape[-1])
+        with np.errstate(all="ignore"):  # a damaged scale gives weights that are no numbers, as in any other file
+            for begin in range(0, len(raw), step):
+                rows = slice(begin, begin + step)
+                out[rows] = dequantise(info.format, raw[rows if order is None else order[rows]])
+        return out.reshape(info.shape)
+
+    def blocks(self, name: str) -> tuple[Format, np.ndarray] | None:
+        """A quantised tensor as it is stored: its format and its rows, uint8 [rows, row_bytes]; None for any other.
+
+        The rows are a read-only view of the map, or an array of their own where their order had to change.
+        """
+        source = self._sources[name]
+        kind, order = self.file.tensors[source].format, self._row_order(name)
+        if not kind.quantised:
+            return None
+        raw = self.file.raw(source)
+        return kind, raw if order is None else raw[order]
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Which stored row is each row of `name`; None where they agree."""
+        source, head_dim = self._sources[name], self.config["head_dim"]
+        part = _LAYER.fullmatch(source)
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part[2] if part else "")
+        if heads is None or self.config["model_type"] not in _INTERLEAVED:
+            return None
+        rows, count = self.shape(name)[0], self.config[heads]
+        if rows != count * head_dim:
+            raise CheckpointError(f"{self.path}: {source} has {rows} rows for {count} heads of {head_dim}")
+        return halves_from_pairs(count, head_dim)
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a GGUF tensor; its own where there is none."""
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    part = _LAYER.fullmatch(name)
+    if part is None or part[2] not in LAYER_NAMES:
+        return name
+    return f"model.layers.{part[1]}.{LAYER_NAMES[part[2]]}.{part[3]}"
+
+
+def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
+    """Of each row of a q or k whose heads rotate (i, i + H/2), its place in a `llama` GGUF: int [heads * head_dim].
+
+    There a head's rows are interleaved, so that the pairs that rotate together are neighbours. argsort is the way back.
+    """
+    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def make_config(file: GgufFile) -> dict[str, Any]:
+    """What config.json would hold. Raises ConfigError for an architecture or a key of it that is not served."""
+    kind = file.metadata.get("general.type", "model")
+    if not isinstance(kind, str) or kind != "model":
+        raise ConfigError(f"{file.path}: a GGUF of type {kind!r}, not a model")
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{file.path}: architecture {architecture!r} is not served; served are {', '.join(ARCHITECTURES)}"
+        )
+    keys = _Keys(file, architecture)
+    embed = file.tensors.get("token_embd.weight")
+    if embed is None or len(embed.shape) != 2:
+        raise ConfigError(f"{file.path}: holds no matrix token_embd.weight, so it is not a whole model")
+    width, heads, layers = keys.whole("embedding_length"), keys.whole("attention.head_count"), keys.whole("block_count")
+    if layers > len(file.tensors):
+        raise ConfigError(f"{file.path}: {architecture}.block_count is {layers}, the tensors are {len(file.tensors)}")
+    head_dim = keys.whole("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.whole(key, head_dim) != head_dim:
+            raise keys.refused(key, f"head_dim {head_dim}")
+    if head_dim % 2:
+        raise keys.refused("attention.key_length", "an even one")
+    if keys.take("attention.causal", True) is not True:
+        raise keys.refused("attention.causal", "True")
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "vocab_size": embed.shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": keys.whole("feed_forward_length"),
+        "max_position_embeddings": keys.whole("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.number("rope.freq_base", 10_000.0),
+        "rope_scaling": _rope_scaling(keys),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": _has_biases(file, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_biases(file, "ffn_gate", "ffn_up", "ffn_down"),
+    }
+    if architecture == "llama":
+        if window := keys.whole("attention.sliding_window", 0):
+            config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+        if ROPE_FREQS in file.tensors:
+            if config["rope_scaling"] is not None:
+                raise ConfigError(f"{file.path}: both {ROPE_FREQS} and linear rope scaling; served is one of them")
+            config["rope_scaling"] = _llama3_scaling(file, config)
+    keys.all_taken()
+    return config
+
+
+def _has_biases(file: GgufFile, *parts: str) -> bool:
+    return any(f"blk.0.{part}.bias" in file.tensors for part in parts)
+
+
+class _Keys:
+    """The metadata of one architecture; knows what has been asked for, so that nothing is passed over."""
+
+    def __init__(self, file: GgufFile, architecture: str):
+        self.file = file
+        self._prefix = f"{architecture}."
+        self._left = {key for key in file.metadata if key.startswith(self._prefix)}
+        self._left -= {self._prefix + key for key in _IDLE}
+
+    def take(self, key: str, default: Any = None) -> Any:
+        self._left.discard(self._prefix + key)
+        return self.file.metadata.get(self._prefix + key, default)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A count; where every layer has its own, they must be the same. Below 1 only the default may be."""
+        value = self.take(key, default)
+        if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+            value = value[0].item()
+        if type(value) is not int or (value < 1 and value != default):
+            raise self.refused(key, "one whole number above 0")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A measure; not above 0 only the default may be."""
+        value = self.take(key, default)
+        if type(value) in (int, float):
+            with np.errstate(over="ignore"):
+                short = float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
+            if 0 < short < math.inf or short == default:
+                return short
+        raise self.refused(key, "a number above 0")
+
+    def refused(self, key: str, served: str) -> ConfigError:
+        name = self._prefix + key
+        found = f"{name} is {self.file.metadata[name]!r}" if name in self.file.metadata else f"lacks {name}"
+        return ConfigError(f"{self.file.path}: {found}; served is {served}")
+
+    def all_taken(self) -> None:
+        """Raises ConfigError for the keys that nothing asked for, unless they are off: they would change the result."""
+        metadata = self.file.metadata
+        on = [key for key in sorted(self._left) if isinstance(metadata[key], list | np.ndarray) or metadata[key]]
+        if on:
+            told = ", ".join(f"{key} = {metadata[key]!r:.60}" for key in on)
+            raise ConfigError(f"{self.file.path}: asks for what is not computed here: {told}")
+
+
+def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
+    """Scaling by metadata: none or linear, which is also meant where only a factor is given."""
+    kind = keys.take("rope.scaling.type", "linear")
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
+        raise keys.refused("rope.scaling.type", "none or linear")
+    if keys.number("rope.scaling.attn_factor", 0.0) not in (0.0, 1.0):
+        raise keys.refused("rope.scaling.attn_factor", "1.0")
+    older = keys.number("rope.scale_linear", 0.0)
+    factor = keys.number("rope.scaling.factor", 0.0) or older
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    return {"rope_type": "linear", "factor": factor}
+
+
+def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The parameters whose divisors rope_freqs.weight holds: Llama 3's usual ones, with any factor."""
+    info = file.tensors[ROPE_FREQS]
+    half = config["head_dim"] // 2
+    if info.format.name != "F32" or info.shape != (half,):
+        raise ConfigError(f"{file.path}: {ROPE_FREQS} is {info.format.name} {list(info.shape)}, not F32 [{half}]")
+    divisors = file.raw(ROPE_FREQS).reshape(-1).view(np.float32).astype(np.float64)
+    if np.allclose(divisors, 1.0, rtol=1e-5, atol=0):
+        return None
+    scaling: dict[str, Any] = {
+        "rope_type": "llama3",
+        # The longest wavelengths are divided by the whole factor.
+        "factor": float(str(np.float32(divisors.max()))),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if 1 < scaling["factor"] < math.inf:
+        meant = llama3_divisors(scaling, config["rope_theta"], 2 * half)
+        if np.allclose(divisors, meant, rtol=1e-5, atol=0):
+            return scaling
+    raise ConfigError(
+        f"{file.path}: {ROPE_FREQS} is not Llama 3's rope scaling (low 1, high 4, original context 8192), "
+        "and no other one is served"
+    )
+
+
+def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
+    """What Llama 3's scaling divides each rotary frequency by: float64 [head_dim / 2]."""
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
+    kept = np.clip(kept, 0.0, 1.0)
+    return 1 / (kept + (1 - kept) / scaling["factor"])

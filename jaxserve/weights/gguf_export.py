@@ -1,0 +1,199 @@
+"""A checkpoint directory in GGUF's terms, the way back of weights/gguf.py: hyperparameters, tensor names, row order."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxserve.errors import ConfigError
+from jaxserve.formats import FORMATS, Format
+from jaxserve.gguf import GgufFile
+from jaxserve.weights import FLOATS, Checkpoint
+from jaxserve.weights.gguf import (
+    ARCHITECTURES,
+    LAYER_NAMES,
+    ROPE_FREQS,
+    TOP_NAMES,
+    halves_from_pairs,
+    llama3_divisors,
+)
+from jaxserve.weights.problems import Problems
+
+_FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {"MistralForCausalLM": "llama"}
+_FORMATS = dict(zip(FLOATS, (FORMATS["F32"], FORMATS["BF16"], FORMATS["F16"]), strict=True))
+_PARTS = {hf: gguf for gguf, hf in LAYER_NAMES.items()}
+_TOP = {hf: gguf for gguf, hf in TOP_NAMES.items()}
+_LAYER = "model.layers."
+# Tables that follow from the config, which older checkpoints hold.
+_COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a model, under its GGUF name and in GGUF's order of rows."""
+
+    format: Format
+    shape: tuple[int, ...]
+    """In numpy's order; the last axis is the packed one."""
+    raw: Callable[[slice], np.ndarray]
+    """The bytes of some rows, uint8 [rows, row_bytes]; a vector is one row. Threads may call it at once."""
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.format.row_bytes(self.shape[-1])
+
+
+def gguf_tensors(file: GgufFile) -> dict[str, SourceTensor]:
+    """The tensors of a GGUF file as they are."""
+    return {
+        name: SourceTensor(info.format, info.shape, file.raw(name).__getitem__) for name, info in file.tensors.items()
+    }
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """general.architecture and the architecture's own keys. Raises ConfigError for what GGUF has no word for."""
+    architecture = _architecture(config)
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head_dim = config.get("head_dim") or width // heads
+    found: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config.get("max_position_embeddings", 2048 if architecture == "llama" else 32768),
+        "embedding_length": width,
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "rope.freq_base": float(_scaling(config).get("rope_theta", config.get("rope_theta", 10_000.0))),
+        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+    }
+    if config.get("head_dim"):
+        found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if architecture == "llama":
+        found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim}
+    if config.get("sliding_window") and (architecture == "llama" or config.get("use_sliding_window")):
+        if architecture != "llama":
+            raise ConfigError(f"sliding windows of {architecture} have no key in GGUF; its checkpoint stays as it is")
+        found["attention.sliding_window"] = config["sliding_window"]
+    if _scaling_kind(config) == "linear":
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_scaling(config)["factor"])}
+    return {"general.architecture": architecture, "general.type": "model"} | {
+        f"{architecture}.{key}": value for key, value in found.items()
+    }
+
+
+def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
+    """The tensors of a checkpoint directory in the order of the model. Raises CheckpointError naming all that have no
+    GGUF name or a dtype that is not read."""
+    config = checkpoint.config
+    llama = _architecture(config) == "llama"
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads} if llama else {}
+    problems = Problems(checkpoint.path)
+    found: dict[str, SourceTensor] = {}
+    for name in sorted(checkpoint.names(), key=_place):
+        if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
+            continue
+        theirs = gguf_name(name)
+        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        if theirs is None:
+            problems.add("tensor without a name in GGUF", name)
+        elif dtype not in _FORMATS:
+            problems.add("unsupported dtype", f"{name} is {dtype}")
+        else:
+            part = theirs.split(".")[2] if theirs.startswith("blk.") else ""
+            order = None
+            if part in interleaved:
+                if shape[0] != interleaved[part] * head_dim:
+                    problems.add("wrong shape", f"{name} is {list(shape)} for {interleaved[part]} heads of {head_dim}")
+                    continue
+                order = np.argsort(halves_from_pairs(interleaved[part], head_dim))
+            found[theirs] = SourceTensor(_FORMATS[dtype], shape, _reader(checkpoint, name, order))
+    problems.raise_any()
+    if _scaling_kind(config) == "llama3":
+        factors = _llama3_factors(config, head_dim)
+        found = {ROPE_FREQS: SourceTensor(FORMATS["F32"], factors.shape, _bytes_of(factors))} | found
+    return found
+
+
+def gguf_name(name: str) -> str | None:
+    """GGUF's name of a Hugging Face tensor; None where there is none."""
+    if name in _TOP:
+        return _TOP[name]
+    if name.startswith(_LAYER):
+        layer, _, rest = name.removeprefix(_LAYER).partition(".")
+        part, _, kind = rest.rpartition(".")
+        if layer.isdecimal() and part in _PARTS and kind in ("weight", "bias"):
+            return f"blk.{layer}.{_PARTS[part]}.{kind}"
+    return None
+
+
+def size_label(parameters: int) -> str:
+    """As in model names: 7B, 1.5B, 360M."""
+    for unit, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if parameters >= unit:
+            count = parameters / unit
+            return f"{count:.1f}{letter}".replace(".0", "") if count < 9.95 else f"{count:.0f}{letter}"
+    return str(parameters)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or []
+    for name in names:
+        if name in _FAMILIES:
+            return _FAMILIES[name]
+    raise ConfigError(f"architectures {names} cannot be written as GGUF here; {', '.join(_FAMILIES)} can")
+
+
+def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _scaling_kind(config: Mapping[str, Any]) -> str:
+    scaling = _scaling(config)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise ConfigError(f"rope scaling {kind!r} is not served; served are default, linear and llama3")
+    if kind == "llama3" and _architecture(config) != "llama":
+        raise ConfigError(f"rope scaling llama3 of {_architecture(config)} has no place in GGUF")
+    return str(kind)
+
+
+def _llama3_factors(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    scaling = dict(_scaling(config))
+    scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    theta = float(scaling.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    return llama3_divisors(scaling, theta, head_dim).astype(np.float32)
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    """Sorts tensors in the order in which a model uses them."""
+    if name.startswith(_LAYER):
+        layer = name.removeprefix(_LAYER).partition(".")[0]
+        return 1, int(layer) if layer.isdecimal() else 0, gguf_name(name) or name
+    return (0 if "embed" in name else 2), 0, name
+
+
+def _reader(checkpoint: Checkpoint, name: str, order: np.ndarray | None) -> Callable[[slice], np.ndarray]:
+    vector = len(checkpoint.shape(name)) == 1
+
+    def raw(rows: slice) -> np.ndarray:
+        whole = checkpoint.read(name)
+        if vector:
+            return _as_bytes((whole if order is None else whole[order])[None])[rows]
+        return _as_bytes(whole[rows] if order is None else whole[order[rows]])
+
+    return raw
+
+
+def _bytes_of(vector: np.ndarray) -> Callable[[slice], np.ndarray]:
+    return lambda rows: _as_bytes(vector[None])[rows]
+
+
+def _as_bytes(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
