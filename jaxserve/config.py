@@ -60,6 +60,9 @@ class DeviceOptions:
     """Tokens in a page of the KV cache."""
     num_kv_pages: int | None = None
     """Pages in the KV cache. Default: what the memory budget leaves after weights and workspace."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
+    than the activations' needs the CPU's kernels."""
     memory_utilization: float | None = None
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"

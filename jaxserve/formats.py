@@ -29,6 +29,14 @@ class Format:
         return k // self.block * self.nbytes
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A quantised matrix as a file stores it."""
+
+    format: Format
+    rows: np.ndarray  # uint8 [N, row_bytes]
+
+
 FORMATS = {
     name: Format(name, code, block, nbytes)
     for name, code, block, nbytes in [

@@ -1,10 +1,11 @@
-"""Finds the directory that a model name means: the embedded model, a local directory, or a Hugging Face id."""
+"""Finds what a model name means: the embedded model, a local directory or GGUF file, or a Hugging Face id."""
 
 import importlib.resources
 import re
 from pathlib import Path
 
 from jaxserve.errors import ConfigError
+from jaxserve.gguf import find_gguf
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -14,7 +15,7 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack",
 
 
 def resolve_model(model: str | None, revision: str | None = None) -> Path:
-    """The directory of `model`: None is the embedded model, then an existing directory, then a Hugging Face id.
+    """Where `model` lies: None is the embedded model, then an existing directory or GGUF file, then a Hugging Face id.
 
     An id is downloaded with huggingface_hub, whose cache, progress bar and environment (HF_ENDPOINT, HF_HOME,
     HF_HUB_OFFLINE, HF_TOKEN) are used as they are; files that are already complete are not fetched again.
@@ -27,10 +28,14 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
         if revision is not None:
             raise ConfigError(f"revision {revision!r} needs a Hugging Face id; {model} is a directory")
         return path
-    if model.lower().endswith(".gguf"):
-        raise ConfigError(f"{model}: GGUF is not supported by this version; give a directory of safetensors")
     if path.is_file():
-        raise ConfigError(f"{model} is a file; give the directory that holds config.json and the weights")
+        if find_gguf(path) is None:
+            raise ConfigError(f"{model} is no GGUF file; give one, or the directory of config.json and the weights")
+        if revision is not None:
+            raise ConfigError(f"revision {revision!r} needs a Hugging Face id; {model} is a file")
+        return path
+    if model.lower().endswith(".gguf"):
+        raise ConfigError(f"no such file: {model}")
     if model.startswith((".", "/", "~")):
         raise ConfigError(f"no such directory: {model}")
     if not _ID.fullmatch(model):

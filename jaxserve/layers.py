@@ -13,15 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxserve import native
 from jaxserve.errors import ConfigError
+from jaxserve.native.norm import rms_norm as native_rms_norm
 from jaxserve.quant import linear
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * jnp.broadcast_to(weight, y.shape)
+    """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect.
+
+    On CPU the C++ kernel does it where it is loaded: XLA sums a row in an order that its neighbours change.
+    """
+
+    def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        return y.astype(x.dtype) * jnp.broadcast_to(weight, y.shape)
+
+    def cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return native_rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
+
+    if native.loaded() and x.dtype == weight.dtype and x.dtype in (jnp.float32, jnp.bfloat16):
+        return jax.lax.platform_dependent(x, weight, cpu=cpu, default=xla)
+    return xla(x, weight)
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,38 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxserve.native import linear as cpu
+from jaxserve.formats import Blocks, Format
+from jaxserve.native import blocks
+from jaxserve.native import linear as dense
 
 
 @flax.struct.dataclass
 class Packed:
-    """A matrix as the C++ kernels for CPU want it, of the type that the checkpoint stores."""
+    """A matrix as the C++ kernels for CPU want it, in the format that the checkpoint stores."""
 
-    panels: jax.Array  # [N / 16, K, 16]
+    panels: jax.Array
+    """16 rows side by side: [N / 16, K, 16] of plain numbers, or the bytes of quantised ones."""
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     """What the model sees, outputs first."""
     outputs: int = flax.struct.field(pytree_node=False)
     """N: the product of the leading axes that are outputs."""
     dtype: DTypeLike = flax.struct.field(pytree_node=False)
     """Of the activations."""
+    format: Format | None = flax.struct.field(pytree_node=False, default=None)
+    """None for plain numbers."""
 
 
 type Weight = Float[Array, "..."] | Packed
 
 
-def pack(w: np.ndarray, shape: tuple[int, ...], dtype: DTypeLike) -> Packed:
+def pack(w: np.ndarray | Blocks, shape: tuple[int, ...], dtype: DTypeLike) -> Packed:
     """A checkpoint's matrix w [N, K] for the CPU kernels, which must be loaded; on the host still."""
-    return Packed(cpu.pack(w), shape, w.shape[0], jnp.dtype(dtype))  # type: ignore[arg-type]
+    if isinstance(w, Blocks):
+        outputs = w.rows.shape[0]
+        panels, format = blocks.pack(w.format, w.rows, math.prod(shape) // outputs), w.format
+    else:
+        outputs, panels, format = w.shape[0], dense.pack(w), None
+    return Packed(panels, shape, outputs, jnp.dtype(dtype), format)  # type: ignore[arg-type]
 
 
 def linear(x: Float[Array, "T ..."], w: Weight, *, out: int = 1) -> Float[Array, "T ..."]:
@@ -55,7 +65,9 @@ def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
 def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Rows of an embedding table: w [V, D], tokens [T] -> [T, D]."""
     if isinstance(w, Packed):
-        return cpu.embed(w.panels, tokens, w.outputs, w.dtype)
+        if w.format is not None:
+            return blocks.embed(w.panels, tokens, w.format, w.outputs, math.prod(w.shape) // w.outputs, w.dtype)
+        return dense.embed(w.panels, tokens, w.outputs, w.dtype)
     return jnp.take(w, tokens, axis=0, mode="clip")
 
 
@@ -64,6 +76,8 @@ def _product(x: Float[Array, "T I"], w: Weight, out: int, dtype: DTypeLike) -> F
     if isinstance(w, Packed):
         if outputs != w.outputs:
             raise ValueError(f"a weight {list(w.shape)} of {w.outputs} outputs was multiplied as one of {outputs}")
-        return cpu.linear(x, w.panels, outputs, dtype)
+        if w.format is not None:
+            return blocks.linear(x, w.panels, w.format, outputs, dtype)
+        return dense.linear(x, w.panels, outputs, dtype)
     y = jax.lax.dot_general(x, w.reshape(outputs, -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return y.astype(dtype)

@@ -25,6 +25,7 @@ from jaxserve import attention, batch, native, quant, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, cache_home
 from jaxserve.errors import ConfigError
+from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
 from jaxserve.metrics import EngineMetrics
 from jaxserve.models import find_model
@@ -134,10 +135,10 @@ class Runner:
             pack=_packer(dtype, options.model.dtype == "auto") if platform == "cpu" and native.loaded() else None,
             progress=report,
         )
+        self._kv_dtype = _kv_dtype(options, name, params, dtype)
         self._params, self._tree = jax.tree.flatten(params)
         weights = sum(a.nbytes for a in self._params)
         spec = self.model.cache_spec(self.config)
-        self._dtype = dtype
         self._lock = threading.Lock()
         self._closing = False
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
@@ -172,10 +173,10 @@ class Runner:
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
+        pages = f"{self._kv_dtype.name}, {self.sizes.num_pages} pages of {self.sizes.page_size} tokens"
         progress(
-            f"memory: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({self.sizes.num_pages} pages of "
-            f"{self.sizes.page_size} tokens) + slots {slots / gib:.2f} + workspace {workspace / gib:.2f} = "
-            f"{(weights + kv + slots + workspace) / gib:.2f} GiB"
+            f"memory: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
+            f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
 
     def launch(self, plan: Plan) -> tuple[Launched, int]:
@@ -196,7 +197,7 @@ class Runner:
 
     def _abstract(self, sizes: Sizes) -> StepState:
         spec = self.model.cache_spec(self.config)
-        cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._dtype)
+        cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._kv_dtype)
         return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
@@ -233,7 +234,7 @@ class Runner:
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
         page, given = options.device.block_size, options.device.num_kv_pages
-        page_bytes = spec.layers * page * spec.row * jnp.dtype(self._dtype).itemsize
+        page_bytes = spec.layers * page * spec.row * self._kv_dtype.itemsize
 
         def sizes(pages: int) -> Sizes:
             fitting = min(length, pages * page)
@@ -331,9 +332,32 @@ class Runner:
         return np.int32(sequence.slot), history, ids, values, stops
 
 
-def _packer(dtype: Any, as_stored: bool) -> Callable[[np.ndarray, ParamSpec], quant.Packed]:
-    """Lays matrices out for the CPU kernels, which multiply what is stored: they are cast only on demand."""
-    return lambda w, spec: quant.pack(w if as_stored else w.astype(dtype, copy=False), spec.shape, dtype)
+def _packer(dtype: Any, as_stored: bool) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]:
+    """Lays matrices out for the CPU kernels, which multiply what is stored: plain ones are cast only on demand."""
+
+    def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
+        return quant.pack(w if as_stored or isinstance(w, Blocks) else w.astype(dtype, copy=False), spec.shape, dtype)
+
+    return pack
+
+
+def _kv_dtype(options: EngineOptions, kernel: str, params: Any, dtype: np.dtype) -> np.dtype:
+    """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
+    wanted = options.device.kv_cache_dtype
+    if wanted == "auto":
+        packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
+        plain = options.model.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
+        return dtype if plain or not packed else np.dtype(np.float16)
+    if jnp.dtype(wanted) != dtype and kernel != "cpu":
+        raise ConfigError(
+            f"kv_cache_dtype {wanted} with {dtype.name} activations needs the CPU's kernels, not {kernel!r}; "
+            f"give --kv-cache-dtype {dtype.name} or auto"
+        )
+    return jnp.dtype(wanted)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, quant.Packed)
 
 
 def _slots(seqs: int, length: int) -> SlotState:
@@ -400,7 +424,7 @@ def _step(
         sampled = sampling.sample(logits, step.rows, step.slots, slots)
         logprobs = jax.lax.cond(
             step.rows.logprobs.any(),
-            lambda: sampling.token_logprobs(logits, sampled, top),
+            lambda: sampling.token_logprobs(logits, jnp.where(step.rows.logprobs, sampled, -1), top),
             lambda: sampling.no_logprobs(seqs, top),
         )
         if layout.shape.single:

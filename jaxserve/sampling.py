@@ -5,11 +5,15 @@ S rows, V vocab, L tokens of history, B biased ids, E stop ids
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jaxserve import native
+from jaxserve.native import sampling as cpu
 
 HISTORY_BLOCK = 256
 LOGPROB_ROWS = 16
@@ -89,26 +93,44 @@ def bind(
 
 
 def sample(logits: Float[Array, "S V"], rows: RowParams, slots: Int[Array, " S"], state: SlotState) -> Int[Array, " S"]:
-    """One token a row: bias and bans, then penalties, then the draw, as vLLM orders them.
+    """One token a row: bias and bans, then penalties, then the choice, as vLLM orders them.
 
-    Work that no row of the step asks for is skipped.
+    Work that no row of the step asks for is skipped. The first NaN of a row is its best.
     """
-    logits = _when(rows.biased, lambda x: _bias(x, rows, state.bias_ids[slots], state.bias_values[slots]), logits)
-    logits = _when(rows.ban_stop, lambda x: _ban_stop(x, rows.ban_stop, state.stop_ids[slots]), logits)
     penalised = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
-    logits = _when(penalised, lambda x: _penalise(x, rows, state.history[slots], penalised), logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    drawn = jax.lax.cond((rows.temperature > 0).any(), lambda: _draw(logits, rows), lambda: greedy)
-    return jnp.where(rows.temperature > 0, drawn, greedy)
+
+    def adjusted() -> jax.Array:
+        x = _when(rows.biased, lambda x: _bias(x, rows, state.bias_ids[slots], state.bias_values[slots]), logits)
+        x = _when(rows.ban_stop, lambda x: _ban_stop(x, rows.ban_stop, state.stop_ids[slots]), x)
+        return _when(penalised, lambda x: _penalise(x, rows, state.history[slots], penalised), x)
+
+    def choose_by_xla(rows: RowParams) -> jax.Array:
+        return _choose(adjusted(), rows)
+
+    def choose_on_cpu(rows: RowParams) -> jax.Array:
+        # Where nothing is adjusted the logits are read where they are: a condition that gave logits would copy them.
+        changed = (rows.biased | rows.ban_stop | penalised).any()
+        return jax.lax.cond(changed, lambda: _choose_on_cpu(adjusted(), rows), lambda: _choose_on_cpu(logits, rows))
+
+    return _by_platform(choose_on_cpu, choose_by_xla, rows)
 
 
 def token_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], top: int) -> TokenLogprobs:
-    """Log-probabilities of `tokens` and of the `top` best ids of every row."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)  # [S, 1]
-    best, ids = jax.lax.top_k(logprobs, top)
-    rank = 1 + (logprobs > chosen).sum(axis=-1, dtype=jnp.int32)
-    return TokenLogprobs(chosen[:, 0], rank, ids.astype(jnp.int32), best)
+    """Log-probabilities of `tokens` and of the `top` best ids of every row; zeros for tokens of -1, which cost less."""
+
+    def by_xla(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, jnp.maximum(tokens, 0)[:, None], axis=-1)  # [S, 1]
+        best, ids = jax.lax.top_k(logprobs, top)
+        rank = 1 + (logprobs > chosen).sum(axis=-1, dtype=jnp.int32)
+        found = TokenLogprobs(chosen[:, 0], rank, ids.astype(jnp.int32), best)
+        wanted = tokens >= 0
+        return jax.tree.map(lambda a: jnp.where(wanted.reshape(-1, *[1] * (a.ndim - 1)), a, jnp.zeros_like(a)), found)
+
+    def on_cpu(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
+        return TokenLogprobs(*cpu.token_logprobs(logits, tokens, top))
+
+    return _by_platform(on_cpu, by_xla, logits, tokens)
 
 
 def no_logprobs(rows: int, top: int) -> TokenLogprobs:
@@ -139,12 +161,20 @@ def prompt_logprobs(
         wanted = cut(targets)
 
         def compute() -> TokenLogprobs:
-            found = token_logprobs(to_logits(cut(hidden)), jnp.maximum(wanted, 0), top)
+            found = token_logprobs(to_logits(cut(hidden)), wanted, top)
             return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, i * rows, 0), out, found)
 
         return jax.lax.cond((wanted >= 0).any(), compute, lambda: out)
 
     return jax.lax.fori_loop(0, hidden.shape[0] // rows, block, no_logprobs(hidden.shape[0], top))
+
+
+def _by_platform[Result](on_cpu: Callable[..., Result], by_xla: Callable[..., Result], *arguments: Any) -> Result:
+    """The C++ kernels where they are loaded and the program is for CPU; on what else, XLA does the same."""
+    if not native.loaded():
+        return by_xla(*arguments)
+    result: Result = jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=by_xla)
+    return result
 
 
 def _when(
@@ -194,6 +224,16 @@ def _ban_stop(logits: Float[Array, "S V"], ban: Bool[Array, " S"], ids: Int[Arra
     return logits.at[jnp.arange(logits.shape[0])[:, None], ids].set(-jnp.inf, mode="drop")
 
 
+def _choose(logits: Float[Array, "S V"], rows: RowParams) -> Int[Array, " S"]:
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = jax.lax.cond((rows.temperature > 0).any(), lambda: _draw(logits, rows), lambda: greedy)
+    return jnp.where(rows.temperature > 0, drawn, greedy)
+
+
+def _choose_on_cpu(logits: Float[Array, "S V"], rows: RowParams) -> Int[Array, " S"]:
+    return cpu.sample(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.position)
+
+
 def _draw(logits: Float[Array, "S V"], rows: RowParams) -> Int[Array, " S"]:
     """Temperature, then min-p, top-k, top-p, as vLLM orders them; then the Gumbel maximum.
 
@@ -214,7 +254,7 @@ def _draw(logits: Float[Array, "S V"], rows: RowParams) -> Int[Array, " S"]:
 
     def by_top_p(x: jax.Array) -> jax.Array:
         weight = jnp.exp(x - best)
-        enough = rows.top_p * weight.sum(axis=-1)
+        enough = jnp.maximum(rows.top_p, jnp.finfo(jnp.float32).tiny) * weight.sum(axis=-1)  # 0 would be none at all
         floor = _largest(x, lambda kept: jnp.where(kept, weight, 0.0).sum(axis=-1) >= enough)
         return jnp.where((rows.top_p < 1)[:, None] & (_ordered(x) < floor[:, None]), -jnp.inf, x)
 

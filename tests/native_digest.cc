@@ -5,6 +5,10 @@
 
 #include "attention.cc"
 #include "linear.cc"
+#include "linear_blocks.cc"
+#include "norm.cc"
+#include "pack_blocks.cc"
+#include "sampling.cc"
 
 namespace {
 
@@ -58,6 +62,62 @@ void product(int64_t tokens, int64_t depth, int64_t outputs) {
   add(y);
 }
 
+// Any bytes are codes; scales are set to small ones.
+template <class F>
+void blocks(int64_t tokens, int64_t depth) {
+  const auto x = numbers<float>(tokens * depth, 3);
+  const jaxserve::Panel<F> layout(depth);
+  std::vector<uint8_t> panel(layout.bytes());
+  uint32_t seed = 5;
+  for (size_t i = 0; i < panel.size(); i++) {
+    seed = seed * 1664525u + 1013904223u;
+    panel[i] = static_cast<uint8_t>(seed >> 24);
+    const bool half = F::shared ? static_cast<int64_t>(i) >= layout.shared() : static_cast<int64_t>(i) >= layout.scales();
+    if (half && F::scales == jaxserve::Scales::kPower) panel[i] = static_cast<uint8_t>(120 + panel[i] % 8);
+    else if (half && i % 2) panel[i] = static_cast<uint8_t>(32 + panel[i] % 8);  // float16 from 1/128 to 1/2
+  }
+  const int tile = jaxserve::tile_of(tokens);
+  std::vector<uint8_t> rows(jaxserve::TileBlock{tile, F::runs}.bytes() * layout.blocks);
+  jaxserve::make_tile<F>(x.data(), tokens, depth, 0, tile, rows.data());
+  std::vector<float> y(tile * jaxserve::kPanel), row(depth);
+  jaxserve::multiply_tile<F>(tile, panel.data(), layout, rows.data(), y.data());
+  jaxserve::row_of<F>(panel.data(), 5, depth, row.data());
+  add(y);
+  add(row);
+}
+
+template <class T>
+void norm(int64_t width) {
+  const auto x = numbers<T>(3 * width, 3), weight = numbers<T>(width, 4);
+  std::vector<T> y(x.size());
+  for (int64_t r = 0; r < 3; r++) jaxserve::norm_row(x.data() + r * width, weight.data(), width, 1e-5f, y.data() + r * width);
+  add(y);
+}
+
+void sampling(int64_t vocab, float scale) {
+  auto logits = numbers<float>(vocab, 5);
+  for (float& x : logits) x *= scale;
+  jaxserve::Kept kept;
+  std::vector<int32_t> ids;
+  std::vector<float> logprobs;
+  for (int32_t position = 0; position < 20; position++) {
+    for (const int32_t top_k : {0, 1, 40}) {
+      for (const float top_p : {1.0f, 0.9f}) {
+        const jaxserve::Row row{0.7f, top_k, top_p, position % 2 * 0.01f, {6, 7}, position};
+        ids.push_back(jaxserve::choose(logits.data(), vocab, row, kept));
+      }
+    }
+  }
+  const size_t drawn = ids.size(), top = 20;
+  ids.resize(drawn + 1 + top);
+  logprobs.resize(1 + top);
+  jaxserve::logprobs_of(logits.data(), vocab, 9, top, &logprobs[0], &ids[drawn], &ids[drawn + 1], &logprobs[1]);
+  const auto mass = jaxserve::mass_of<true>(logits.data(), vocab, 0.7f, scale, -scale);
+  add(ids);
+  add(logprobs);
+  add(std::vector<double>(mass.levels, mass.levels + jaxserve::kNumLevels));
+}
+
 }  // namespace
 
 int main() {
@@ -70,6 +130,19 @@ int main() {
     product<float>(tokens, 100, 30);
     product<jaxserve::bf16>(tokens, 1100, 32);
     product<jaxserve::f16>(tokens, 512, 17);
+  }
+  for (const int64_t tokens : {1, 2, 3, 7}) {
+    for (const int64_t code : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39}) {
+      jaxserve::with_format(code, [&](auto f) { blocks<decltype(f)>(tokens, 512); });
+    }
+  }
+  for (const int64_t width : {7, 32, 1000}) {
+    norm<float>(width);
+    norm<jaxserve::bf16>(width);
+  }
+  for (const int64_t vocab : {21, 1024, 5003}) {
+    sampling(vocab, 0.1f);
+    sampling(vocab, 20.0f);
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));
 }

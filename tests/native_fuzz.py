@@ -3,7 +3,7 @@
     python native_fuzz.py LIBRARY SEED CASES [CPU]
 
 With CPU it stays on that one processor, so that XLA's pool has one thread.
-Imports JAX only, so that it runs under a sanitizer in a process of its own.
+Imports JAX and no engine, so that it runs under a sanitizer in a process of its own.
 """
 
 import ctypes
@@ -16,7 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.formats import FORMATS, dequantise, quantise
+
 ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
+LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
+SAMPLE, LOGPROBS = "jaxserve_sample", "jaxserve_token_logprobs"
 
 
 def random_case(rng):
@@ -79,6 +83,131 @@ def packed(library, w):
     return jnp.asarray(panels)
 
 
+def quantised_product(library, rng, digest):
+    """Products with a quantised weight against its dequantised floats, and the rows of its table; bad calls refused."""
+    format = rng.choice([f for f in FORMATS.values() if f.quantised])
+    tokens, depth, outputs = (int(rng.choice(sizes)) for sizes in ([1, 2, 3, 5, 9, 70], [256, 768], [1, 16, 37]))
+    x = rng.normal(size=(tokens, depth)).astype(np.float32)
+    rows = quantise(format, rng.normal(size=(outputs, depth)).astype(np.float32))
+    w, code, sizes = dequantise(format, rows), np.int64(format.code), (outputs, depth)
+    library.jaxserve_panels_size.restype = ctypes.c_int64
+    size = library.jaxserve_panels_size(*(ctypes.c_int64(n) for n in (code, *sizes)))
+    panels = np.full(size, 7, np.uint8)
+    library.jaxserve_pack_blocks(
+        ctypes.c_int64(code),
+        ctypes.c_void_p(rows.ctypes.data),
+        *(ctypes.c_int64(n) for n in (*sizes, rows.shape[1])),
+        ctypes.c_void_p(panels.ctypes.data),
+    )
+    panels = jnp.asarray(panels)
+
+    def product(x, panels, format):
+        result = jax.ShapeDtypeStruct((len(x), outputs), "float32")
+        return jax.ffi.ffi_call(LINEAR_BLOCKS, result)(x, panels, format=format)
+
+    def gather(panels, ids, outputs):
+        result = jax.ShapeDtypeStruct((len(ids), depth), "float32")
+        return jax.ffi.ffi_call(EMBED_BLOCKS, result)(panels, ids, format=code, outputs=np.int64(outputs))
+
+    y = np.asarray(product(x, panels, code))
+    # What rounding x to 127 steps of each 32's largest leaves: at most half a step, mostly far less.
+    steps = np.abs(x.reshape(tokens, -1, 32)).max(axis=2, keepdims=True) / 127
+    rounded = (np.round(x.reshape(tokens, -1, 32) / steps) * steps).reshape(x.shape)
+    want = rounded.astype(np.float64) @ w.T.astype(np.float64)
+    near = np.abs(x).max() / 127 * np.abs(w).max()  # a tie may round the other way
+    error = np.abs(y - want).max()
+    assert error < 1e-5 * np.abs(want).max() + 2 * near, (format.name, x.shape, outputs, error)
+    assert np.asarray(product(x[-1:], panels, code)).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
+    ids = rng.integers(-2, outputs + 2, 20).astype(np.int32)
+    assert (np.asarray(gather(panels, ids, outputs)) == w[ids.clip(0, outputs - 1)]).all(), format.name
+    digest.update(y.tobytes())
+    refused = 0
+    for wrong in (
+        lambda: product(x, panels[:-1], code),
+        lambda: product(x, panels, np.int64(rng.choice([-1, 0, 5, 99]))),
+        lambda: product(x[:, :-1], panels, code),
+        lambda: gather(panels, ids, rng.choice([0, -1, 10_000])),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "linear_blocks: " in str(error) or "embed_blocks: " in str(error), error
+            refused += 1
+    return refused
+
+
+def sampled(rng, digest):
+    """Random rows of logits, greedy and drawn, and their log-probabilities, against numpy; bad calls refused."""
+    rows, vocab = int(rng.choice([1, 2, 7])), int(rng.choice([1, 15, 16, 33, 1000, 2048, 20_011]))
+    logits = (rng.normal(size=(rows, vocab)) * rng.choice([0.1, 1, 10])).astype(np.float32)
+    if rng.random() < 0.3:
+        logits = np.round(logits)
+    logits[rng.random((rows, vocab)) < rng.choice([0, 0.5])] = -np.inf
+    wild = rng.choice([0, 0, 0, np.inf, np.nan])
+    if wild != 0:
+        logits[0, rng.integers(0, vocab)] = wild
+    temperature, top_p, min_p = (
+        rng.choice(values, rows).astype(np.float32)
+        for values in ([0, 1e-3, 0.7, 1, 100], [1, 1, 1e-6, 0.5, 0.95], [0, 0, 0.05, 1])
+    )
+    top_k = rng.choice([-1, 0, 1, 2, 50, vocab - 1, vocab, 2**31 - 1], rows).astype(np.int32)
+    seed, position = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.integers(0, 10**6, rows).astype(np.int32)
+    parameters = [temperature, top_k, top_p, min_p, seed, position]
+
+    def sample(logits, *parameters):
+        return jax.ffi.ffi_call(SAMPLE, jax.ShapeDtypeStruct((len(logits),), "int32"))(logits, *parameters)
+
+    def logprobs(logits, tokens, top):
+        shapes = [((len(logits), *wide), kind) for wide in ((), (top,)) for kind in ("float32", "int32")]
+        results = [jax.ShapeDtypeStruct(*shapes[i]) for i in (0, 1, 3, 2)]
+        return jax.ffi.ffi_call(LOGPROBS, results)(logits, tokens)
+
+    tokens = np.asarray(sample(logits, *parameters))
+    alone = sample(logits[-1:], *(a[-1:] for a in parameters))
+    assert alone[0] == tokens[-1], "a row depends on its neighbours"
+    for i, token in enumerate(tokens):
+        if temperature[i] == 0 or top_k[i] == 1 or not np.isfinite(logits[i]).any():
+            best = logits[i].argmax()
+            assert token == best or (temperature[i] > 0 and logits[i, token] == logits[i, best]), (i, token, best)
+        elif np.isfinite(logits[i].max()):
+            better = (logits[i] > logits[i, token]).sum()
+            assert logits[i, token] > -np.inf and better < (top_k[i] if top_k[i] > 0 else vocab)
+    top = min(vocab, int(rng.choice([0, 1, 20])))
+    wanted = np.where(rng.random(rows) < 0.2, -1, rng.integers(0, vocab, rows)).astype(np.int32)
+    found = [np.asarray(a) for a in logprobs(logits, wanted, top)]
+    for i, token in enumerate(wanted):
+        if token < 0:
+            assert all((a[i] == 0).all() for a in found)
+        elif np.isfinite(logits[i].max()):
+            x = logits[i].astype(np.float64) - logits[i].max()
+            with np.errstate(divide="ignore"):
+                x -= np.log(np.exp(x).sum())
+            order = np.argsort(-x, kind="stable")[:top]
+            assert found[1][i] == 1 + (x > x[token]).sum() and (found[2][i] == order).all()
+            np.testing.assert_allclose(found[0][i], x[token], atol=1e-5, rtol=1e-5)
+            np.testing.assert_allclose(found[3][i], x[order], atol=1e-5, rtol=1e-5)
+    for a in (tokens, *found):
+        digest.update(a.tobytes())
+    refused = 0
+    for wrong in (
+        lambda: sample(logits, *parameters[:4], seed[:, :1], position),
+        lambda: sample(logits, np.full(rows, np.inf, np.float32), *parameters[1:]),
+        lambda: sample(logits, *(a[:-1] for a in parameters)),
+        lambda: sample(logits[:, :0], *parameters),
+        lambda: sample(logits[0], *parameters),
+        lambda: logprobs(logits, np.full(rows, rng.choice([-2, vocab, 2**31 - 1]), np.int32), top),
+        lambda: logprobs(logits, wanted, vocab + 1),
+        lambda: logprobs(logits, wanted[:-1], top),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "sample: " in str(error) or "token_logprobs: " in str(error), error
+            refused += 1
+    assert refused == 8
+    return refused
+
+
 def spoil(rng, step, pages):
     """One lie in what only the device knows."""
     step, seqs = {name: array.copy() for name, array in step.items()}, step["distribution"][2]
@@ -104,7 +233,7 @@ def main() -> None:
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
-    for target in (ATTENTION, LINEAR, EMBED):
+    for target in (ATTENTION, LINEAR, EMBED, LINEAR_BLOCKS, EMBED_BLOCKS, SAMPLE, LOGPROBS):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
@@ -146,6 +275,7 @@ def main() -> None:
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 assert "linear: " in str(error) or "embed: " in str(error), error
                 refused += 1
+        refused += quantised_product(handlers, rng, digest) + sampled(rng, digest)
     print(digest.hexdigest(), refused)
 
 

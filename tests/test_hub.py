@@ -189,7 +189,7 @@ def test_names_that_mean_nothing(tmp_path):
     (tmp_path / "config.json").touch()
     (tmp_path / "model.gguf").touch()
     for name, said in {
-        str(tmp_path / "config.json"): "is a file; give the directory",
+        str(tmp_path / "config.json"): "is no GGUF file; give one",
         str(tmp_path / "model.gguf"): "GGUF is not supported",
         "there/is/none.gguf": "GGUF is not supported",
         str(tmp_path / "none"): "no such directory: /",

@@ -36,7 +36,8 @@ def libraries(compiler, tmp_path_factory):
     for isa in build.ISAS:
         if isa.runs_here():
             found[isa.name] = folder / f"{isa.name}.so"
-            build.build(isa, compiler, found[isa.name])
+            # Only the numbers count, but of the one that serves also what the optimiser makes of it.
+            build.build(isa, compiler, found[isa.name], () if isa == build.best_isa() else ("-O1",))
     return found
 
 
@@ -52,6 +53,7 @@ def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
     return digest, int(refused)
 
 
+@pytest.mark.timeout(900)  # each library is as much work as an installation
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
     digest, refused = fuzz(libraries["scalar"], 1)
     assert refused > CASES

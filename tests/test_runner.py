@@ -79,4 +79,5 @@ def test_sizes_are_worked_out_and_said(runner):
     info = runner.info
     assert info.num_pages == 64 and info.max_model_len == 256 and info.max_num_seqs == 4
     assert info.device_bytes["kv"] == 64 * 4 * 2 * 96 * 4
-    assert info.device_bytes["weights"] == info.num_params * 4 and info.device_bytes["workspace"] > 0
+    assert info.num_params == 211008 // 4 and info.device_bytes["workspace"] > 0
+    assert info.num_params * 4 <= info.device_bytes["weights"] < info.num_params * 4.2  # rows are filled up to 16

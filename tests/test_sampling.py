@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import sampling
+from jaxserve import native, sampling
+from jaxserve.native.build import BuildError
 from jaxserve.sampling import RowParams, SlotState
 
 S, V, L = 6, 257, 40
@@ -17,12 +18,12 @@ NEUTRAL = dict(
 DTYPES = {float: np.float32, int: np.int32, bool: np.bool_, list: np.uint32}
 
 
-def row_params(**columns):
-    """RowParams of S rows; a scalar is for all of them."""
+def row_params(rows=S, **columns):
+    """RowParams of that many rows; a scalar is for all of them."""
     arrays = {}
     for name, default in NEUTRAL.items():
         dtype = DTYPES[type(default)]
-        shape = (S, 2) if name == "seed" else (S,)
+        shape = (rows, 2) if name == "seed" else (rows,)
         arrays[name] = jnp.asarray(np.broadcast_to(np.asarray(columns.get(name, default), dtype), shape))
     return RowParams(**arrays)
 
@@ -32,7 +33,28 @@ def state(rng):
     return empty.replace(history=jnp.asarray(rng.integers(0, V, (S + 2, L)), jnp.int32))
 
 
-run = jax.jit(sampling.sample)
+@pytest.fixture(scope="module")
+def kernels():
+    try:
+        native.load()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["xla", "cpu"])
+def body(request, monkeypatch):
+    """The tests that take this run by XLA and by the C++ kernels."""
+    if request.param == "cpu":
+        request.getfixturevalue("kernels")
+    monkeypatch.setattr(native, "loaded", lambda: request.param == "cpu")
+    return request.param
+
+
+@pytest.fixture
+def run(body):
+    return jax.jit(lambda *arguments: sampling.sample(*arguments))  # traced anew for each body
+
+
 SLOTS = jnp.asarray([3, 0, 5, 1, 7, 2], jnp.int32)
 
 
@@ -66,7 +88,7 @@ def support(logits, columns, i):
     ],
     ids=["top_k", "top_p", "min_p", "all"],
 )
-def test_what_is_drawn_is_the_allowed_set(columns):
+def test_what_is_drawn_is_the_allowed_set(run, columns):
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(S, V)).astype(np.float32) * 4
     want = [support(logits, columns, i) for i in range(S)]
@@ -80,7 +102,7 @@ def test_what_is_drawn_is_the_allowed_set(columns):
         assert len(want[i]) > 6 or seen[i] == want[i], "every allowed id of a small set comes up"
 
 
-def test_frequencies_follow_the_probabilities():
+def test_frequencies_follow_the_probabilities(run):
     logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
     logits = np.concatenate([logits, np.full(V - 4, -np.inf, np.float32)])[None].repeat(S, 0)
     counts = np.zeros(V)
@@ -92,7 +114,7 @@ def test_frequencies_follow_the_probabilities():
     assert np.abs(share[:4] - [0.5, 0.25, 0.125, 0.125]).max() < 0.03 and share[4:].sum() == 0
 
 
-def test_a_draw_depends_on_seed_and_position_alone():
+def test_a_draw_depends_on_seed_and_position_alone(run):
     rng = np.random.default_rng(2)
     logits = jnp.asarray(rng.normal(size=(S, V)), jnp.float32)
     same = jnp.broadcast_to(logits[:1], (S, V))
@@ -108,7 +130,7 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert np.asarray(mixed)[::2].tolist() == np.asarray(logits).argmax(-1)[::2].tolist()
 
 
-def test_penalties_against_counts():
+def test_penalties_against_counts(run):
     rng = np.random.default_rng(3)
     logits = rng.normal(size=(S, V)).astype(np.float32) * 3
     columns = dict(
@@ -129,7 +151,7 @@ def test_penalties_against_counts():
         assert tokens[i] == x.argmax()
 
 
-def test_bias_lists():
+def test_bias_lists(run):
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(S, V)).astype(np.float32)
     s = SlotState.empty(S + 2, L, 8, 4)
@@ -151,7 +173,7 @@ def test_bias_lists():
     assert tokens == [9, max((8, 200), key=lambda i: logits[1, i]), best[2], second, best[4], best[5]]
 
 
-def test_logprobs_and_ranks():
+def test_logprobs_and_ranks(body):
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(S, V)).astype(np.float32) * 5
     tokens = rng.integers(0, V, S).astype(np.int32)
@@ -163,9 +185,14 @@ def test_logprobs_and_ranks():
     np.testing.assert_array_equal(found.top_ids, order[:, :20])
     np.testing.assert_allclose(found.top_logprobs, np.take_along_axis(want, order[:, :20], -1), atol=1e-5)
     np.testing.assert_array_equal(found.rank, [list(order[i]).index(tokens[i]) + 1 for i in range(S)])
+    some = sampling.token_logprobs(jnp.asarray(logits), jnp.asarray(tokens).at[2].set(-1), 20)
+    for got, full in zip(jax.tree.leaves(some), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(
+            got, np.asarray(full).copy() * (np.arange(S) != 2).reshape(S, *[1] * (full.ndim - 1))
+        )
 
 
-def test_prompt_logprobs_need_no_more_memory_for_a_longer_prompt():
+def test_prompt_logprobs_need_no_more_memory_for_a_longer_prompt(body):
     def workspace(tokens, vocab=50_000):
         weights = jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
         hidden, targets = jax.ShapeDtypeStruct((tokens, 8), jnp.float32), jax.ShapeDtypeStruct((tokens,), jnp.int32)
@@ -173,3 +200,77 @@ def test_prompt_logprobs_need_no_more_memory_for_a_longer_prompt():
         return run.lower(weights, hidden, targets).compile().memory_analysis().temp_size_in_bytes
 
     assert workspace(1024) < 1.1 * workspace(64)
+
+
+def logits_of(kind, rng, rows, vocab):
+    """Rows of a kind that sampling could stumble over."""
+    x = rng.normal(size=(rows, vocab)) * rng.choice([0.1, 1, 5, 30], (rows, 1))
+    at = rng.integers(0, vocab, rows)
+    if kind == "ties":
+        x = np.round(x)
+    elif kind == "banned":
+        x[rng.random(x.shape) < 0.5] = -np.inf
+    elif kind == "equal":
+        x[:] = x[:, :1]
+    elif kind == "one huge":
+        x[np.arange(rows), at] = 1e4
+    elif kind == "no finite best":
+        x[np.arange(0, rows, 4), at[::4]] = np.inf
+        x[np.arange(1, rows, 4), at[1::4]] = np.nan
+        x[2::4] = -np.inf
+    elif kind == "ascending":
+        x.sort(axis=1)
+    return x.astype(np.float32)
+
+
+KINDS = ["random", "ties", "banned", "equal", "one huge", "no finite best", "ascending"]
+by_xla = jax.jit(sampling._choose)
+by_kernel = jax.jit(sampling._choose_on_cpu)
+
+
+@pytest.mark.parametrize("vocab", [1, 16, 257, 5000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_draws_what_xla_draws(kernels, kind, vocab):
+    rng = np.random.default_rng([KINDS.index(kind), vocab])
+    rows = 32
+    logits = logits_of(kind, rng, rows, vocab)
+    choices = dict(
+        temperature=[0, 1e-30, 1e-3, 0.3, 1, 1, 2, 100], top_k=[0, 0, -1, 1, 2, 50, vocab - 1, vocab, 2**31 - 1],
+        top_p=[1, 1, 1e-50, 1e-6, 0.1, 0.5, 0.9, 0.99, 1 - 1e-7], min_p=[0, 0, 0, 1e-30, 0.01, 0.3, 1],
+        position=[0, 1, 77, 2**31 - 1],
+    )  # fmt: skip
+    columns = {name: rng.choice(values, rows) for name, values in choices.items()}
+    params = row_params(**columns, seed=rng.integers(0, 2**32, (rows, 2)), rows=rows)
+    want, got = (np.asarray(choose(jnp.asarray(logits), params)) for choose in (by_xla, by_kernel))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_gives_xlas_logprobs(kernels, kind, monkeypatch):
+    rng = np.random.default_rng(KINDS.index(kind))
+    logits = logits_of(kind, rng, 8, 5000)
+    tokens = rng.integers(-1, 5000, 8).astype(np.int32)
+    got = sampling.token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), 20)
+    monkeypatch.setattr(native, "loaded", lambda: False)
+    want = sampling.token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), 20)
+    np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(got.top_logprobs, want.top_logprobs, rtol=1e-6, atol=1e-5)
+    for i, token in enumerate(tokens):
+        if token < 0 or not np.isfinite(logits[i].max()):
+            assert got.rank[i] == want.rank[i] and (token >= 0 or not got.top_ids[i].any())
+        else:  # by the logits: XLA ranks rounded log-probabilities, of which more are equal
+            assert got.rank[i] == 1 + (logits[i] > logits[i, token]).sum()
+            np.testing.assert_array_equal(got.top_ids[i], np.argsort(-logits[i], kind="stable")[:20])
+
+
+def test_a_vanishing_top_p_leaves_the_best(run):
+    logits = jnp.asarray(np.random.default_rng(6).normal(size=(S, V)), jnp.float32)
+    tokens = run(logits, row_params(top_p=1e-50), SLOTS, SlotState.empty(S + 2, L, 8, 4))
+    np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+
+
+def test_only_rows_of_a_positive_temperature_are_drawn_and_none_is_infinite(kernels):
+    logits = jnp.zeros((S, V))
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="the temperature of row 3 is infinite"):
+        jax.block_until_ready(by_kernel(logits, row_params(temperature=[0, 1, 2, np.inf, 1, 1])))
+    assert (np.asarray(by_kernel(logits, row_params(temperature=[0, -1, np.nan, 0, 0, 0]))) == 0).all()

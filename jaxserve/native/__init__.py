@@ -8,7 +8,16 @@ import jax
 
 from jaxserve.native.build import BuildError, library
 
-TARGETS = ("jaxserve_linear", "jaxserve_embed", "jaxserve_ragged_paged_attention")
+TARGETS = (
+    "jaxserve_linear",
+    "jaxserve_embed",
+    "jaxserve_linear_blocks",
+    "jaxserve_embed_blocks",
+    "jaxserve_ragged_paged_attention",
+    "jaxserve_rms_norm",
+    "jaxserve_sample",
+    "jaxserve_token_logprobs",
+)
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None

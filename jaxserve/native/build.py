@@ -48,6 +48,12 @@ class Isa:
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 ISAS = (
     Isa(
+        "avx512vnni",
+        _X86,
+        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"),
+        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
+    ),
+    Isa(
         "avx512",
         _X86,
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),

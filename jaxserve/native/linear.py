@@ -47,7 +47,7 @@ def linear(
 def embed(
     panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, dtype: DTypeLike
 ) -> Float[Array, "T K"]:
-    """Rows `tokens` [T] of a packed w of `outputs` rows -> [T, K] of `dtype`; ids beyond the ends take the end's row."""
+    """Rows `tokens` [T] of a packed w of `outputs` rows -> [T, K] of `dtype`; ids past an end take the end's row."""
     shape = jax.ShapeDtypeStruct((tokens.shape[0], panels.shape[1]), dtype)
     return jax.ffi.ffi_call("jaxserve_embed", shape)(panels, tokens, outputs=np.int64(outputs))
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.formats import Blocks
 from jaxserve.gguf import find_gguf
 from jaxserve.weights import safetensors
 
@@ -30,7 +31,18 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> np.dtype: ...
     def read(self, name: str) -> np.ndarray:
-        """One tensor: a read-only view of a memory map, or an array of its own. Threads may read at once."""
+        """One tensor: a read-only view of a memory map, or an array of its own. Threads may read at once.
+
+        Of a quantised one the float32 values.
+        """
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A quantised tensor as it is stored; None for any other."""
+        ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the tensor has in the checkpoint."""
         ...
 
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.formats import Format, dequantise
+from jaxserve.formats import Blocks, dequantise
 from jaxserve.gguf import GgufFile
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -98,8 +98,8 @@ class GgufCheckpoint:
                 out[rows] = dequantise(info.format, raw[rows if order is None else order[rows]])
         return out.reshape(info.shape)
 
-    def blocks(self, name: str) -> tuple[Format, np.ndarray] | None:
-        """A quantised tensor as it is stored: its format and its rows, uint8 [rows, row_bytes]; None for any other.
+    def blocks(self, name: str) -> Blocks | None:
+        """A quantised tensor as it is stored; None for any other.
 
         The rows are a read-only view of the map, or an array of their own where their order had to change.
         """
@@ -108,7 +108,10 @@ class GgufCheckpoint:
         if not kind.quantised:
             return None
         raw = self.file.raw(source)
-        return kind, raw if order is None else raw[order]
+        return Blocks(kind, raw if order is None else raw[order])
+
+    def nbytes(self, name: str) -> int:
+        return self.file.tensors[self._sources[name]].nbytes
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row is each row of `name`; None where they agree."""

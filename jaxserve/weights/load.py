@@ -1,6 +1,5 @@
 """Fits a checkpoint to a model's ParamSpecs and puts it on the device; knows neither formats nor meshes."""
 
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxserve.formats import Blocks
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.problems import Problems
@@ -22,14 +22,14 @@ def load_params(
     *,
     dtype: Any,
     device_put: Callable[[Any, ParamSpec], Any],
-    pack: Callable[[np.ndarray, ParamSpec], Any] | None = None,
+    pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> Params:
     """The model's tree of parameters: each read, given its spec's shape, cast to `dtype` and put on the device.
 
-    A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, to the leaf
-    that `device_put` then gets.
+    A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
+    not, to the leaf that `device_put` then gets.
 
     `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
@@ -40,15 +40,15 @@ def load_params(
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
     _check(specs, checkpoint)
 
-    sizes = [_nbytes(checkpoint, spec.name) for spec in specs]
+    sizes = [checkpoint.nbytes(spec.name) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
-        stored = checkpoint.read(spec.name)
-        if pack is not None and spec.matrix and stored.ndim == 2:
-            host = pack(stored, spec)
+        if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
+            host = pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
         else:
+            stored = checkpoint.read(spec.name)
             # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
             host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
         # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
@@ -71,10 +71,6 @@ def load_params(
 def ignored(name: str, tied: bool) -> bool:
     """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
-
-
-def _nbytes(checkpoint: Checkpoint, name: str) -> int:
-    return math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize
 
 
 def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:

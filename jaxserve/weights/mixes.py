@@ -36,9 +36,7 @@ def _q3_values(layer: int, layers: int, sharing: int) -> str | None:
 
 
 def _q3_down(layer: int, layers: int, sharing: int) -> str | None:
-    if layer < layers // 16:
-        return "Q5_K"
-    return "Q4_K" if _spread(layer, layers) else None
+    return "Q5_K" if layer < layers // 16 else "Q4_K"
 
 
 def _q4_values(layer: int, layers: int, sharing: int) -> str | None:

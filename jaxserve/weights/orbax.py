@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +57,12 @@ class OrbaxCheckpoint:
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._leaves[name].dtype)
+
+    def blocks(self, name: str) -> None:
+        return None
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str) -> np.ndarray:
         wanted = ocp.args.PyTreeRestore(

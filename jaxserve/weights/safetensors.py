@@ -99,6 +99,12 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> np.ndarray:
         return self._owners[name].read(name)
 
+    def blocks(self, name: str) -> None:
+        return None
+
+    def nbytes(self, name: str) -> int:
+        return self._owners[name].entries[name].nbytes
+
 
 def open_single(path: Path, config: dict[str, Any]) -> SafetensorsCheckpoint:
     """The checkpoint of a directory that holds model.safetensors."""

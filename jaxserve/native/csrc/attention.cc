@@ -164,6 +164,12 @@ struct Tile {
   int64_t sequence, first, count;
 };
 
+// What a cache of C keeps of x: float16 has no numbers beyond 65504, and an infinite one would spoil its whole row.
+template <class C>
+float kept(float x) {
+  return std::is_same_v<C, f16> ? std::clamp(x, -65504.0f, 65504.0f) : x;
+}
+
 template <class Q, class C>
 void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, const Q* q, const Q* k, const Q* v,
          C* cache, Q* out) {
@@ -183,7 +189,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
       C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + i % p.page) * p.row;
       for (int64_t h = 0; h < p.kv_heads; h++) {
         for (const Q* from : {k, v}) {
-          for (int64_t d = 0; d < D; d++) from_float(to_float(from[(t * p.kv_heads + h) * D + d]), to + d);
+          for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(from[(t * p.kv_heads + h) * D + d])), to + d);
           to += D;
         }
       }

@@ -73,10 +73,14 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
 inline Vec zero_where_below(Vec x, Vec limit, Vec y) {  // y, or 0 where x < limit
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), y.v)};
+}
+inline bool any_above(Vec x, Vec limit) {  // whether any is above its limit, or a NaN
+  return _mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLE_UQ) != 0;
 }
 inline Vec times_power_of_two(Vec a, Vec n) {  // a * 2^n for whole n, where no result is subnormal
   return {_mm512_castsi512_ps(
@@ -100,10 +104,14 @@ inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec zero_where_below(Vec x, Vec limit, Vec y) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_NLT_UQ), y.v)};
+}
+inline bool any_above(Vec x, Vec limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_NLE_UQ)) != 0;
 }
 inline Vec times_power_of_two(Vec a, Vec n) {
   return {_mm256_castsi256_ps(
@@ -128,11 +136,13 @@ inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline Vec zero_where_below(Vec x, Vec limit, Vec y) {
   return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.v), vcltq_f32(x.v, limit.v)))};
 }
+inline bool any_above(Vec x, Vec limit) { return vminvq_u32(vcleq_f32(x.v, limit.v)) == 0; }
 inline Vec times_power_of_two(Vec a, Vec n) {
   return {vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a.v), vshlq_n_s32(vcvtnq_s32_f32(n.v), 23)))};
 }
@@ -152,9 +162,11 @@ inline void store(float* p, Vec a) { *p = a.v; }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {std::fma(a.v, b.v, c.v)}; }
 inline Vec zero_where_below(Vec x, Vec limit, Vec y) { return {x.v < limit.v ? 0.0f : y.v}; }
+inline bool any_above(Vec x, Vec limit) { return !(x.v <= limit.v); }
 inline Vec times_power_of_two(Vec a, Vec n) {
   int32_t bits;
   std::memcpy(&bits, &a.v, 4);

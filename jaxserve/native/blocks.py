@@ -1,0 +1,55 @@
+"""Products with quantised weights for CPU in C++, and the layout that they want their weights in; see csrc/blocks.h."""
+
+import ctypes
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
+
+from jaxserve import native
+from jaxserve.formats import Format
+from jaxserve.native.linear import aligned
+
+
+def pack(format: Format, rows: np.ndarray, depth: int) -> np.ndarray:
+    """`rows` of whole blocks, uint8 [N, row_bytes] for weights [N, depth], as uint8 panels of 16 rows each.
+
+    `jaxserve.native.load` must have been called, as for all of this module. Threads may pack at once.
+    """
+    outputs, code, row_bytes = rows.shape[0], ctypes.c_int64(format.code), format.row_bytes(depth)
+    assert format.quantised and rows.dtype == np.uint8 and rows.shape[1] == row_bytes, f"{format.name} {rows.shape}"
+    rows, library = np.ascontiguousarray(rows), native.handlers()
+    library.jaxserve_panels_size.restype = ctypes.c_int64
+    nbytes = library.jaxserve_panels_size(code, ctypes.c_int64(outputs), ctypes.c_int64(depth))
+    panels = aligned((nbytes,), np.dtype(np.uint8))
+    library.jaxserve_pack_blocks(
+        code,
+        ctypes.c_void_p(rows.ctypes.data),
+        ctypes.c_int64(outputs),
+        ctypes.c_int64(depth),
+        ctypes.c_int64(row_bytes),
+        ctypes.c_void_p(panels.ctypes.data),
+    )
+    return panels
+
+
+def linear(
+    x: Float[Array, "T K"], panels: UInt8[Array, " B"], format: Format, outputs: int, dtype: DTypeLike
+) -> Float[Array, "T N"]:
+    """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16.
+
+    x is rounded to bytes, 32 of a row under one scale, and multiplied in whole numbers. A row of the result depends on
+    its own row of x alone, bit for bit.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
+    return jax.ffi.ffi_call("jaxserve_linear_blocks", shape)(x, panels, format=np.int64(format.code))
+
+
+def embed(
+    panels: UInt8[Array, " B"], tokens: Int[Array, " T"], format: Format, outputs: int, depth: int, dtype: DTypeLike
+) -> Float[Array, "T K"]:
+    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`; ids past an end take the end's row."""
+    shape = jax.ShapeDtypeStruct((tokens.shape[0], depth), dtype)
+    call = jax.ffi.ffi_call("jaxserve_embed_blocks", shape)
+    return call(panels, tokens, format=np.int64(format.code), outputs=np.int64(outputs))

@@ -1,0 +1,290 @@
+// Products with quantised weights for CPU, in whole numbers: y[t][n] = sum over k of x[t][k] * w[n][k].
+//
+// Each row of x is rounded to signed bytes, 32 of them under one scale. A block's products are summed exactly, then
+// scaled and added in the order of the blocks; so a row of y is the same bit for bit whatever other rows are computed,
+// and on every instruction set.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "blocks.h"
+#include "parallel.h"
+
+namespace jaxserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kTile = 8;     // rows of x that pass by a block's codes together
+constexpr int kTiles = 8;    // tiles that one item of work takes: they stay in the second-level cache
+
+// A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
+// row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
+// scale (what a minimum is multiplied by).
+struct TileBlock {
+  int tile, runs;
+  int64_t bytes() const { return tile * (kRun + 4 + 8 * runs); }
+  int8_t* values(uint8_t* at, int t) const { return reinterpret_cast<int8_t*>(at) + t * kRun; }
+  float* scale(uint8_t* at) const { return reinterpret_cast<float*>(at + tile * kRun); }
+  int32_t* correction(uint8_t* at, int run) const {
+    return reinterpret_cast<int32_t*>(at + tile * (kRun + 4 + 4 * run));
+  }
+  float* weight(uint8_t* at, int run) const {
+    return reinterpret_cast<float*>(at + tile * (kRun + 4 + 4 * runs + 4 * run));
+  }
+};
+
+// One row's 32 values, to row t of a tile's block.
+template <class F>
+void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
+  float most = 0.0f;
+  for (int i = 0; i < kRun; i++) most = std::max(most, std::fabs(x[i]));
+  bool finite = true;  // max ignores NaN
+  for (int i = 0; i < kRun; i++) finite = finite && std::fabs(x[i]) <= std::numeric_limits<float>::max();
+  const float scale = most / 127.0f, inverse = most > 0.0f && finite ? 127.0f / most : 0.0f;
+  int8_t* values = block.values(at, t);
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, ties to even
+  for (int i = 0; i < kRun; i++) {
+    const float rounded = (finite ? x[i] : 0.0f) * inverse + magic;
+    int32_t bits;
+    std::memcpy(&bits, &rounded, 4);
+    values[i] = static_cast<int8_t>(std::clamp(bits - 0x4b400000, -127, 127));
+  }
+  block.scale(at)[t] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+  for (int r = 0; r < F::runs; r++) {
+    int32_t sum = 0;
+    for (int i = r * kRun / F::runs; i < (r + 1) * kRun / F::runs; i++) sum += values[i];
+    block.correction(at, r)[t] = -F::offset * sum;
+    block.weight(at, r)[t] = block.scale(at)[t] * static_cast<float>(sum);
+  }
+}
+
+// y[t][0..16) of one panel, for a tile of rows of x.
+template <class F, int tile>
+void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
+  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
+  constexpr TileBlock block{tile, F::runs};
+  Floats sums[tile];
+  for (Floats& sum : sums) sum = splat16(0.0f);
+  const uint8_t *scales = panel + layout.scales(), *shared = panel + layout.shared();
+  for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
+    Bytes codes[kGroups];
+    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    Floats scale[F::runs], minimum[F::runs];
+    unpack_scales<F>(scales + b * F::scale_bytes, shared + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    Floats products[tile];
+    for (int r = 0; r < F::runs; r++) {
+      Ints whole[tile];
+      for (int t = 0; t < tile; t++) whole[t] = splat_int(block.correction(x, r)[t]);
+      for (int j = r * kGroups / F::runs; j < (r + 1) * kGroups / F::runs; j++) {
+        for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], codes[j], block.values(x, t) + 4 * j);
+      }
+      for (int t = 0; t < tile; t++) {
+        products[t] = r == 0 ? mul(to_floats(whole[t]), scale[r]) : fma(to_floats(whole[t]), scale[r], products[t]);
+      }
+    }
+    for (int t = 0; t < tile; t++) {
+      sums[t] = fma(products[t], splat16(block.scale(x)[t]), sums[t]);
+      if constexpr (F::minimum) {
+        for (int r = 0; r < F::runs; r++) sums[t] = fma(minimum[r], splat16(block.weight(x, r)[t]), sums[t]);
+      }
+    }
+  }
+  for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
+}
+
+// Rows of x in a tile, when there are `tokens`: no more than needed, and at most kTile.
+int tile_of(int64_t tokens) { return tokens > 4 ? kTile : tokens > 2 ? 4 : static_cast<int>(tokens); }
+
+template <class F>
+void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
+  switch (tile) {
+    case 1: return multiply<F, 1>(panel, layout, x, y);
+    case 2: return multiply<F, 2>(panel, layout, x, y);
+    case 4: return multiply<F, 4>(panel, layout, x, y);
+    default: return multiply<F, kTile>(panel, layout, x, y);
+  }
+}
+
+// Rows [first, first + tile) of x, or as many as there are, as a tile; the others are zero.
+template <class F>
+void make_tile(const float* x, int64_t tokens, int64_t depth, int64_t first, int tile, uint8_t* to) {
+  const TileBlock block{tile, F::runs};
+  for (int64_t b = 0; b < depth / kRun; b++, to += block.bytes()) {
+    for (int t = 0; t < tile; t++) {
+      float values[kRun] = {};
+      if (first + t < tokens) std::copy_n(x + (first + t) * depth + b * kRun, kRun, values);
+      quantise<F>(values, block, to, t);
+    }
+  }
+}
+
+template <class F>
+void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, int64_t tokens, int64_t depth,
+         int64_t outputs) {
+  if (tokens == 0) return;
+  const Panel<F> layout(depth);
+  const int tile = tile_of(tokens);
+  const int64_t tiles = (tokens + tile - 1) / tile, panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t tile_bytes = TileBlock{tile, F::runs}.bytes() * layout.blocks;
+  std::vector<uint8_t> rows(tiles * tile_bytes);
+  const auto make = [&](int64_t i) {
+    make_tile<F>(x, tokens, depth, i * tile, tile, rows.data() + i * tile_bytes);
+  };
+  const int64_t many = 16 * 1024;  // values worth a second thread
+  if (tokens * depth > many) {
+    parallel_for(pool, tiles, make);
+  } else {
+    for (int64_t i = 0; i < tiles; i++) make(i);
+  }
+  const int64_t together = std::clamp<int64_t>(panels / (8 * std::max<int64_t>(1, pool.num_threads())), 1, 16);
+  const int64_t groups = (panels + together - 1) / together, chunks = (tiles + kTiles - 1) / kTiles;
+  parallel_for(pool, groups * chunks, [&](int64_t item) {
+    const int64_t group = item / chunks * together, chunk = item % chunks * kTiles;
+    for (int64_t p = group; p < std::min(panels, group + together); p++) {
+      const int64_t count = std::min<int64_t>(kPanel, outputs - p * kPanel);
+      for (int64_t i = chunk; i < std::min(tiles, chunk + kTiles); i++) {
+        float sums[kTile * kPanel];
+        multiply_tile<F>(tile, w + p * layout.bytes(), layout, rows.data() + i * tile_bytes, sums);
+        for (int64_t t = 0; t < std::min<int64_t>(tile, tokens - i * tile); t++) {
+          std::copy_n(sums + t * kPanel, count, y + (i * tile + t) * outputs + p * kPanel);
+        }
+      }
+    }
+  });
+}
+
+// Row n of the weights as floats.
+template <class F>
+void row_of(const uint8_t* w, int64_t n, int64_t depth, float* to) {
+  const Panel<F> layout(depth);
+  const uint8_t* panel = w + n / kPanel * layout.bytes();
+  const int lane = static_cast<int>(n % kPanel);
+  for (int64_t b = 0; b < layout.blocks; b++, to += kRun) {
+    Bytes codes[kGroups];
+    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    Floats scale[F::runs], minimum[F::runs];
+    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes,
+                     panel + layout.shared() + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    uint8_t bytes[kGroups][64];
+    std::memcpy(bytes, codes, sizeof(bytes));
+    for (int r = 0; r < F::runs; r++) {
+      float scales[kPanel], minima[kPanel] = {};
+      store16(scales, scale[r]);
+      if constexpr (F::minimum) store16(minima, minimum[r]);
+      for (int k = r * kRun / F::runs; k < (r + 1) * kRun / F::runs; k++) {
+        const float code = static_cast<float>(bytes[k / 4][4 * lane + k % 4] - F::offset);
+        to[k] = F::minimum ? scales[lane] * code + minima[lane] : scales[lane] * code;
+      }
+    }
+  }
+}
+
+ffi::Error invalid(const char* who, const std::string& what) {
+  return ffi::Error::InvalidArgument(std::string(who) + ": " + what);
+}
+
+// Whether `bytes` are the panels of [outputs, depth] weights.
+template <class F>
+bool fits(int64_t bytes, int64_t outputs, int64_t depth) {
+  const int64_t step = F::shared ? kShared : kRun;
+  return depth > 0 && depth % step == 0 && outputs > 0 &&
+         bytes == (outputs + kPanel - 1) / kPanel * Panel<F>(depth).bytes();
+}
+
+bool is_float(ffi::AnyBuffer buffer) {
+  return buffer.element_type() == ffi::DataType::F32 || buffer.element_type() == ffi::DataType::BF16;
+}
+
+// The buffer's numbers as floats: where they are, or in `copy`.
+const float* floats_of(ffi::AnyBuffer buffer, std::vector<float>& copy) {
+  if (buffer.element_type() == ffi::DataType::F32) return static_cast<const float*>(buffer.untyped_data());
+  const int64_t count = static_cast<int64_t>(buffer.element_count());
+  copy.resize(count);
+  to_floats(static_cast<const bf16*>(buffer.untyped_data()), count, count, copy.data());
+  return copy.data();
+}
+
+// Calls `fill(floats)`, and rounds what it wrote where the buffer is not of floats.
+template <class Fill>
+void fill_floats(ffi::AnyBuffer buffer, Fill&& fill) {
+  if (buffer.element_type() == ffi::DataType::F32) return fill(static_cast<float*>(buffer.untyped_data()));
+  std::vector<float> copy(buffer.element_count());
+  fill(copy.data());
+  bf16* to = static_cast<bf16*>(buffer.untyped_data());
+  for (size_t i = 0; i < copy.size(); i++) from_float(copy[i], to + i);
+}
+
+std::string text(int64_t outputs, int64_t depth) {
+  return "the weights are not [" + std::to_string(outputs) + ", " + std::to_string(depth) + "]";
+}
+
+ffi::Error linear_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w,
+                         ffi::Result<ffi::AnyBuffer> y, int64_t format) {
+  const auto xs = x.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) {
+    return invalid("linear_blocks", "x must be [T, K] and the result [T, N]");
+  }
+  if (!is_float(x) || !is_float(*y)) return invalid("linear_blocks", "x and the result must be float32 or bfloat16");
+  bool fit = false;
+  const bool known = with_format(format, [&](auto f) {
+    using F = decltype(f);
+    fit = fits<F>(static_cast<int64_t>(w.element_count()), ys[1], xs[1]);
+    if (!fit) return;
+    std::vector<float> copy;
+    const float* rows = floats_of(x, copy);
+    fill_floats(*y, [&](float* to) { run<F>(pool, rows, w.typed_data(), to, xs[0], xs[1], ys[1]); });
+  });
+  if (!known) return invalid("linear_blocks", "format " + std::to_string(format) + " is not known");
+  return fit ? ffi::Error::Success() : invalid("linear_blocks", text(ys[1], xs[1]));
+}
+
+ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffer<ffi::S32> ids,
+                        ffi::Result<ffi::AnyBuffer> y, int64_t format, int64_t outputs) {
+  const auto ys = y->dimensions();
+  const int64_t tokens = static_cast<int64_t>(ids.element_count());
+  if (ys.size() != 2 || ys[0] != tokens) return invalid("embed_blocks", "ids must be [T] and the result [T, K]");
+  if (!is_float(*y)) return invalid("embed_blocks", "the result must be float32 or bfloat16");
+  const int64_t depth = ys[1];
+  bool fit = false;
+  const bool known = with_format(format, [&](auto f) {
+    using F = decltype(f);
+    fit = fits<F>(static_cast<int64_t>(w.element_count()), outputs, depth);
+    if (!fit) return;
+    fill_floats(*y, [&](float* to) {
+      const auto one = [&](int64_t t) {
+        row_of<F>(w.typed_data(), std::clamp<int64_t>(ids.typed_data()[t], 0, outputs - 1), depth, to + t * depth);
+      };
+      if (tokens > 8) {
+        parallel_for(pool, tokens, one);
+      } else {
+        for (int64_t t = 0; t < tokens; t++) one(t);
+      }
+    });
+  });
+  if (!known) return invalid("embed_blocks", "format " + std::to_string(format) + " is not known");
+  return fit ? ffi::Error::Success() : invalid("embed_blocks", text(outputs, depth));
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear_blocks, jaxserve::linear_blocks,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("format"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_embed_blocks, jaxserve::embed_blocks,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("format")
+                                  .Attr<int64_t>("outputs"));

@@ -1,0 +1,95 @@
+// Root-mean-square norm of rows for CPU. XLA's own sums a row in an order that changes with the number of rows; this
+// one always in 16 lanes, folded by one fixed tree, so that a row's result does not depend on its neighbours.
+
+#include <cmath>
+#include <string>
+
+#include "parallel.h"
+#include "wide.h"
+
+namespace jaxserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Lane i + 8 is added to lane i, then i + 4, i + 2, i + 1.
+inline float fold(Floats sum) {
+  float lanes[16];
+  store16(lanes, sum);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// y = x / sqrt(mean(x^2) + eps), rounded to T before it is multiplied by the weight.
+template <class T>
+void norm_row(const T* x, const T* weight, int64_t width, float eps, T* y) {
+  Floats squares = splat16(0.0f);
+  const int64_t whole = width / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16) {
+    const Floats v = load16(x + i);
+    squares = fma(v, v, squares);
+  }
+  if (whole < width) {
+    float rest[16];
+    to_floats(x + whole, width - whole, 16, rest);
+    squares = fma(load16(rest), load16(rest), squares);
+  }
+  const float factor = 1.0f / std::sqrt(fold(squares) / static_cast<float>(width) + eps);
+  if constexpr (std::is_same_v<T, float>) {
+    for (int64_t i = 0; i < whole; i += 16) store16(y + i, mul(mul(load16(x + i), splat16(factor)), load16(weight + i)));
+    for (int64_t i = whole; i < width; i++) y[i] = x[i] * factor * weight[i];
+  } else {
+    for (int64_t i = 0; i < width; i++) {
+      T rounded;
+      from_float(to_float(x[i]) * factor, &rounded);
+      from_float(to_float(rounded) * to_float(weight[i]), y + i);
+    }
+  }
+}
+
+template <class T>
+void norm(ffi::ThreadPool& pool, const T* x, const T* weight, int64_t rows, int64_t width, float eps, T* y) {
+  constexpr int64_t kTogether = 32 * 1024;  // numbers that are worth a thread
+  const int64_t each = std::max<int64_t>(1, kTogether / std::max<int64_t>(1, width));
+  const auto some = [&](int64_t item) {
+    for (int64_t r = item * each; r < std::min(rows, (item + 1) * each); r++) {
+      norm_row(x + r * width, weight, width, eps, y + r * width);
+    }
+  };
+  parallel_for(pool, (rows + each - 1) / each, some);
+}
+
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> y,
+                    float eps) {
+  const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 1 || ys.size() != 2 || ws[0] != xs[1] || ys[0] != xs[0] || ys[1] != xs[1]) {
+    return ffi::Error::InvalidArgument("rms_norm: x and the result must be [T, D] and the weight [D]");
+  }
+  if (weight.element_type() != x.element_type() || y->element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("rms_norm: x, the weight and the result must be of one type");
+  }
+  const auto call = [&](auto element) {
+    using T = decltype(element);
+    norm(pool, static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()), xs[0], xs[1],
+         eps, static_cast<T*>(y->untyped_data()));
+    return ffi::Error::Success();
+  };
+  switch (x.element_type()) {
+    case ffi::DataType::F32: return call(float{});
+    case ffi::DataType::BF16: return call(bf16{});
+    default: return ffi::Error::InvalidArgument("rms_norm: x must be float32 or bfloat16");
+  }
+}
+
+}  // namespace
+}  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rms_norm, jaxserve::rms_norm,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<float>("eps"));

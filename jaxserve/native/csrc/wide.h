@@ -1,0 +1,251 @@
+// Sixteen lanes at once, whatever the vector width: floats, whole numbers, and the 64 bytes that four steps of a dot
+// product take for 16 rows. Whole-number sums are exact and float operations round alike, so results do not depend on
+// the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "simd.h"
+
+namespace jaxserve {
+
+constexpr int kVecs = 16 / kLanes;
+
+struct Floats {
+  Vec v[kVecs];
+};
+inline Floats splat16(float x) {
+  Floats y;
+  for (Vec& v : y.v) v = splat(x);
+  return y;
+}
+template <class T>
+Floats load16(const T* p) {
+  Floats y;
+  for (int i = 0; i < kVecs; i++) y.v[i] = load(p + i * kLanes);
+  return y;
+}
+inline void store16(float* p, Floats a) {
+  for (int i = 0; i < kVecs; i++) store(p + i * kLanes, a.v[i]);
+}
+inline Floats mul(Floats a, Floats b) {
+  for (int i = 0; i < kVecs; i++) a.v[i] = mul(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
+  for (int i = 0; i < kVecs; i++) c.v[i] = fma(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+
+// Bytes: 64 unsigned ones, those of row r at 4 r. Ints: 16 whole numbers of 32 bits.
+//   low4, high4     the halves of each byte
+//   pair<s>         bits 2 s and 2 s + 1 of each byte
+//   with_bit<j, v>  u, plus v where bit j of `plane` is set
+//   with_pair       u, plus 16 times two bits
+//   lookup          table[u], u < 16
+//   from_bytes      16 bytes as floats; from_nibbles: their halves
+//   dot<small>      sums of four products a row, u times the signed bytes at x; `small`: no u is above 127
+
+#if defined(JAXSERVE_AVX512)
+
+struct Bytes {
+  __m512i v;
+};
+struct Ints {
+  __m512i v;
+};
+inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes low4(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
+inline Bytes high4(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
+template <int s>
+Bytes pair(Bytes b) {
+  return {_mm512_and_si512(_mm512_srli_epi16(b.v, 2 * s), _mm512_set1_epi8(3))};
+}
+template <int j, int value>
+Bytes with_bit(Bytes u, Bytes plane) {
+  const __mmask64 set = _mm512_test_epi8_mask(plane.v, _mm512_set1_epi8(static_cast<char>(1 << j)));
+  return {_mm512_mask_add_epi8(u.v, set, u.v, _mm512_set1_epi8(value))};
+}
+inline Bytes with_pair(Bytes u, Bytes two) { return {_mm512_or_si512(u.v, _mm512_slli_epi16(two.v, 4))}; }
+inline Bytes lookup(Bytes u, const uint8_t* table) {
+  const __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm512_shuffle_epi8(t, u.v)};
+}
+inline Ints splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+template <bool small>
+Ints dot(Ints sum, Bytes u, const int8_t* x) {
+#if defined(__AVX512VNNI__)  // compilers load and broadcast before it: twice the instructions
+  asm("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(sum.v) : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "v"(u.v));
+  return sum;
+#else
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m512i xs = _mm512_set1_epi32(four);
+  const __m512i ones = _mm512_set1_epi16(1);
+  if constexpr (small) return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, xs), ones))};
+  const __m512i low = _mm512_madd_epi16(_mm512_maddubs_epi16(low4(u).v, xs), ones);  // 16 bits hold no more
+  const __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(high4(u).v, xs), ones);
+  return {_mm512_add_epi32(sum.v, _mm512_add_epi32(low, _mm512_slli_epi32(high, 4)))};
+#endif
+}
+inline Floats to_floats(Ints a) { return {{{_mm512_cvtepi32_ps(a.v)}}}; }
+inline Floats from_bytes(const uint8_t* p) {
+  return to_floats(Ints{_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+}
+inline Floats from_bytes(const int8_t* p) {
+  return to_floats(Ints{_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+}
+inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  low = to_floats(Ints{_mm512_and_si512(b, _mm512_set1_epi32(15))});
+  high = to_floats(Ints{_mm512_srli_epi32(b, 4)});
+}
+
+#elif defined(JAXSERVE_AVX2)
+
+struct Bytes {
+  __m256i v[2];
+};
+struct Ints {
+  __m256i v[2];
+};
+inline __m256i shifted_and(__m256i a, int shift, char mask) {
+  return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8(mask));
+}
+inline Bytes load_bytes(const uint8_t* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
+}
+inline Bytes low4(Bytes b) { return {{shifted_and(b.v[0], 0, 15), shifted_and(b.v[1], 0, 15)}}; }
+inline Bytes high4(Bytes b) { return {{shifted_and(b.v[0], 4, 15), shifted_and(b.v[1], 4, 15)}}; }
+template <int s>
+Bytes pair(Bytes b) {
+  return {{shifted_and(b.v[0], 2 * s, 3), shifted_and(b.v[1], 2 * s, 3)}};
+}
+template <int j, int value>
+Bytes with_bit(Bytes u, Bytes plane) {
+  const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << j)), add = _mm256_set1_epi8(value);
+  for (int i = 0; i < 2; i++) {
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(plane.v[i], bit), bit);
+    u.v[i] = _mm256_add_epi8(u.v[i], _mm256_and_si256(set, add));
+  }
+  return u;
+}
+inline Bytes with_pair(Bytes u, Bytes two) {
+  for (int i = 0; i < 2; i++) u.v[i] = _mm256_or_si256(u.v[i], _mm256_slli_epi16(two.v[i], 4));
+  return u;
+}
+inline Bytes lookup(Bytes u, const uint8_t* table) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {{_mm256_shuffle_epi8(t, u.v[0]), _mm256_shuffle_epi8(t, u.v[1])}};
+}
+inline Ints splat_int(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+template <bool small>
+Ints dot(Ints sum, Bytes u, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  for (int i = 0; i < 2; i++) {
+    if constexpr (small) {
+      sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u.v[i], xs), ones));
+    } else {  // in halves: 16 bits hold no more
+      const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(shifted_and(u.v[i], 0, 15), xs), ones);
+      const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(shifted_and(u.v[i], 4, 15), xs), ones);
+      sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_add_epi32(low, _mm256_slli_epi32(high, 4)));
+    }
+  }
+  return sum;
+}
+inline Floats to_floats(Ints a) { return {{{_mm256_cvtepi32_ps(a.v[0])}, {_mm256_cvtepi32_ps(a.v[1])}}}; }
+inline Floats from_bytes(const uint8_t* p) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return to_floats(Ints{{_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))}});
+}
+inline Floats from_bytes(const int8_t* p) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return to_floats(Ints{{_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))}});
+}
+inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m256i first = _mm256_cvtepu8_epi32(b), last = _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8));
+  const __m256i mask = _mm256_set1_epi32(15);
+  low = to_floats(Ints{{_mm256_and_si256(first, mask), _mm256_and_si256(last, mask)}});
+  high = to_floats(Ints{{_mm256_srli_epi32(first, 4), _mm256_srli_epi32(last, 4)}});
+}
+
+#else  // loops that the compiler turns into vectors where there are any
+
+struct Bytes {
+  uint8_t v[64];
+};
+struct Ints {
+  int32_t v[16];
+};
+inline Bytes load_bytes(const uint8_t* p) {
+  Bytes b;
+  std::memcpy(b.v, p, 64);
+  return b;
+}
+inline Bytes low4(Bytes b) {
+  for (uint8_t& x : b.v) x &= 15;
+  return b;
+}
+inline Bytes high4(Bytes b) {
+  for (uint8_t& x : b.v) x >>= 4;
+  return b;
+}
+template <int s>
+Bytes pair(Bytes b) {
+  for (uint8_t& x : b.v) x = x >> 2 * s & 3;
+  return b;
+}
+template <int j, int value>
+Bytes with_bit(Bytes u, Bytes plane) {
+  for (int i = 0; i < 64; i++) u.v[i] = static_cast<uint8_t>(u.v[i] + (plane.v[i] >> j & 1) * value);
+  return u;
+}
+inline Bytes with_pair(Bytes u, Bytes two) {
+  for (int i = 0; i < 64; i++) u.v[i] = static_cast<uint8_t>(u.v[i] | two.v[i] << 4);
+  return u;
+}
+inline Bytes lookup(Bytes u, const uint8_t* table) {
+  for (uint8_t& x : u.v) x = table[x];
+  return u;
+}
+inline Ints splat_int(int32_t x) {
+  Ints a;
+  for (int32_t& lane : a.v) lane = x;
+  return a;
+}
+template <bool small>
+Ints dot(Ints sum, Bytes u, const int8_t* x) {
+  for (int r = 0; r < 16; r++) {
+    for (int i = 0; i < 4; i++) sum.v[r] += u.v[4 * r + i] * x[i];
+  }
+  return sum;
+}
+inline Floats to_floats(Ints a) {
+  float y[16];
+  for (int i = 0; i < 16; i++) y[i] = static_cast<float>(a.v[i]);
+  return load16(y);
+}
+template <class T>
+Floats from_bytes(const T* p) {
+  Ints a;
+  for (int i = 0; i < 16; i++) a.v[i] = p[i];
+  return to_floats(a);
+}
+inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+  Ints a, b;
+  for (int i = 0; i < 16; i++) {
+    a.v[i] = p[i] & 15;
+    b.v[i] = p[i] >> 4;
+  }
+  low = to_floats(a);
+  high = to_floats(b);
+}
+
+#endif
+
+}  // namespace jaxserve

@@ -1,0 +1,14 @@
+"""Root-mean-square norm for CPU in C++; see csrc/norm.cc."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "T D"]:
+    """x [T, D] over its root mean square, times weight [D], in x's type; `jaxserve.native.load` must have been called.
+
+    A row of the result depends on its own row of x alone, bit for bit.
+    """
+    call = jax.ffi.ffi_call("jaxserve_rms_norm", jax.ShapeDtypeStruct(x.shape, x.dtype))
+    return call(x, weight, eps=np.float32(eps))
