@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import BY_CODE, FORMATS, KNOWN_NAMES, Format
+from jaxserve.host_memory import drop_pages
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -96,6 +97,11 @@ class GgufFile:
         info = self.tensors[name]
         data = np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
         return data.reshape(math.prod(info.shape[:-1]), -1)
+
+    def release(self, name: str) -> None:
+        """Lets go of what memory holds of a tensor."""
+        info = self.tensors[name]
+        drop_pages(self._maps[info.file], info.offset, info.nbytes)
 
 
 def find_gguf(path: Path) -> Path | None:

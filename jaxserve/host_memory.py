@@ -1,5 +1,6 @@
-"""How much main memory this process may use: the machine's, and the limits of the control groups it runs in."""
+"""How much main memory this process may use, control groups counted, and giving back what mapped files hold of it."""
 
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,3 +61,10 @@ def _control_groups(root: Path) -> list[tuple[int, int]]:
                 continue
             found.append((most, held - int(statistics.get(reclaimable, 0))))
     return found
+
+
+def drop_pages(file: mmap.mmap, begin: int, nbytes: int) -> None:
+    """Lets go of what memory holds of a mapped file's bytes [begin, begin + nbytes); they can be read again."""
+    first, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end and hasattr(mmap, "MADV_DONTNEED"):  # not everywhere
+        file.madvise(mmap.MADV_DONTNEED, first, end - first)

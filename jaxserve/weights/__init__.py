@@ -41,6 +41,10 @@ class Checkpoint(Protocol):
         """A quantised tensor as it is stored; None for any other."""
         ...
 
+    def release(self, name: str) -> None:
+        """The tensor will not be needed soon: memory need not hold what was read of it."""
+        ...
+
     def nbytes(self, name: str) -> int:
         """Bytes that the tensor has in the checkpoint."""
         ...

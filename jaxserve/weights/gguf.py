@@ -110,6 +110,9 @@ class GgufCheckpoint:
         raw = self.file.raw(source)
         return Blocks(kind, raw if order is None else raw[order])
 
+    def release(self, name: str) -> None:
+        self.file.release(self._sources[name])
+
     def nbytes(self, name: str) -> int:
         return self.file.tensors[self._sources[name]].nbytes
 

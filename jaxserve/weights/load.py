@@ -53,6 +53,7 @@ def load_params(
             host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
         # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
         array = jax.block_until_ready(device_put(host, spec))
+        checkpoint.release(spec.name)
         with lock:
             done += nbytes
             if progress is not None:

@@ -61,6 +61,9 @@ class OrbaxCheckpoint:
     def blocks(self, name: str) -> None:
         return None
 
+    def release(self, name: str) -> None:
+        pass  # nothing is kept
+
     def nbytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import CheckpointError
+from jaxserve.host_memory import drop_pages
 from jaxserve.weights.problems import Problems
 
 SINGLE = "model.safetensors"
@@ -78,6 +79,10 @@ class SafetensorsFile:
         count = math.prod(entry.shape)
         return np.frombuffer(self._map, entry.dtype, count, entry.begin).reshape(entry.shape)
 
+    def release(self, name: str) -> None:
+        """Lets go of what memory holds of a tensor."""
+        drop_pages(self._map, self.entries[name].begin, self.entries[name].nbytes)
+
 
 class SafetensorsCheckpoint:
     """The tensors of one or several files under one set of names."""
@@ -101,6 +106,9 @@ class SafetensorsCheckpoint:
 
     def blocks(self, name: str) -> None:
         return None
+
+    def release(self, name: str) -> None:
+        self._owners[name].release(name)
 
     def nbytes(self, name: str) -> int:
         return self._owners[name].entries[name].nbytes
