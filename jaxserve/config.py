@@ -19,11 +19,15 @@ class ModelOptions:
     """Which model, and in what precision."""
 
     model: str | None = None
-    """Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is served."""
+    """Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of weights and KV cache. auto: float32 on CPU, bfloat16 on TPU and GPU."""
+    """Precision of activations and of plain weights. auto: float32 on CPU, whose kernels multiply matrices in the type
+    that the checkpoint stores, bfloat16 on TPU and GPU."""
+    quantization: Literal["q8_0", "q6_k", "q5_k", "q4_k", "q4_0"] | None = None
+    """Quantise the matrices of a plain checkpoint at load, to a block format of GGUF; CPU only. The K formats take a
+    minute or two a billion weights: `jaxserve quantize` does it once and for all."""
     max_model_len: int | None = None
     """Longest prompt plus completion, in tokens. Default: what the model was made for, if the memory holds it."""
 
@@ -66,7 +70,7 @@ class DeviceOptions:
     memory_utilization: float | None = None
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"
-    """Attention kernel by name; auto chooses by platform and says which."""
+    """Attention kernel by name; auto chooses by platform and says which. On CPU `reference` is XLA for products too."""
     warmup: Literal["full", "min", "lazy"] = "min"
     """Step shapes compiled before the first request. full: all. min: the largest, which can serve anything, and the
     smallest; the others follow in the background. lazy: the largest, which sizes the memory; each other one is

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxserve.formats import Blocks, Format
+from jaxserve.formats import FORMATS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 
@@ -45,6 +45,24 @@ def pack(w: np.ndarray | Blocks, shape: tuple[int, ...], dtype: DTypeLike) -> Pa
     else:
         outputs, panels, format = w.shape[0], dense.pack(w), None
     return Packed(panels, shape, outputs, jnp.dtype(dtype), format)  # type: ignore[arg-type]
+
+
+_SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+def quantised(w: np.ndarray, format: str, *, vocabulary: bool) -> np.ndarray | Blocks:
+    """A plain matrix w [N, K] in a block format; `vocabulary`: it is the embedding or the output.
+
+    As in llama.cpp's mixes, a vocabulary's matrix is never below Q6_K. Where blocks do not fill the rows a format with
+    smaller ones stands in, or w stays as it is.
+    """
+    if vocabulary and format != "Q8_0":
+        format = "Q6_K"
+    if w.shape[1] % FORMATS[format].block:
+        format = _SMALLER_BLOCKS.get(format, format)
+    if w.shape[1] % FORMATS[format].block:
+        return w
+    return Blocks(FORMATS[format], quantise(FORMATS[format], w.astype(np.float32)))
 
 
 def linear(x: Float[Array, "T ..."], w: Weight, *, out: int = 1) -> Float[Array, "T ..."]:

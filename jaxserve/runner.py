@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxserve import attention, batch, native, quant, sampling
+from jaxserve import attention, batch, quant, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.config import EngineOptions, cache_home
+from jaxserve.config import EngineOptions, ModelOptions, cache_home
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
@@ -132,7 +132,7 @@ class Runner:
             checkpoint,
             dtype=dtype,
             device_put=lambda leaf, spec: jax.device_put(leaf, self._device),
-            pack=_packer(dtype, options.model.dtype == "auto") if platform == "cpu" and native.loaded() else None,
+            pack=_packer(options.model, dtype, name == "cpu"),
             progress=report,
         )
         self._kv_dtype = _kv_dtype(options, name, params, dtype)
@@ -332,11 +332,23 @@ class Runner:
         return np.int32(sequence.slot), history, ids, values, stops
 
 
-def _packer(dtype: Any, as_stored: bool) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]:
-    """Lays matrices out for the CPU kernels, which multiply what is stored: plain ones are cast only on demand."""
+def _packer(
+    options: ModelOptions, dtype: np.dtype, available: bool
+) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
+    """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
+    if not available:
+        if options.quantization is not None:
+            raise ConfigError("quantization needs the CPU and its C++ kernels; leave it out, or see `jaxserve doctor`")
+        return None
 
     def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        return quant.pack(w if as_stored or isinstance(w, Blocks) else w.astype(dtype, copy=False), spec.shape, dtype)
+        if options.quantization is not None:
+            if isinstance(w, Blocks):
+                raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
+            w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
+        if options.dtype != "auto" and not isinstance(w, Blocks):
+            w = w.astype(dtype, copy=False)
+        return quant.pack(w, spec.shape, dtype)
 
     return pack
 

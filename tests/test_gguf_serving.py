@@ -14,7 +14,7 @@ from jaxserve.formats import FORMATS
 TOLERANCES = {
     "f32": 1e-3, "F16": 0.02, "BF16": 0.03, "Q8_0": 0.1, "Q4_0": 0.15, "Q4_1": 0.15, "Q5_0": 0.15, "IQ4_NL": 0.15,
 }  # fmt: skip
-SMALL = dict(max_num_seqs=8, max_num_batched_tokens=64, num_kv_pages=64, max_model_len=256)
+SMALL = dict(max_num_seqs=8, max_num_batched_tokens=64, num_kv_pages=64, max_model_len=256, warmup="lazy")
 
 
 def opened(path, **options):
@@ -101,3 +101,22 @@ def test_the_cache_takes_16_bits_where_the_weights_do(shared_data):
     assert bits["Q8_0"] == bits["Q8_0 bfloat16"] == bits["f32 float16"]
     with pytest.raises(ConfigError, match="kv_cache_dtype float16 .*--kv-cache-dtype float32"):
         opened(models / "stories260K", attention="reference", kv_cache_dtype="float16")
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_a_plain_checkpoint_is_quantised_while_it_is_loaded(kind):
+    """The embedded model in a third of its bytes, and its answers nearly the same."""
+    with LLM(**SMALL) as plain, LLM(**SMALL, quantization=kind) as small:
+        before, after = plain.info.device_bytes["weights"], small.info.device_bytes["weights"]
+        assert after < before * {"q8_0": 0.54, "q4_k": 0.36}[kind]
+        ids = plain.text.encode_prompt("The capital of France is Paris. Seven plus five is twelve.")
+        want, got = (m.score([ids[:1]], [ids[1:]])[0].token_logprobs for m in (plain, small))
+        error = np.abs(np.subtract(got, want))
+        assert 0 < error.mean() < {"q8_0": 0.1, "q4_k": 0.6}[kind]
+
+
+def test_what_is_quantised_is_not_quantised_again(shared_data):
+    with pytest.raises(ConfigError, match="Q8_0 already"):
+        opened(shared_data / "models/stories260K/stories260K-Q8_0.gguf", quantization="q4_0")
+    with pytest.raises(ConfigError, match="quantization needs the CPU and its C"):
+        opened(shared_data / "models/stories260K", quantization="q8_0", attention="reference")

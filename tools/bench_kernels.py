@@ -1,4 +1,4 @@
-"""Times the C++ kernels for CPU beside XLA in one process, call by call in turn, and prints two tables.
+"""Times the C++ kernels for CPU beside XLA in one process, call by call in turn, and prints three tables.
 
 python tools/bench_kernels.py [--rounds 20]
 """
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import attention, native
+from jaxserve.formats import FORMATS, quantise
+from jaxserve.native import blocks
 from jaxserve.native.linear import linear, pack
 
 # sequences, context, query tokens each, heads, kv heads, head_dim, dtype
@@ -24,6 +26,7 @@ ATTENTION = [
     (1, 512, 512, 16, 8, 128, "float32"),
 ]
 PRODUCTS = [(t, 2048, 2048, "float32") for t in (1, 4, 32, 256)] + [(t, 2048, 2048, "bfloat16") for t in (4, 32, 256)]
+QUANTISED = [(name, t) for name in ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q2_K", "IQ4_XS") for t in (1, 16, 64)]
 PAGE = 16
 
 
@@ -72,6 +75,17 @@ def product_call(body: str, case: tuple) -> Callable[[], Any]:
     return lambda: run(x, weights)
 
 
+def quantised_call(name: str, tokens: int, depth: int = 2048, outputs: int = 8192) -> tuple[Callable[[], Any], int]:
+    """A product with three weights in turn, and the bytes of one."""
+    format, rng = FORMATS[name], np.random.default_rng(0)
+    rows = quantise(format, rng.normal(size=(64, depth)).astype(np.float32))
+    panels = blocks.pack(format, np.tile(rows, (outputs // 64, 1)), depth)
+    x = jnp.asarray(rng.normal(size=(tokens, depth)).astype(np.float32))
+    weights = [jnp.array(panels) for _ in range(3)]  # more than a cache holds
+    run = jax.jit(lambda x, weights: [blocks.linear(x, w, format, outputs, x.dtype) for w in weights])
+    return lambda: run(x, weights), panels.nbytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the C++ kernels for CPU beside XLA.")
     parser.add_argument("--rounds", type=int, default=20)
@@ -101,6 +115,15 @@ def main() -> None:
         name = f"[{tokens}, {depth}] x [{outputs}, {depth}], {dtype}"
         figures = ms["xla"], ms["cpu"], ms["xla"] / ms["cpu"], read / ms["cpu"] / 1e6, work / ms["cpu"] / 1e6
         print(row.format(name, *(f"{f:.2f}" for f in figures)), flush=True)
+    row = "{:<44} {:>9} {:>9} {:>10}"
+    print(row.format("quantised: x [T, 2048], w [8192, 2048]", "C++ ms", "GB/s", "GFLOP/s"))
+    for format, tokens in QUANTISED:
+        call, nbytes = quantised_call(format, tokens)
+        each = fastest({"cpu": call}, rounds)["cpu"] / 3
+        work = 2 * tokens * 2048 * 8192
+        print(
+            row.format(f"{format}, T {tokens}", f"{each:.2f}", f"{nbytes / each / 1e6:.1f}", f"{work / each / 1e6:.0f}")
+        )
 
 
 if __name__ == "__main__":
