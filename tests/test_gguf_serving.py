@@ -65,7 +65,7 @@ def test_without_the_kernels_a_quantised_model_is_served_from_plain_numbers(shar
             scores = llm.score([c["prompt_ids"] for c in cases], [c["ids"] for c in cases])
             found[body] = np.concatenate([s.token_logprobs for s in scores])
     error = np.abs(found["cpu"] - found["reference"])
-    assert 0 < error.max() < 0.1 and error.mean() < 0.005
+    assert 0 < error.max() < 0.1 and error.mean() < 0.01
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):

@@ -188,10 +188,12 @@ def test_a_directory_is_itself(tmp_path, monkeypatch):
 def test_names_that_mean_nothing(tmp_path):
     (tmp_path / "config.json").touch()
     (tmp_path / "model.gguf").touch()
+    assert resolve_model(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
+    with pytest.raises(ConfigError, match="revision 'main' needs a Hugging Face id; .*model.gguf is a file"):
+        resolve_model(str(tmp_path / "model.gguf"), "main")
     for name, said in {
         str(tmp_path / "config.json"): "is no GGUF file; give one",
-        str(tmp_path / "model.gguf"): "GGUF is not supported",
-        "there/is/none.gguf": "GGUF is not supported",
+        "there/is/none.gguf": "no such file: there/is/none.gguf",
         str(tmp_path / "none"): "no such directory: /",
         "./none": "no such directory",
         "../none": "no such directory",
