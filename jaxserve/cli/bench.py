@@ -69,7 +69,7 @@ def throughput(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is measured.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is measured.
     concurrency
         Requests at once; several values are measured one after the other: --concurrency 1 32.
     config
@@ -121,7 +121,7 @@ def latency(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is measured.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is measured.
     batch_size
         Sequences in the batch.
     input_len
@@ -234,7 +234,7 @@ def startup(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is started.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is started.
     config
         TOML file with any of these settings.
     """

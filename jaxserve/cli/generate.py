@@ -82,7 +82,7 @@ def generate(
     input
         File of prompts; - is standard input.
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model answers.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model answers.
     output
         File to write; without it the answers go to standard output.
     raw

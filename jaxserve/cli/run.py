@@ -90,7 +90,7 @@ def run(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model answers.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model answers.
     prompt
         What to answer; without it a conversation begins.
     system

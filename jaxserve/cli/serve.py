@@ -30,7 +30,7 @@ def serve(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax) or Hugging Face id; without it the embedded model is served.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served.
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
     """
