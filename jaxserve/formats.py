@@ -62,6 +62,11 @@ FORMATS = {
 
 BY_CODE = {f.code: f for f in FORMATS.values()}
 
+SMALLER_BLOCKS = {
+    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+}  # fmt: skip
+"""What stands in for a format whose blocks do not fill the rows, as in llama.cpp."""
+
 KNOWN_NAMES = {
     9: "Q8_1",
     15: "Q8_K",

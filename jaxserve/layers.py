@@ -33,9 +33,8 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
     def cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
         return native_rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
-    if native.loaded() and x.dtype == weight.dtype and x.dtype in (jnp.float32, jnp.bfloat16):
-        return jax.lax.platform_dependent(x, weight, cpu=cpu, default=xla)
-    return xla(x, weight)
+    known = x.dtype == weight.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    return native.by_platform(cpu if known else xla, xla, x, weight)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxserve.formats import FORMATS, Blocks, Format, quantise
+from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 
@@ -33,6 +33,11 @@ class Packed:
     format: Format | None = flax.struct.field(pytree_node=False, default=None)
     """None for plain numbers."""
 
+    @property
+    def depth(self) -> int:
+        """K."""
+        return math.prod(self.shape) // self.outputs
+
 
 type Weight = Float[Array, "..."] | Packed
 
@@ -47,9 +52,6 @@ def pack(w: np.ndarray | Blocks, shape: tuple[int, ...], dtype: DTypeLike) -> Pa
     return Packed(panels, shape, outputs, jnp.dtype(dtype), format)  # type: ignore[arg-type]
 
 
-_SMALLER_BLOCKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-
-
 def quantised(w: np.ndarray, format: str, *, vocabulary: bool) -> np.ndarray | Blocks:
     """A plain matrix w [N, K] in a block format; `vocabulary`: it is the embedding or the output.
 
@@ -59,7 +61,7 @@ def quantised(w: np.ndarray, format: str, *, vocabulary: bool) -> np.ndarray | B
     if vocabulary and format != "Q8_0":
         format = "Q6_K"
     if w.shape[1] % FORMATS[format].block:
-        format = _SMALLER_BLOCKS.get(format, format)
+        format = SMALLER_BLOCKS.get(format, format)
     if w.shape[1] % FORMATS[format].block:
         return w
     return Blocks(FORMATS[format], quantise(FORMATS[format], w.astype(np.float32)))
@@ -84,7 +86,7 @@ def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Rows of an embedding table: w [V, D], tokens [T] -> [T, D]."""
     if isinstance(w, Packed):
         if w.format is not None:
-            return blocks.embed(w.panels, tokens, w.format, w.outputs, math.prod(w.shape) // w.outputs, w.dtype)
+            return blocks.embed(w.panels, tokens, w.format, w.outputs, w.depth, w.dtype)
         return dense.embed(w.panels, tokens, w.outputs, w.dtype)
     return jnp.take(w, tokens, axis=0, mode="clip")
 

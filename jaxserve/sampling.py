@@ -5,7 +5,6 @@ S rows, V vocab, L tokens of history, B biased ids, E stop ids
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.struct
 import jax
@@ -112,7 +111,7 @@ def sample(logits: Float[Array, "S V"], rows: RowParams, slots: Int[Array, " S"]
         changed = (rows.biased | rows.ban_stop | penalised).any()
         return jax.lax.cond(changed, lambda: _choose_on_cpu(adjusted(), rows), lambda: _choose_on_cpu(logits, rows))
 
-    return _by_platform(choose_on_cpu, choose_by_xla, rows)
+    return native.by_platform(choose_on_cpu, choose_by_xla, rows)
 
 
 def token_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], top: int) -> TokenLogprobs:
@@ -130,7 +129,7 @@ def token_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], top: i
     def on_cpu(logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
         return TokenLogprobs(*cpu.token_logprobs(logits, tokens, top))
 
-    return _by_platform(on_cpu, by_xla, logits, tokens)
+    return native.by_platform(on_cpu, by_xla, logits, tokens)
 
 
 def no_logprobs(rows: int, top: int) -> TokenLogprobs:
@@ -167,14 +166,6 @@ def prompt_logprobs(
         return jax.lax.cond((wanted >= 0).any(), compute, lambda: out)
 
     return jax.lax.fori_loop(0, hidden.shape[0] // rows, block, no_logprobs(hidden.shape[0], top))
-
-
-def _by_platform[Result](on_cpu: Callable[..., Result], by_xla: Callable[..., Result], *arguments: Any) -> Result:
-    """The C++ kernels where they are loaded and the program is for CPU; on what else, XLA does the same."""
-    if not native.loaded():
-        return by_xla(*arguments)
-    result: Result = jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=by_xla)
-    return result
 
 
 def _when(

@@ -101,10 +101,9 @@ def quantize(src: str, dst: Path, type: str, *, threads: int | None = None, revi
 def _open(src: str, revision: str | None) -> _Source:
     from jaxserve.gguf import find_gguf
 
-    given = Path(src).expanduser()
-    path = given if given.is_file() else resolve_model(src, revision)
+    path = resolve_model(src, revision)
     file = find_gguf(path)
-    return _open_checkpoint(path, given.resolve().name) if file is None else _open_gguf(file)
+    return _open_checkpoint(path, Path(src).expanduser().resolve().name) if file is None else _open_gguf(file)
 
 
 def _open_gguf(path: Path) -> _Source:

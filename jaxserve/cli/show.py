@@ -28,8 +28,7 @@ def show(model: str, *, as_json: Annotated[bool, Parameter(name="--json", negati
     as_json
         Print JSON.
     """
-    path = Path(model).expanduser()
-    found = about(path if path.is_file() else resolve_model(model))
+    found = about(resolve_model(model))
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False))
     else:
@@ -86,7 +85,7 @@ def _about_directory(checkpoint: "Checkpoint") -> dict[str, Any]:
     tensors = []
     for name in sorted(checkpoint.names(), key=_by_number):
         shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
-        tensors.append(_tensor(name, shape, types.get(dtype.name, dtype.name), math.prod(shape) * dtype.itemsize))
+        tensors.append(_tensor(name, shape, types.get(dtype.name, dtype.name), checkpoint.nbytes(name)))
     licences = [p for p in sorted(path.glob("LICENSE*")) if p.is_file()]
     return {
         "model": str(path),

@@ -3,6 +3,7 @@
 import ctypes
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -32,6 +33,14 @@ def handlers() -> ctypes.CDLL:
     """The loaded library."""
     assert _library is not None, "load() comes first"
     return _library
+
+
+def by_platform[Result](cpu: Callable[..., Result], otherwise: Callable[..., Result], *arguments: Any) -> Result:
+    """`cpu`, which calls the kernels, where they are loaded and the program is for CPU; `otherwise` does the same."""
+    if not loaded():
+        return otherwise(*arguments)
+    result: Result = jax.lax.platform_dependent(*arguments, cpu=cpu, default=otherwise)
+    return result
 
 
 def load(progress: Callable[[str], None] = lambda message: None) -> None:

@@ -20,6 +20,9 @@ from jaxserve.errors import ConfigError, InvalidParameter
 _CONTROL_FORM = re.compile(r"<[|｜].+[|｜]>|</?(s|bos|eos|pad|unk|start_of_turn|end_of_turn|turn)>|\[/?[A-Z_]+\]")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "additional_special_tokens")
 
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""A token that stands for one byte."""
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back. Immutable once loaded, so any thread may call it; encode releases the GIL."""

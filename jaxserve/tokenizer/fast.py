@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,10 @@ import msgspec
 import tokenizers
 
 from jaxserve.errors import ConfigError
-from jaxserve.tokenizer.base import Settings, TableTokenizer, has_control_form, not_unicode, with_token
+from jaxserve.tokenizer.base import BYTE_TOKEN, Settings, TableTokenizer, has_control_form, not_unicode, with_token
 
 # Above this, the batch entry is used: it makes no offsets, which halves the time, and starts a thread pool.
 _LONG_CHARS = 16_384
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EOS_GUESSES = ("<|im_end|>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 
 
@@ -187,7 +185,7 @@ def _byte_rule(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[st
                 )
 
     def rule(text: str) -> bytes:
-        if by_byte and (byte := _BYTE_TOKEN.fullmatch(text)):
+        if by_byte and (byte := BYTE_TOKEN.fullmatch(text)):
             return bytes([int(byte[1], 16)])
         for old, new in replaced:
             text = text.replace(old, new)

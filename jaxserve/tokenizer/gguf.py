@@ -10,7 +10,6 @@ Where llama.cpp and the checkpoint's own tokenizer part ways (normalisation to N
 tokens), this follows the checkpoint.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.gguf import GgufFile, find_gguf
-from jaxserve.tokenizer.base import Settings, Tokenizer, has_control_form
+from jaxserve.tokenizer.base import BYTE_TOKEN, Settings, Tokenizer, has_control_form
 from jaxserve.tokenizer.fast import LibraryTokenizer, byte_level
 from jaxserve.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -51,7 +50,6 @@ _ENDS = frozenset(
     "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|endoftext|> <|end_of_text|> <end_of_turn> <turn|> "
     "<|tool_response> <EOT> [EOT] <end_of_utterance> <｜end▁of▁sentence｜> [e~[".split()
 )
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -240,7 +238,7 @@ class _Vocabulary:
     def _guessed_kinds(self, model: str) -> list[int]:
         kinds: list[int] = [_Kind.NORMAL] * len(self.tokens)
         if model == "llama":
-            kinds = [_Kind.BYTE if _BYTE_TOKEN.fullmatch(text) else _Kind.NORMAL for text in self.tokens]
+            kinds = [_Kind.BYTE if BYTE_TOKEN.fullmatch(text) else _Kind.NORMAL for text in self.tokens]
         for name, i in self.ids.items():
             kinds[i] = _Kind.UNKNOWN if name == "unknown" else _Kind.CONTROL
         return kinds
@@ -469,7 +467,7 @@ def _gemma4(vocabulary: _Vocabulary) -> Tokenizer:
 def _spaced(vocabulary: _Vocabulary, i: int) -> bytes:
     """The bytes of a token in which U+2581 stands for a space."""
     text = vocabulary.tokens[i]
-    if vocabulary.kinds[i] == _Kind.BYTE and (byte := _BYTE_TOKEN.fullmatch(text)):
+    if vocabulary.kinds[i] == _Kind.BYTE and (byte := BYTE_TOKEN.fullmatch(text)):
         return bytes([int(byte[1], 16)])
     return text.replace("▁", " ").encode()
 

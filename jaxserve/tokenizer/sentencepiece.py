@@ -1,14 +1,19 @@
 """tokenizer.model, through the `sentencepiece` library."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import ConfigError
-from jaxserve.tokenizer.base import Settings, TableTokenizer, any_of, has_control_form, not_unicode, with_token
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from jaxserve.tokenizer.base import (
+    BYTE_TOKEN,
+    Settings,
+    TableTokenizer,
+    any_of,
+    has_control_form,
+    not_unicode,
+    with_token,
+)
 
 
 class SentencePieceTokenizer(TableTokenizer):
@@ -52,7 +57,7 @@ class SentencePieceTokenizer(TableTokenizer):
 
         table = [b""] * (max(ids.values(), default=-1) + 1)
         for i, piece in enumerate(model.pieces):
-            byte = piece.type == byte_kind and _BYTE_TOKEN.fullmatch(piece.piece)
+            byte = piece.type == byte_kind and BYTE_TOKEN.fullmatch(piece.piece)
             plain = piece.piece if i in special else piece.piece.replace("▁", " ")
             table[i] = bytes([int(byte[1], 16)]) if byte else plain.encode()
         for i, entry in added.items():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from jaxserve.formats import FORMATS, Format
+from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Format
 
 _Rule = Callable[[int, int, int], str | None]
 """(layer, layers, query heads of a key-value head) to a format's name; None for the mix's own."""
@@ -82,11 +82,6 @@ _MIXES = {
 MIXES = _MIXES | {name: _MIXES[f"{name}_M"] for name in ("Q3_K", "Q4_K", "Q5_K")}
 """By the names that are given on a command line; a K format's own name means its _M, as for llama.cpp."""
 
-_SMALLER_BLOCKS = {
-    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-}  # fmt: skip
-"""What stands in for a format whose blocks do not fill the rows; F16 for all others."""
-
 # Matrices that are small, and of which every digit counts: a router, positions, convolutions, biases by distance.
 _KEPT = ("ffn_gate_inp", "position_embd", "token_types", "conv1d", "shortconv", "attn_rel_b", "_norm")
 
@@ -132,5 +127,5 @@ def _choice(
         wanted = (rule and rule(int(layer), layers, sharing)) or mix.base
     found = wanted
     while shape[-1] % FORMATS[found].block:
-        found = _SMALLER_BLOCKS.get(found, "F16")
+        found = SMALLER_BLOCKS.get(found, "F16")
     return Choice(FORMATS[found], FORMATS[wanted] if found != wanted else None)

@@ -3,9 +3,10 @@
 // A panel holds 16 rows of w side by side, [K][16], so that a row of y grows in vectors, one k after the other. That
 // order is the same for every row: a row of y is the same bit for bit whatever other rows are computed.
 
-#include <string>
+#include <algorithm>
 #include <vector>
 
+#include "buffers.h"
 #include "parallel.h"
 #include "product.h"
 #include "simd.h"
@@ -31,17 +32,8 @@ void block(const float* x, int64_t tokens, const W* w, int64_t depth, int64_t co
   }
 }
 
-template <class X, class W, class Y>
-void run(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t tokens, int64_t depth, int64_t outputs) {
-  const float* rows;
-  std::vector<float> copy;
-  if constexpr (std::is_same_v<X, float>) {
-    rows = x;
-  } else {
-    copy.resize(tokens * depth);
-    to_floats(x, tokens * depth, tokens * depth, copy.data());
-    rows = copy.data();
-  }
+template <class W>
+void run(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t tokens, int64_t depth, int64_t outputs) {
   const int64_t wide = tokens == 1 ? kOutputsOfOne : kOutputs;
   const int64_t n_blocks = (outputs + wide - 1) / wide, t_blocks = (tokens + kTokens - 1) / kTokens;
   parallel_for(pool, n_blocks * t_blocks, [&](int64_t item) {
@@ -49,39 +41,19 @@ void run(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t tokens, in
     const int64_t count_n = std::min(wide, outputs - n), count_t = std::min<int64_t>(kTokens, tokens - t);
     const int64_t columns = (count_n + kPanel - 1) / kPanel * kPanel;
     float* sums = scratch(kTokens * kOutputs);
-    block(rows + t * depth, count_t, w + n * depth, depth, columns, sums);
-    for (int64_t i = 0; i < count_t; i++) {
-      for (int64_t j = 0; j < count_n; j++) from_float(sums[i * columns + j], y + (t + i) * outputs + n + j);
-    }
+    block(x + t * depth, count_t, w + n * depth, depth, columns, sums);
+    for (int64_t i = 0; i < count_t; i++) std::copy_n(sums + i * columns, count_n, y + (t + i) * outputs + n);
   });
 }
 
-template <class X, class W>
-ffi::Error with_result_type(ffi::ThreadPool& pool, const X* x, const W* w, ffi::AnyBuffer y, int64_t tokens,
-                            int64_t depth, int64_t outputs) {
-  switch (y.element_type()) {
-    case ffi::DataType::F32:
-      run(pool, x, w, static_cast<float*>(y.untyped_data()), tokens, depth, outputs);
-      return ffi::Error::Success();
-    case ffi::DataType::BF16:
-      run(pool, x, w, static_cast<bf16*>(y.untyped_data()), tokens, depth, outputs);
-      return ffi::Error::Success();
-    default: return ffi::Error::InvalidArgument("linear: the result must be float32 or bfloat16");
-  }
-}
-
-template <class X>
-ffi::Error with_weight_type(ffi::ThreadPool& pool, const X* x, ffi::AnyBuffer w, ffi::AnyBuffer y, int64_t tokens,
-                            int64_t depth, int64_t outputs) {
-  const void* data = w.untyped_data();
+// Calls `call(data)` with the weights as what they are; false for a type that is none of ours.
+template <class Call>
+bool with_weights(ffi::AnyBuffer w, Call&& call) {
   switch (w.element_type()) {
-    case ffi::DataType::F32:
-      return with_result_type(pool, x, static_cast<const float*>(data), y, tokens, depth, outputs);
-    case ffi::DataType::BF16:
-      return with_result_type(pool, x, static_cast<const bf16*>(data), y, tokens, depth, outputs);
-    case ffi::DataType::F16:
-      return with_result_type(pool, x, static_cast<const f16*>(data), y, tokens, depth, outputs);
-    default: return ffi::Error::InvalidArgument("linear: weights must be float32, bfloat16 or float16");
+    case ffi::DataType::F32: return call(static_cast<const float*>(w.untyped_data())), true;
+    case ffi::DataType::BF16: return call(static_cast<const bf16*>(w.untyped_data())), true;
+    case ffi::DataType::F16: return call(static_cast<const f16*>(w.untyped_data())), true;
+    default: return false;
   }
 }
 
@@ -89,23 +61,23 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ws[2] != kPanel ||
       ws[0] != (ys[1] + kPanel - 1) / kPanel) {
-    return ffi::Error::InvalidArgument("linear: x must be [T, K], w [N / 16, K, 16] and the result [T, N]");
+    return invalid("linear", "x must be [T, K], w [N / 16, K, 16] and the result [T, N]");
   }
-  switch (x.element_type()) {
-    case ffi::DataType::F32:
-      return with_weight_type(pool, static_cast<const float*>(x.untyped_data()), w, *y, xs[0], xs[1], ys[1]);
-    case ffi::DataType::BF16:
-      return with_weight_type(pool, static_cast<const bf16*>(x.untyped_data()), w, *y, xs[0], xs[1], ys[1]);
-    default: return ffi::Error::InvalidArgument("linear: x must be float32 or bfloat16");
-  }
+  if (!is_float(x) || !is_float(*y)) return invalid("linear", "x and the result must be float32 or bfloat16");
+  const bool known = with_weights(w, [&](const auto* weights) {
+    std::vector<float> copy;
+    const float* rows = floats_of(x, copy);
+    fill_floats(*y, [&](float* to) { run(pool, rows, weights, to, xs[0], xs[1], ys[1]); });
+  });
+  return known ? ffi::Error::Success() : invalid("linear", "weights must be float32, bfloat16 or float16");
 }
 
-template <class W, class Y>
-void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64_t outputs, Y* y) {
+template <class W>
+void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64_t outputs, float* y) {
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t n = std::clamp<int64_t>(ids[t], 0, outputs - 1);
     const W* from = w + n / kPanel * depth * kPanel + n % kPanel;
-    for (int64_t k = 0; k < depth; k++) from_float(to_float(from[k * kPanel]), y + t * depth + k);
+    for (int64_t k = 0; k < depth; k++) y[t * depth + k] = to_float(from[k * kPanel]);
   }
 }
 
@@ -114,27 +86,13 @@ ffi::Error embed(ffi::AnyBuffer w, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::A
   const int64_t tokens = static_cast<int64_t>(ids.element_count());
   if (ws.size() != 3 || ws[2] != kPanel || outputs < 1 || ws[0] != (outputs + kPanel - 1) / kPanel ||
       ys.size() != 2 || ys[0] != tokens || ys[1] != ws[1]) {
-    return ffi::Error::InvalidArgument("embed: w must be [N / 16, K, 16], ids [T] and the result [T, K]");
+    return invalid("embed", "w must be [N / 16, K, 16], ids [T] and the result [T, K]");
   }
-  const auto into = [&](auto weight) {
-    using W = decltype(weight);
-    const W* from = static_cast<const W*>(w.untyped_data());
-    switch (y->element_type()) {
-      case ffi::DataType::F32:
-        gather(from, ids.typed_data(), tokens, ws[1], outputs, static_cast<float*>(y->untyped_data()));
-        return ffi::Error::Success();
-      case ffi::DataType::BF16:
-        gather(from, ids.typed_data(), tokens, ws[1], outputs, static_cast<bf16*>(y->untyped_data()));
-        return ffi::Error::Success();
-      default: return ffi::Error::InvalidArgument("embed: the result must be float32 or bfloat16");
-    }
-  };
-  switch (w.element_type()) {
-    case ffi::DataType::F32: return into(float{});
-    case ffi::DataType::BF16: return into(bf16{});
-    case ffi::DataType::F16: return into(f16{});
-    default: return ffi::Error::InvalidArgument("embed: weights must be float32, bfloat16 or float16");
-  }
+  if (!is_float(*y)) return invalid("embed", "the result must be float32 or bfloat16");
+  const bool known = with_weights(w, [&](const auto* weights) {
+    fill_floats(*y, [&](float* to) { gather(weights, ids.typed_data(), tokens, ws[1], outputs, to); });
+  });
+  return known ? ffi::Error::Success() : invalid("embed", "weights must be float32, bfloat16 or float16");
 }
 
 template <class T>

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "buffers.h"
 #include "parallel.h"
 
 namespace jaxserve {
@@ -183,39 +184,12 @@ void row_of(const uint8_t* w, int64_t n, int64_t depth, float* to) {
   }
 }
 
-ffi::Error invalid(const char* who, const std::string& what) {
-  return ffi::Error::InvalidArgument(std::string(who) + ": " + what);
-}
-
 // Whether `bytes` are the panels of [outputs, depth] weights.
 template <class F>
 bool fits(int64_t bytes, int64_t outputs, int64_t depth) {
   const int64_t step = F::shared ? kShared : kRun;
   return depth > 0 && depth % step == 0 && outputs > 0 &&
          bytes == (outputs + kPanel - 1) / kPanel * Panel<F>(depth).bytes();
-}
-
-bool is_float(ffi::AnyBuffer buffer) {
-  return buffer.element_type() == ffi::DataType::F32 || buffer.element_type() == ffi::DataType::BF16;
-}
-
-// The buffer's numbers as floats: where they are, or in `copy`.
-const float* floats_of(ffi::AnyBuffer buffer, std::vector<float>& copy) {
-  if (buffer.element_type() == ffi::DataType::F32) return static_cast<const float*>(buffer.untyped_data());
-  const int64_t count = static_cast<int64_t>(buffer.element_count());
-  copy.resize(count);
-  to_floats(static_cast<const bf16*>(buffer.untyped_data()), count, count, copy.data());
-  return copy.data();
-}
-
-// Calls `fill(floats)`, and rounds what it wrote where the buffer is not of floats.
-template <class Fill>
-void fill_floats(ffi::AnyBuffer buffer, Fill&& fill) {
-  if (buffer.element_type() == ffi::DataType::F32) return fill(static_cast<float*>(buffer.untyped_data()));
-  std::vector<float> copy(buffer.element_count());
-  fill(copy.data());
-  bf16* to = static_cast<bf16*>(buffer.untyped_data());
-  for (size_t i = 0; i < copy.size(); i++) from_float(copy[i], to + i);
 }
 
 std::string text(int64_t outputs, int64_t depth) {

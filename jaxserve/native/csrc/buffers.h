@@ -1,0 +1,39 @@
+// XLA's buffers of float32 or bfloat16 seen as floats: what products take and give, whatever the activations' type; and refusing what is none.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxserve {
+
+inline xla::ffi::Error invalid(const char* who, const std::string& what) {
+  return xla::ffi::Error::InvalidArgument(std::string(who) + ": " + what);
+}
+
+inline bool is_float(xla::ffi::AnyBuffer buffer) {
+  return buffer.element_type() == xla::ffi::DataType::F32 || buffer.element_type() == xla::ffi::DataType::BF16;
+}
+
+// The buffer's numbers as floats: where they are, or in `copy`.
+inline const float* floats_of(xla::ffi::AnyBuffer buffer, std::vector<float>& copy) {
+  if (buffer.element_type() == xla::ffi::DataType::F32) return static_cast<const float*>(buffer.untyped_data());
+  const int64_t count = static_cast<int64_t>(buffer.element_count());
+  copy.resize(count);
+  to_floats(static_cast<const bf16*>(buffer.untyped_data()), count, count, copy.data());
+  return copy.data();
+}
+
+// Calls `fill(floats)`, and rounds what it wrote where the buffer is not of floats.
+template <class Fill>
+void fill_floats(xla::ffi::AnyBuffer buffer, Fill&& fill) {
+  if (buffer.element_type() == xla::ffi::DataType::F32) return fill(static_cast<float*>(buffer.untyped_data()));
+  std::vector<float> copy(buffer.element_count());
+  fill(copy.data());
+  bf16* to = static_cast<bf16*>(buffer.untyped_data());
+  for (size_t i = 0; i < copy.size(); i++) from_float(copy[i], to + i);
+}
+
+}  // namespace jaxserve
