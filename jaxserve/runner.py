@@ -19,16 +19,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import attention, batch, quant, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.config import EngineOptions, ModelOptions, cache_home
+from jaxserve.compile_cache import CompileCache
+from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
 from jaxserve.metrics import EngineMetrics
 from jaxserve.models import find_model
+from jaxserve.native.attention import untouched_cache
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
@@ -120,7 +121,9 @@ class Runner:
         platform = self._device.platform
         name, reason, self._kernel = attention.choose(options.device.attention, platform, progress)
         progress(f"attention: {name} ({reason})")
-        _use_compile_cache(options.device.compile_cache_dir, progress)
+        # What else than its config the steps of a foreign model file depend on, nobody knows.
+        ours = self.model.forward.__module__.startswith("jaxserve.")
+        self._programs = CompileCache(options.device.compile_cache_dir, whole=ours, progress=progress)
         dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
 
         def report(done: int, total: int) -> None:
@@ -147,13 +150,10 @@ class Runner:
         self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
+        self._state = self._new_state(name == "cpu")
+        self._bind = self._compile_bind()
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
-        self._state = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), self._abstract(self.sizes)
-        )
-        # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
-        self._bind = jax.jit(_bind, donate_argnums=0).lower(self._abstract(self.sizes), *self._no_binding()).compile()
         kv, slots = self._state.cache.nbytes, _bytes(self._state.slots)
         self.info = EngineInfo(
             model=str(path),
@@ -200,12 +200,34 @@ class Runner:
         cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._kv_dtype)
         return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
 
+    def _new_state(self, by_cpu_kernel: bool) -> StepState:
+        state = self._abstract(self.sizes)
+        # As large as the longest context: to clear it takes seconds, and memory that may never be used.
+        new_cache = untouched_cache if by_cpu_kernel else jnp.zeros
+
+        def make() -> jax.stages.Compiled:
+            def new() -> StepState:
+                zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
+                return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
+
+            return jax.jit(new).lower().compile()
+
+        return self._programs.get(("state", by_cpu_kernel, state), make)()
+
+    def _compile_bind(self) -> jax.stages.Compiled:
+        """Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state."""
+        state = self._abstract(self.sizes)
+        bind = jax.jit(_bind, donate_argnums=0)
+        return self._programs.get(("bind", state), lambda: bind.lower(state, *self._no_binding()).compile())
+
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
         step = jax.jit(partial(_step, self.model, self.config, self._kernel, self._tree, layout), donate_argnums=1)
         params = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._params]
-        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return step.lower(params, self._abstract(sizes), buffer).compile()
+        state, buffer = self._abstract(sizes), jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+
+        what = (self.config, self._kernel.__module__, shape, sizes, self._tree, params, state)
+        return self._programs.get(what, lambda: step.lower(params, state, buffer).compile())
 
     def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
@@ -487,25 +509,3 @@ def _device_memory(device: jax.Device) -> int:
             raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
         return int(stats["bytes_limit"])
     return host_memory().free
-
-
-def compile_cache_dir(option: str | None) -> str:
-    """Where compiled steps are kept; '' for nowhere. The option goes before JAX's own setting, that before ours."""
-    if option is not None:
-        return os.path.expanduser(option)
-    if jax.config.jax_compilation_cache_dir:
-        return str(jax.config.jax_compilation_cache_dir)
-    home = cache_home()
-    return "" if home is None else str(home / "xla")
-
-
-def _use_compile_cache(option: str | None, progress: Progress) -> None:
-    """Turns JAX's cache on or off; what JAX was told of it before stays, if it is the same directory."""
-    directory, before = compile_cache_dir(option), jax.config.jax_compilation_cache_dir or ""
-    progress(f"compile cache: {directory or 'off'}")
-    if directory == before:
-        return
-    jax.config.update("jax_compilation_cache_dir", directory or None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory

@@ -1,4 +1,4 @@
-// XLA's buffers of float32 or bfloat16 seen as floats: what products take and give, whatever the activations' type; and refusing what is none.
+// Buffers of float32 or bfloat16 seen as floats, which is what the kernels compute with; and an error in one line.
 #pragma once
 
 #include <string>
