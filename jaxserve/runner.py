@@ -6,6 +6,7 @@ launch(plan) -> Launched   returns at once; Launched.result() waits for the samp
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +45,8 @@ CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepState:
     """What every step takes, changes in place and returns."""
 
@@ -53,7 +54,8 @@ class StepState:
     slots: SlotState
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepOutput:
     """What a step brings back, by row and, for prompts, by token."""
 
@@ -282,7 +284,7 @@ class Runner:
         else:
             pages = given
         progress("compiling the largest step")
-        largest, _ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, -(-length // page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
@@ -302,17 +304,22 @@ class Runner:
         return found, {largest: compiled}, workspace
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
-        """full: compiles every shape. min: two shapes serve until the others, in the background, are there."""
+        """full: compiles every shape. min: a few shapes serve until the others, in the background, are there."""
         if warmup == "lazy":
             return
         first = batch.covering(self.shapes) if warmup == "min" else self.shapes
-        missing = sorted((s for s in self.shapes if s not in self._compiled), key=lambda s: (s not in first, s))
+        # Prompts are what the largest step is least fit for; steps of one token a sequence have a larger one that fits.
+        missing = sorted((s for s in self.shapes if s not in self._compiled), key=lambda s: (s.single, s))
         self.shapes = tuple(sorted(self._compiled))
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile")
-        jobs = {shape: self._pool.submit(self._compile_ahead, shape) for shape in missing}
-        for job in as_completed([job for shape, job in jobs.items() if shape in first]):
-            job.result()
-            progress(f"compiling steps {len(self.shapes)}/{len(first)}")
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+            for job in as_completed([pool.submit(self._compile_ahead, s) for s in missing if s in first]):
+                job.result()
+                progress(f"compiling steps {len(self.shapes)}/{len(first)}")
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="compile", initializer=_give_way)
+        for shape in missing:
+            if shape not in first:
+                self._pool.submit(self._compile_ahead, shape)
         self._pool.shutdown(wait=False)
 
     def _compile_ahead(self, shape: Shape) -> None:
@@ -352,6 +359,12 @@ class Runner:
         stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
         stops[: len(stop)] = stop
         return np.int32(sequence.slot), history, ids, values, stops
+
+
+def _give_way() -> None:
+    """Lets the steps go before this thread's work, and before that of the threads it starts."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _packer(
