@@ -5,12 +5,14 @@ import logging
 import os
 import pickle
 import platform
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
@@ -56,15 +58,19 @@ class CompileCache:
         self._directory = Path(directory, "programs") if directory and whole else None
         _watch_jax_cache()
 
-    def get(self, what: object, make: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
-        """The program that `what` stands for: the one that was kept, or else `make`'s, which is kept then.
+    def get(
+        self, what: object, function: Callable[..., Any], *arguments: Any, donate: int | None = None
+    ) -> jax.stages.Compiled:
+        """`function` compiled for `arguments`, shapes or values alike; `donate` is the number of one that is donated.
 
-        The repr of `what` has to hold whatever `make` depends on, but for the code in this package, the versions, the
-        device and JAX's settings, which are looked after here.
+        The repr of `what` names the function and holds whatever its program depends on besides the arguments. The code
+        in this package, the versions, the device and JAX's settings are looked after here.
         """
         if self._directory is None:
-            return make()
-        path = self._directory / hashlib.blake2b(repr((what, _surroundings())).encode(), digest_size=20).hexdigest()
+            return _compile(function, arguments, donate)
+        shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), arguments)
+        key = repr((what, shapes, donate, _surroundings()))
+        path = self._directory / hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         try:
             program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
             os.utime(path)
@@ -74,15 +80,23 @@ class CompileCache:
         except Exception as error:  # it can be anything: the file is what some other process left
             log.warning("%s is of no use and made again: %s", path, error)
         _found.by_jax = False
-        program = make()
-        if _found.by_jax:  # a program that was loaded loses its code when XLA writes it once more
+        program = _compile(function, arguments, donate)
+        if _found.by_jax:  # XLA:CPU writes a program that it has loaded without its code
             return program
         try:
-            _write(path, pickle.dumps(serialize_executable.serialize(program)))
+            data = pickle.dumps(serialize_executable.serialize(program))
+            if jax.local_devices()[0].platform == "cpu" and sys.platform == "linux" and b"\x7fELF" not in data:
+                raise ValueError("there is no code in it")
+            _write(path, data)
             _delete_unused(self._directory)
         except Exception as error:
             log.warning("a compiled program is not kept: %s", error)
         return program
+
+
+def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None) -> jax.stages.Compiled:
+    # A new function each time: JAX would answer with a program that this process has loaded for the same one.
+    return jax.jit(partial(function), donate_argnums=() if donate is None else donate).lower(*arguments).compile()
 
 
 class _Found(threading.local):

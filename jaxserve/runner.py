@@ -207,29 +207,23 @@ class Runner:
         # As large as the longest context: to clear it takes seconds, and memory that may never be used.
         new_cache = untouched_cache if by_cpu_kernel else jnp.zeros
 
-        def make() -> jax.stages.Compiled:
-            def new() -> StepState:
-                zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
-                return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
+        def new() -> StepState:
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
+            return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
 
-            return jax.jit(new).lower().compile()
-
-        return self._programs.get(("state", by_cpu_kernel, state), make)()
+        return self._programs.get(("state", by_cpu_kernel, state), new)()
 
     def _compile_bind(self) -> jax.stages.Compiled:
         """Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state."""
-        state = self._abstract(self.sizes)
-        bind = jax.jit(_bind, donate_argnums=0)
-        return self._programs.get(("bind", state), lambda: bind.lower(state, *self._no_binding()).compile())
+        return self._programs.get("bind", _bind, self._abstract(self.sizes), *self._no_binding(), donate=0)
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
-        step = jax.jit(partial(_step, self.model, self.config, self._kernel, self._tree, layout), donate_argnums=1)
+        step = partial(_step, self.model, self.config, self._kernel, self._tree, layout)
         params = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._params]
         state, buffer = self._abstract(sizes), jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-
-        what = (self.config, self._kernel.__module__, shape, sizes, self._tree, params, state)
-        return self._programs.get(what, lambda: step.lower(params, state, buffer).compile())
+        what = ("step", self.config, self._kernel.__module__, shape, sizes, self._tree)
+        return self._programs.get(what, step, params, state, buffer, donate=1)
 
     def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
