@@ -6,7 +6,6 @@ A step's shape is (T tokens, S sequences). Everything else that varies is data.
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,11 +50,12 @@ def pick(known: Seq[Shape], plan: Plan) -> Shape:
 
 
 def covering(known: Seq[Shape]) -> list[Shape]:
-    """The shape that can serve anything, and the one that serves a lone user fast."""
-    return [max(known), min(known)]
+    """The shape that can serve anything, and those that serve a lone user fast: the answer's and a short prompt's."""
+    return [max(known), min(known), min(s for s in known if not s.single)]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepInput:
     """A step's arrays on the device."""
 

@@ -73,8 +73,8 @@ class DeviceOptions:
     """Attention kernel by name; auto chooses by platform and says which. On CPU `reference` is XLA for products too."""
     warmup: Literal["full", "min", "lazy"] = "min"
     """Step shapes compiled before the first request. full: all. min: the largest, which can serve anything, and the
-    smallest; the others follow in the background. lazy: the largest, which sizes the memory; each other one is
-    compiled when it is first needed."""
+    smallest two, which serve a lone user fast; the others follow in the background. lazy: the largest, which sizes the
+    memory; each other one is compiled when it is first needed."""
     compile_cache_dir: str | None = None
     """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
 

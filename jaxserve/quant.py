@@ -5,8 +5,8 @@ accept as well, so that model files do not change with the format.
 """
 
 import math
+from dataclasses import dataclass, field
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,20 +17,23 @@ from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 
+_STATIC = {"static": True}  # a field that is part of the tree's structure
 
-@flax.struct.dataclass
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Packed:
     """A matrix as the C++ kernels for CPU want it, in the format that the checkpoint stores."""
 
     panels: jax.Array
     """16 rows side by side: [N / 16, K, 16] of plain numbers, or the bytes of quantised ones."""
-    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    shape: tuple[int, ...] = field(metadata=_STATIC)
     """What the model sees, outputs first."""
-    outputs: int = flax.struct.field(pytree_node=False)
+    outputs: int = field(metadata=_STATIC)
     """N: the product of the leading axes that are outputs."""
-    dtype: DTypeLike = flax.struct.field(pytree_node=False)
+    dtype: DTypeLike = field(metadata=_STATIC)
     """Of the activations."""
-    format: Format | None = flax.struct.field(pytree_node=False, default=None)
+    format: Format | None = field(default=None, metadata=_STATIC)
     """None for plain numbers."""
 
     @property

@@ -6,6 +6,7 @@ launch(plan) -> Launched   returns at once; Launched.result() waits for the samp
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,20 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve import attention, batch, quant, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.config import EngineOptions, ModelOptions, cache_home
+from jaxserve.compile_cache import CompileCache
+from jaxserve.config import EngineOptions, ModelOptions
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
 from jaxserve.metrics import EngineMetrics
 from jaxserve.models import find_model
+from jaxserve.native.attention import untouched_cache
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
@@ -44,7 +45,8 @@ CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepState:
     """What every step takes, changes in place and returns."""
 
@@ -52,7 +54,8 @@ class StepState:
     slots: SlotState
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepOutput:
     """What a step brings back, by row and, for prompts, by token."""
 
@@ -120,7 +123,9 @@ class Runner:
         platform = self._device.platform
         name, reason, self._kernel = attention.choose(options.device.attention, platform, progress)
         progress(f"attention: {name} ({reason})")
-        _use_compile_cache(options.device.compile_cache_dir, progress)
+        # What else than its config the steps of a foreign model file depend on, nobody knows.
+        ours = self.model.forward.__module__.startswith("jaxserve.")
+        self._programs = CompileCache(options.device.compile_cache_dir, whole=ours, progress=progress)
         dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
 
         def report(done: int, total: int) -> None:
@@ -147,13 +152,10 @@ class Runner:
         self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
+        self._state = self._new_state(name == "cpu")
+        self._bind = self._compile_bind()
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
-        self._state = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype, device=self._device), self._abstract(self.sizes)
-        )
-        # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
-        self._bind = jax.jit(_bind, donate_argnums=0).lower(self._abstract(self.sizes), *self._no_binding()).compile()
         kv, slots = self._state.cache.nbytes, _bytes(self._state.slots)
         self.info = EngineInfo(
             model=str(path),
@@ -200,12 +202,28 @@ class Runner:
         cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._kv_dtype)
         return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
 
+    def _new_state(self, by_cpu_kernel: bool) -> StepState:
+        state = self._abstract(self.sizes)
+        # As large as the longest context: to clear it takes seconds, and memory that may never be used.
+        new_cache = untouched_cache if by_cpu_kernel else jnp.zeros
+
+        def new() -> StepState:
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
+            return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
+
+        return self._programs.get(("state", by_cpu_kernel, state), new)()
+
+    def _compile_bind(self) -> jax.stages.Compiled:
+        """Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state."""
+        return self._programs.get("bind", _bind, self._abstract(self.sizes), *self._no_binding(), donate=0)
+
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
-        step = jax.jit(partial(_step, self.model, self.config, self._kernel, self._tree, layout), donate_argnums=1)
+        step = partial(_step, self.model, self.config, self._kernel, self._tree, layout)
         params = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._params]
-        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return step.lower(params, self._abstract(sizes), buffer).compile()
+        state, buffer = self._abstract(sizes), jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        what = ("step", self.config, self._kernel.__module__, shape, sizes, self._tree)
+        return self._programs.get(what, step, params, state, buffer, donate=1)
 
     def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
@@ -260,7 +278,7 @@ class Runner:
         else:
             pages = given
         progress("compiling the largest step")
-        largest, _ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, -(-length // page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
@@ -280,17 +298,22 @@ class Runner:
         return found, {largest: compiled}, workspace
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
-        """full: compiles every shape. min: two shapes serve until the others, in the background, are there."""
+        """full: compiles every shape. min: a few shapes serve until the others, in the background, are there."""
         if warmup == "lazy":
             return
         first = batch.covering(self.shapes) if warmup == "min" else self.shapes
-        missing = sorted((s for s in self.shapes if s not in self._compiled), key=lambda s: (s not in first, s))
+        # Prompts are what the largest step is least fit for; steps of one token a sequence have a larger one that fits.
+        missing = sorted((s for s in self.shapes if s not in self._compiled), key=lambda s: (s.single, s))
         self.shapes = tuple(sorted(self._compiled))
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile")
-        jobs = {shape: self._pool.submit(self._compile_ahead, shape) for shape in missing}
-        for job in as_completed([job for shape, job in jobs.items() if shape in first]):
-            job.result()
-            progress(f"compiling steps {len(self.shapes)}/{len(first)}")
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+            for job in as_completed([pool.submit(self._compile_ahead, s) for s in missing if s in first]):
+                job.result()
+                progress(f"compiling steps {len(self.shapes)}/{len(first)}")
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="compile", initializer=_give_way)
+        for shape in missing:
+            if shape not in first:
+                self._pool.submit(self._compile_ahead, shape)
         self._pool.shutdown(wait=False)
 
     def _compile_ahead(self, shape: Shape) -> None:
@@ -330,6 +353,12 @@ class Runner:
         stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
         stops[: len(stop)] = stop
         return np.int32(sequence.slot), history, ids, values, stops
+
+
+def _give_way() -> None:
+    """Lets the steps go before this thread's work, and before that of the threads it starts."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _packer(
@@ -487,25 +516,3 @@ def _device_memory(device: jax.Device) -> int:
             raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
         return int(stats["bytes_limit"])
     return host_memory().free
-
-
-def compile_cache_dir(option: str | None) -> str:
-    """Where compiled steps are kept; '' for nowhere. The option goes before JAX's own setting, that before ours."""
-    if option is not None:
-        return os.path.expanduser(option)
-    if jax.config.jax_compilation_cache_dir:
-        return str(jax.config.jax_compilation_cache_dir)
-    home = cache_home()
-    return "" if home is None else str(home / "xla")
-
-
-def _use_compile_cache(option: str | None, progress: Progress) -> None:
-    """Turns JAX's cache on or off; what JAX was told of it before stays, if it is the same directory."""
-    directory, before = compile_cache_dir(option), jax.config.jax_compilation_cache_dir or ""
-    progress(f"compile cache: {directory or 'off'}")
-    if directory == before:
-        return
-    jax.config.update("jax_compilation_cache_dir", directory or None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory

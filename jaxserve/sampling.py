@@ -4,9 +4,9 @@ S rows, V vocab, L tokens of history, B biased ids, E stop ids
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
@@ -18,7 +18,8 @@ HISTORY_BLOCK = 256
 LOGPROB_ROWS = 16
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class RowParams:
     """The sampling parameters of each row of a step, as arrays."""
 
@@ -44,7 +45,8 @@ class RowParams:
     """Log-probabilities are wanted."""
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SlotState:
     """What a slot remembers between steps; written by the steps themselves and by `bind`."""
 
@@ -64,7 +66,8 @@ class SlotState:
         )
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities under the raw model: of the token itself, its rank, and the best ids."""
 

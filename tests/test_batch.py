@@ -17,9 +17,9 @@ from jaxserve.scheduler import Sampled, Scheduler
 def test_every_plan_has_a_shape(seqs, tokens, least):
     known = batch.shapes(seqs, tokens, least)
     assert known == sorted(set(known)) and len(known) <= 16
-    largest, smallest = batch.covering(known)
+    largest, smallest, prompt = batch.covering(known)
     assert largest.seqs >= seqs and largest.tokens >= max(tokens, seqs) and not largest.single
-    assert smallest.single
+    assert smallest.single and not prompt.single
     rng = random.Random(0)
     for _ in range(200):
         s = Scheduler(PagePool(400, 4), max_num_seqs=seqs, max_num_batched_tokens=max(seqs, tokens), max_model_len=1600)

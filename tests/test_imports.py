@@ -15,7 +15,7 @@ RANKS = {
     "errors": -1,
     "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0,
     "spec": 1, "native": 1, "gguf": 1,
-    "quant": 2,
+    "quant": 2, "compile_cache": 2,
     "layers": 3, "sharding": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
     "scheduler": 5,

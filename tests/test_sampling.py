@@ -1,5 +1,7 @@
 """Sampling on the device against the same rules written down plainly in numpy, with a sort."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def row_params(rows=S, **columns):
 
 def state(rng):
     empty = SlotState.empty(S + 2, L, 8, 4)
-    return empty.replace(history=jnp.asarray(rng.integers(0, V, (S + 2, L)), jnp.int32))
+    return replace(empty, history=jnp.asarray(rng.integers(0, V, (S + 2, L)), jnp.int32))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_bias_lists(run):
     ids[SLOTS[2], :1] = 3  # not switched on
     stops = np.full((S + 2, 4), -1, np.int32)
     stops[SLOTS[3], 2] = best[3]
-    s = s.replace(bias_ids=jnp.asarray(ids), bias_values=jnp.asarray(values), stop_ids=jnp.asarray(stops))
+    s = replace(s, bias_ids=jnp.asarray(ids), bias_values=jnp.asarray(values), stop_ids=jnp.asarray(stops))
     params = row_params(
         biased=[True, True, False, False, False, False], allow_only=[False, True, True, False, False, False],
         ban_stop=[False, False, False, True, True, False], temperature=0.0,

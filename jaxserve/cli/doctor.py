@@ -132,9 +132,9 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
 
 def files(options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
+    from jaxserve.compile_cache import compile_cache_dir
     from jaxserve.errors import ConfigError
     from jaxserve.hub import resolve_model
-    from jaxserve.runner import compile_cache_dir
 
     configured = compile_cache_dir(options.compile_cache_dir)
     if not configured:

@@ -10,8 +10,12 @@ from jaxserve.config import EngineOptions
 from jaxserve.text import TextModel
 
 
-def open_model(options: EngineOptions, name: str, *, in_process: bool) -> TextModel:
-    """The model's text over an engine that is not started yet. Raises ConfigError when there is no such model."""
+async def start_model(options: EngineOptions, name: str, *, in_process: bool) -> TextModel:
+    """The model's text over an engine that is loading meanwhile.
+
+    Raises ConfigError when there is no such model or its text cannot be had, CheckpointError for a broken .gguf file;
+    the engine is stopped then.
+    """
     from jaxserve.hub import resolve_model
 
     path = resolve_model(options.model.model, options.model.revision)
@@ -24,7 +28,12 @@ def open_model(options: EngineOptions, name: str, *, in_process: bool) -> TextMo
         from jaxserve.client.remote import RemoteEngine
 
         client = RemoteEngine(options, path, model_name=name)
-    return TextModel.open(path, client, name)
+    await client.start()
+    try:
+        return await asyncio.to_thread(TextModel.open, path, client, name)  # a large vocabulary takes a second
+    except BaseException:
+        await client.stop()
+        raise
 
 
 @contextlib.asynccontextmanager
@@ -33,8 +42,7 @@ async def opened(options: EngineOptions, name: str) -> AsyncIterator[TextModel]:
 
     The engine ends with the body, however that ends.
     """
-    text = open_model(options, name, in_process=True)
-    await text.client.start()
+    text = await start_model(options, name, in_process=True)
     try:
         async with progress(text.client):
             await text.client.wait_ready()

@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from jaxserve.cli import options as cli
-from jaxserve.cli.opening import open_model
+from jaxserve.cli.opening import start_model
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
@@ -54,14 +54,13 @@ def _loop() -> asyncio.AbstractEventLoop:
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
     from jaxserve.server import serve as run_server
 
-    text = open_model(engine, name, in_process=options.in_process)
+    text = await start_model(engine, name, in_process=options.in_process)
     client = text.client
     addresses: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
 
     def on_started(url: str, grpc: str | None) -> None:
         addresses.set_result((url, grpc))
 
-    await client.start()
     ready = asyncio.create_task(_announce(client, text, addresses))
     try:
         await run_server(options, text, client, on_started)

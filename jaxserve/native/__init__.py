@@ -15,6 +15,7 @@ TARGETS = (
     "jaxserve_linear_blocks",
     "jaxserve_embed_blocks",
     "jaxserve_ragged_paged_attention",
+    "jaxserve_untouched",
     "jaxserve_rms_norm",
     "jaxserve_sample",
     "jaxserve_token_logprobs",

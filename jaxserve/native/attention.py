@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.ragged_paged_attention.contract import validate
@@ -36,3 +37,8 @@ def ragged_paged_attention(
         scale=np.float32(scale), window=np.int64(window or 0),
     )  # fmt: skip
     return out, new_cache
+
+
+def untouched_cache(shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """A cache that costs no memory until it is written, page by page of the system's; what is in it nobody knows."""
+    return jax.ffi.ffi_call("jaxserve_untouched", jax.ShapeDtypeStruct(shape, dtype))()

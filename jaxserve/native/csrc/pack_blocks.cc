@@ -135,26 +135,29 @@ void read(IQ4_XS, const uint8_t* row, int64_t run, Run& to) {
   nibbles(block + 8 + 16 * i, to.codes);
 }
 
-// Row r of the block at `codes`, whose bytes are zero where no row has written yet.
+// The codes of a block of 16 rows, 4 steps of a row a word: what is done to a word is done to its 4 bytes.
 template <class F>
-void write_codes(const Run& run, int r, uint8_t* codes) {
-  for (int k = 0; k < kRun; k++) {
-    const int group = k / 4, at = 4 * r + k % 4, u = run.codes[k];
-    if constexpr (F::low == 8) {
-      codes[64 * group + at] = static_cast<uint8_t>(u);
-    } else if constexpr (F::low == 4) {
-      codes[64 * (group % 4) + at] = static_cast<uint8_t>(codes[64 * (group % 4) + at] | (u & 15) << (group < 4 ? 0 : 4));
-    } else {
-      uint8_t& byte = codes[64 * (group / 4) + at];
-      byte = static_cast<uint8_t>(byte | (u & 3) << 2 * (group % 4));
-    }
-    uint8_t* more = codes + 64 * F::low;
-    if constexpr (F::high == 1) more[at] = static_cast<uint8_t>(more[at] | (u >> F::low & 1) << group);
-    if constexpr (F::high == 2) {
-      uint8_t& byte = more[64 * (group / 4) + at];
-      byte = static_cast<uint8_t>(byte | (u >> F::low & 3) << 2 * (group % 4));
-    }
+void write_codes(const Run (&runs)[kPanel], uint8_t* to) {
+  using Group = uint32_t[kPanel];
+  constexpr auto low_bits = [](int bits) { return 0x01010101u * ((1u << bits) - 1); };
+  Group u[kGroups];
+  for (int j = 0; j < kGroups; j++) {
+    for (int r = 0; r < kPanel; r++) std::memcpy(&u[j][r], runs[r].codes + 4 * j, 4);
   }
+  // `count` groups, `every` apart, side by side in one; of each the `bits` from bit `from`.
+  const auto put = [&](int first, int every, int count, int from, int bits) {
+    Group group = {};
+    for (int i = 0; i < count; i++) {
+      for (int r = 0; r < kPanel; r++) group[r] |= (u[first + every * i][r] >> from & low_bits(bits)) << bits * i;
+    }
+    std::memcpy(to, group, sizeof group);
+    to += sizeof group;
+  };
+  if constexpr (F::low == 8) std::memcpy(to, u, sizeof u);
+  if constexpr (F::low == 4) for (int v = 0; v < 4; v++) put(v, 4, 2, 0, 4);
+  if constexpr (F::low == 2) for (int v = 0; v < 2; v++) put(4 * v, 1, 4, 0, 2);
+  if constexpr (F::high == 1) put(0, 1, 8, F::low, 1);
+  if constexpr (F::high == 2) for (int v = 0; v < 2; v++) put(4 * v, 1, 4, F::low, 2);
 }
 
 void write_half(uint16_t half, int r, uint8_t* to) { std::memcpy(to + 2 * r, &half, 2); }
@@ -186,16 +189,18 @@ template <class F>
 void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes, uint8_t* to) {
   const Panel<F> panel(depth);
   const int64_t bytes = panel.bytes();
+  Run runs[kPanel];
   for (int64_t n = 0; n < outputs; n += kPanel, to += bytes) {
-    std::memset(to, 0, bytes);
-    for (int r = 0; r < std::min<int64_t>(kPanel, outputs - n); r++) {
-      for (int64_t b = 0; b < panel.blocks; b++) {
-        Run run;
-        read(F{}, rows + (n + r) * row_bytes, b, run);
-        write_codes<F>(run, r, to + b * F::code_bytes);
-        write_scales<F>(run, r, to + panel.scales() + b * F::scale_bytes,
+    const int count = static_cast<int>(std::min<int64_t>(kPanel, outputs - n));
+    std::fill(runs + count, runs + kPanel, Run{});
+    std::memset(to + panel.scales(), 0, bytes - panel.scales());
+    for (int64_t b = 0; b < panel.blocks; b++) {
+      for (int r = 0; r < count; r++) {
+        read(F{}, rows + (n + r) * row_bytes, b, runs[r]);
+        write_scales<F>(runs[r], r, to + panel.scales() + b * F::scale_bytes,
                         to + panel.shared() + b / (kShared / kRun) * F::shared_bytes);
       }
+      write_codes<F>(runs, to + b * F::code_bytes);
     }
   }
 }

@@ -1,0 +1,161 @@
+"""Compiled programs kept between runs, under a key that is had without tracing them; or in JAX's own cache."""
+
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+import kernels_pallas
+from jaxserve import native
+from jaxserve.config import cache_home
+from jaxserve.native.build import cpu_flags
+
+log = logging.getLogger("jaxserve.compile_cache")
+
+NOT_IN_PROGRAMS = ("bench", "chat", "cli", "client", "hub", "llm", "server", "text", "tokenizer", "weights")
+"""Parts of the package that no program is made from, so that they may change and the programs stay."""
+UNUSED_DAYS = 30
+"""A program that nobody has loaded for so long is deleted when another one is stored."""
+
+
+def compile_cache_dir(option: str | None) -> str:
+    """Where compiled steps are kept; '' for nowhere. The option goes before JAX's own setting, that before ours."""
+    if option is not None:
+        return os.path.expanduser(option)
+    if jax.config.jax_compilation_cache_dir:
+        return str(jax.config.jax_compilation_cache_dir)
+    home = cache_home()
+    return "" if home is None else str(home / "xla")
+
+
+class CompileCache:
+    """The cache that an option asks for. Threads may share it.
+
+    With `whole`, programs are kept here, to be loaded without being traced; without it JAX's own cache is used, which
+    knows a program by what tracing it gave.
+    """
+
+    def __init__(self, option: str | None, *, whole: bool, progress: Callable[[str], None] = lambda message: None):
+        directory = compile_cache_dir(option)
+        progress(f"compile cache: {directory or 'off'}")
+        if not whole:
+            _use_jax_cache(directory)
+        elif option is not None:
+            _use_jax_cache("")
+        self._directory = Path(directory, "programs") if directory and whole else None
+        _watch_jax_cache()
+
+    def get(
+        self, what: object, function: Callable[..., Any], *arguments: Any, donate: int | None = None
+    ) -> jax.stages.Compiled:
+        """`function` compiled for `arguments`, shapes or values alike; `donate` is the number of one that is donated.
+
+        The repr of `what` names the function and holds whatever its program depends on besides the arguments. The code
+        in this package, the versions, the device and JAX's settings are looked after here.
+        """
+        if self._directory is None:
+            return _compile(function, arguments, donate)
+        shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), arguments)
+        key = repr((what, shapes, donate, _surroundings()))
+        path = self._directory / hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
+        try:
+            program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            os.utime(path)
+            return program
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # it can be anything: the file is what some other process left
+            log.warning("%s is of no use and made again: %s", path, error)
+        _found.by_jax = False
+        program = _compile(function, arguments, donate)
+        if _found.by_jax:  # XLA:CPU writes a program that it has loaded without its code
+            return program
+        try:
+            data = pickle.dumps(serialize_executable.serialize(program))
+            if jax.local_devices()[0].platform == "cpu" and sys.platform == "linux" and b"\x7fELF" not in data:
+                raise ValueError("there is no code in it")
+            _write(path, data)
+            _delete_unused(self._directory)
+        except Exception as error:
+            log.warning("a compiled program is not kept: %s", error)
+        return program
+
+
+def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None) -> jax.stages.Compiled:
+    # A new function each time: JAX would answer with a program that this process has loaded for the same one.
+    return jax.jit(partial(function), donate_argnums=() if donate is None else donate).lower(*arguments).compile()
+
+
+class _Found(threading.local):
+    by_jax = False
+    """Whether JAX took a program of this thread from its own cache."""
+
+
+_found = _Found()
+
+
+@cache
+def _watch_jax_cache() -> None:
+    def note(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _found.by_jax = True
+
+    jax.monitoring.register_event_listener(note)
+
+
+def _use_jax_cache(directory: str) -> None:
+    """Turns JAX's cache on or off; what JAX was told of it before stays, if it is the same directory."""
+    if directory == (jax.config.jax_compilation_cache_dir or ""):
+        return
+    jax.config.update("jax_compilation_cache_dir", directory or None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory
+
+
+def _surroundings() -> object:
+    """What the machine code of a program depends on besides the program."""
+    device = jax.local_devices()[0]
+    settings = {k: v for k, v in jax.config.values.items() if "cache" not in k}
+    flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    host = (platform.machine(), platform.python_version(), sorted(cpu_flags()), native.loaded())
+    return _code(), jax.__version__, device.client.platform_version, device.device_kind, flags, host, settings
+
+
+@cache
+def _code() -> str:
+    """A digest of every source that a program may have been made from."""
+    digest = hashlib.blake2b(digest_size=20)
+    for root in (Path(__file__).parent, *map(Path, kernels_pallas.__path__)):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cc", ".h")):
+            name = path.relative_to(root)
+            if name.parts[0].removesuffix(".py") not in NOT_IN_PROGRAMS:
+                digest.update(str(name).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)  # whoever finds it finds all of it
+
+
+def _delete_unused(directory: Path) -> None:
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for path in directory.iterdir():
+        if path.stat().st_mtime < oldest:
+            path.unlink(missing_ok=True)
