@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,26 +18,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
-from jaxserve import attention, batch, quant, sampling
+from jaxserve import attention, batch, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.config import EngineOptions, ModelOptions, cache_home
+from jaxserve.config import EngineOptions
 from jaxserve.errors import ConfigError
-from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
+from jaxserve.loading import Progress, load_model
 from jaxserve.metrics import EngineMetrics
-from jaxserve.models import find_model
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
-from jaxserve.spec import CacheSpec, Model, ParamSpec
-from jaxserve.weights import open_checkpoint
-from jaxserve.weights.load import load_params
+from jaxserve.spec import CacheSpec, Model
 
 log = logging.getLogger("jaxserve.runner")
-
-type Progress = Callable[[str], None]
 
 CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
@@ -113,30 +106,13 @@ class Runner:
     """One model on its device. `info` says what was worked out; `launch` and `bind` belong to one thread."""
 
     def __init__(self, options: EngineOptions, path: Path, metrics: EngineMetrics, progress: Progress):
-        checkpoint = open_checkpoint(path)
-        self.model, self.config = find_model(checkpoint.config)
+        loaded = load_model(options.model, options.device, path, progress)
+        self.model, self.config, self._kernel = loaded.model, loaded.config, loaded.kernel
         self._metrics = metrics
-        self._device = jax.local_devices()[0]
+        self._device = loaded.device
         platform = self._device.platform
-        name, reason, self._kernel = attention.choose(options.device.attention, platform, progress)
-        progress(f"attention: {name} ({reason})")
-        _use_compile_cache(options.device.compile_cache_dir, progress)
-        dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
-
-        def report(done: int, total: int) -> None:
-            progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
-
-        params = load_params(
-            self.model,
-            self.config,
-            checkpoint,
-            dtype=dtype,
-            device_put=lambda leaf, spec: jax.device_put(leaf, self._device),
-            pack=_packer(options.model, dtype, name == "cpu"),
-            progress=report,
-        )
-        self._kv_dtype = _kv_dtype(options, name, params, dtype)
-        self._params, self._tree = jax.tree.flatten(params)
+        self._kv_dtype = loaded.kv_dtype
+        self._params, self._tree = jax.tree.flatten(loaded.params)
         weights = sum(a.nbytes for a in self._params)
         spec = self.model.cache_spec(self.config)
         self._lock = threading.Lock()
@@ -164,10 +140,10 @@ class Runner:
             max_num_batched_tokens=self.sizes.max_num_batched_tokens,
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
-            dtype=jnp.dtype(dtype).name,
+            dtype=loaded.dtype.name,
             num_params=sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config))),
             platform=platform,
-            attention=name,
+            attention=loaded.attention,
             priorities=options.schedule.scheduling_policy == "priority",
             device_bytes={"weights": weights, "kv": kv, "slots": slots, "workspace": workspace},
         )
@@ -332,46 +308,6 @@ class Runner:
         return np.int32(sequence.slot), history, ids, values, stops
 
 
-def _packer(
-    options: ModelOptions, dtype: np.dtype, available: bool
-) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
-    """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
-    if not available:
-        if options.quantization is not None:
-            raise ConfigError("quantization needs the CPU and its C++ kernels; leave it out, or see `jaxserve doctor`")
-        return None
-
-    def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
-            if isinstance(w, Blocks):
-                raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
-            w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
-        if options.dtype != "auto" and not isinstance(w, Blocks):
-            w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
-
-    return pack
-
-
-def _kv_dtype(options: EngineOptions, kernel: str, params: Any, dtype: np.dtype) -> np.dtype:
-    """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
-    wanted = options.device.kv_cache_dtype
-    if wanted == "auto":
-        packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
-        plain = options.model.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
-        return dtype if plain or not packed else np.dtype(np.float16)
-    if jnp.dtype(wanted) != dtype and kernel != "cpu":
-        raise ConfigError(
-            f"kv_cache_dtype {wanted} with {dtype.name} activations needs the CPU's kernels, not {kernel!r}; "
-            f"give --kv-cache-dtype {dtype.name} or auto"
-        )
-    return jnp.dtype(wanted)
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, quant.Packed)
-
-
 def _slots(seqs: int, length: int) -> SlotState:
     """The shapes of what the slots remember; few bytes unless the context is very long."""
     return jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
@@ -464,13 +400,6 @@ def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
     )
 
 
-def dtype_for(option: str, platform: str) -> str:
-    """The name of the dtype of weights and cache."""
-    if option == "auto":  # XLA:CPU reads bfloat16 weights 20 times below memory bandwidth at batch 1
-        return "float32" if platform == "cpu" else "bfloat16"
-    return option
-
-
 def _workspace(compiled: jax.stages.Compiled) -> int:
     """Bytes a step needs besides its arguments and the state it updates in place."""
     memory = compiled.memory_analysis()
@@ -487,25 +416,3 @@ def _device_memory(device: jax.Device) -> int:
             raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
         return int(stats["bytes_limit"])
     return host_memory().free
-
-
-def compile_cache_dir(option: str | None) -> str:
-    """Where compiled steps are kept; '' for nowhere. The option goes before JAX's own setting, that before ours."""
-    if option is not None:
-        return os.path.expanduser(option)
-    if jax.config.jax_compilation_cache_dir:
-        return str(jax.config.jax_compilation_cache_dir)
-    home = cache_home()
-    return "" if home is None else str(home / "xla")
-
-
-def _use_compile_cache(option: str | None, progress: Progress) -> None:
-    """Turns JAX's cache on or off; what JAX was told of it before stays, if it is the same directory."""
-    directory, before = compile_cache_dir(option), jax.config.jax_compilation_cache_dir or ""
-    progress(f"compile cache: {directory or 'off'}")
-    if directory == before:
-        return
-    jax.config.update("jax_compilation_cache_dir", directory or None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory

@@ -18,7 +18,7 @@ RANKS = {
     "quant": 2,
     "layers": 3, "sharding": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
-    "scheduler": 5,
+    "scheduler": 5, "loading": 5,
     "batch": 6,
     "runner": 7,
     "engine": 8,

@@ -11,8 +11,9 @@ import pytest
 
 from jaxserve.batch import Shape
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions
+from jaxserve.loading import compile_cache_dir
 from jaxserve.metrics import EngineMetrics
-from jaxserve.runner import Runner, compile_cache_dir
+from jaxserve.runner import Runner
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,13 @@ def test_so_is_the_history(runner, shape):
 def test_the_compile_cache_that_was_asked_for_is_used(tmp_path):
     """The option goes before JAX's own variable, in a process that has compiled before too."""
     script = f"""
-import os, jax, jaxserve.runner as runner
+import os, jax, jaxserve.loading as loading
 said = []
 jax.jit(lambda x: x + 1)(1.0)
 before = sorted(os.listdir({str(tmp_path / "jax")!r}))
-runner._use_compile_cache({str(tmp_path / "ours")!r}, said.append)
+loading.use_compile_cache({str(tmp_path / "ours")!r}, said.append)
 jax.jit(lambda x: x + 2)(1.0)
-runner._use_compile_cache("", said.append)
+loading.use_compile_cache("", said.append)
 jax.jit(lambda x: x + 3)(1.0)
 assert sorted(os.listdir({str(tmp_path / "jax")!r})) == before, "JAX's own is left alone"
 assert len(os.listdir({str(tmp_path / "ours")!r})) >= 1

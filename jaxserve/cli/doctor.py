@@ -100,8 +100,8 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
     from jaxserve.attention import choose
     from jaxserve.errors import ConfigError
+    from jaxserve.loading import dtype_for
     from jaxserve.native.build import BuildError, best_isa, library
-    from jaxserve.runner import dtype_for
 
     try:
         found = jax.devices()
@@ -134,7 +134,7 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 def files(options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
     from jaxserve.errors import ConfigError
     from jaxserve.hub import resolve_model
-    from jaxserve.runner import compile_cache_dir
+    from jaxserve.loading import compile_cache_dir
 
     configured = compile_cache_dir(options.compile_cache_dir)
     if not configured:
