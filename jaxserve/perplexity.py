@@ -4,9 +4,9 @@ N scored tokens; every logarithm is natural
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -40,10 +40,14 @@ class Scores:
     """Both models' likeliest token is the same."""
 
     @classmethod
-    def join(cls, parts: "list[Scores]") -> "Scores":
+    def join(cls, parts: "Sequence[Scores]") -> "Scores":
         """The scores of several chunks, in order."""
-        fields = ((getattr(part, name) for part in parts) for name in cls.__dataclass_fields__)
-        return cls(*(None if any(p is None for p in held) else np.concatenate(held) for held in map(list, fields)))
+
+        def column(name: str) -> Any:
+            held = [getattr(part, name) for part in parts]
+            return None if held[0] is None else np.concatenate(held)
+
+        return cls(*(column(field.name) for field in fields(cls)))
 
 
 class Comparison(NamedTuple):

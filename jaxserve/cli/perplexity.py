@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from jaxserve.perplexity import Comparison, Estimate, Scores
     from jaxserve.tokenizer import Tokenizer
 
-_HEADER = (
-    f"{'chunk':>5}{'PPL':>22}{'ln(PPL / reference PPL)':>26}{'KL divergence':>22}{'RMS Δp %':>18}{'same top %':>18}"
-)
+_COLUMNS = {"PPL": 24, "ln(PPL / reference PPL)": 26, "KL divergence": 24, "RMS Δp %": 20, "same top %": 20}
+"""Of the running estimate, and their widths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def perplexity(
     out = sys.stderr if as_json else sys.stdout
     print(f"{len(cuts)} chunks of {ctx_size} tokens", file=sys.stderr)
     if reference is not None:
-        print(_HEADER, file=out)
+        print("chunk" + "".join(name.rjust(width) for name, width in _COLUMNS.items()), file=out)
     parts: list[Scores] = []
     comparison = None
     for chunk in cuts:
@@ -110,7 +109,7 @@ def perplexity(
         print(json.dumps(about | counts | _plain(figures), indent=2, allow_nan=False))
         return 0
     if comparison is not None:
-        print("\n".join(_lines(comparison)), end="\n\n")
+        print("\n".join(_lines(ppl, comparison)), end="\n\n")
     print(f"PPL = {ppl.value:.4f} +/- {ppl.error:.5f}")
     return 0
 
@@ -163,18 +162,22 @@ def _check_words(tokenizer: "Tokenizer", reference: "Tokenizer", ids: set[int]) 
 
 
 def _row(count: int, ppl: "Estimate", found: "Comparison") -> str:
-    """The running estimate after `count` chunks, under _HEADER."""
-    return (
-        f"{count:5}{_both(ppl, 4, 22)}{_both(found.log_ratio, 5, 26)}{_both(found.kl, 5, 22)}"
-        f"{_both(found.delta_p_rms, 3, 18, 100)}{_both(found.same_top, 3, 18, 100)}"
+    """The running estimate after `count` chunks, in _COLUMNS."""
+    figures = (
+        _both(ppl, 4),
+        _both(found.log_ratio, 5),
+        _both(found.kl, 5),
+        _both(found.delta_p_rms, 3, 100),
+        _both(found.same_top, 3, 100),
     )
+    return f"{count:5}" + "".join(f.rjust(width) for f, width in zip(figures, _COLUMNS.values(), strict=True))
 
 
-def _lines(found: "Comparison") -> Iterator[str]:
+def _lines(ppl: "Estimate", found: "Comparison") -> Iterator[str]:
     """The comparison, for people who know llama-perplexity's."""
 
     def figure(label: str, value: "Estimate | float", digits: int, scale: int = 1) -> str:
-        shown = f"{scale * value:.{digits}f}" if isinstance(value, float) else _both(value, digits, 0, scale)
+        shown = f"{scale * value:.{digits}f}" if isinstance(value, float) else _both(value, digits, scale)
         return f"  {label:<24}{shown}{' %' if scale == 100 else ''}"
 
     def spread(largest: float, percentiles: Mapping[float, float], smallest: float, *how: int) -> Iterator[str]:
@@ -184,6 +187,7 @@ def _lines(found: "Comparison") -> Iterator[str]:
         yield figure("minimum", smallest, *how)
 
     yield "Perplexity"
+    yield figure("PPL", ppl, 6)
     yield figure("reference PPL", found.reference_ppl, 6)
     yield figure("correlation of ln(PPL)", found.correlation, 2, 100)
     yield figure("ln(PPL / reference PPL)", found.log_ratio, 6)
@@ -200,8 +204,8 @@ def _lines(found: "Comparison") -> Iterator[str]:
     yield figure("the same", found.same_top, 3, 100)
 
 
-def _both(estimate: "Estimate", digits: int, width: int, scale: int = 1) -> str:
-    return f"{scale * estimate.value:.{digits}f} +/- {scale * estimate.error:.{digits}f}".rjust(width)
+def _both(estimate: "Estimate", digits: int, scale: int = 1) -> str:
+    return f"{scale * estimate.value:.{digits}f} +/- {scale * estimate.error:.{digits}f}"
 
 
 def _plain(value: Any) -> Any:
