@@ -85,8 +85,7 @@ def perplexity(
 
     from jaxserve import perplexity as rules
 
-    # Of a running estimate that is not the result itself, a reader of JSON wants none in it.
-    out = sys.stderr if as_json else sys.stdout
+    out = sys.stderr if as_json else sys.stdout  # whoever reads JSON wants the result alone
     print(f"{len(cuts)} chunks of {ctx_size} tokens", file=sys.stderr)
     if reference is not None:
         print("chunk" + "".join(name.rjust(width) for name, width in _COLUMNS.items()), file=out)
