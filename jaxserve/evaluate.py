@@ -57,12 +57,13 @@ def check_models(paths: Sequence[Path], ctx_size: int) -> None:
 class Evaluator:
     """`models`: the one to score, and where it is to be compared the reference. For one thread."""
 
-    def __init__(self, models: Sequence[Loaded], ctx_size: int, page_size: int = DeviceOptions.block_size):
+    def __init__(self, models: Sequence[Loaded], ctx_size: int):
         assert 1 <= len(models) <= 2
         self._ctx_size, self._compares = ctx_size, len(models) == 2
         # The last token of a chunk predicts nothing that is known.
         steps = -(-(ctx_size - 1) // STEP_TOKENS)
         self._tokens = -(-(ctx_size - 1) // (steps * ROWS)) * ROWS
+        page_size = DeviceOptions.block_size
         pages = -(-ctx_size // page_size)
         self._params = [m.params for m in models]
         self._caches = []
