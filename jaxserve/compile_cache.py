@@ -49,6 +49,7 @@ class CompileCache:
     """
 
     def __init__(self, option: str | None, *, whole: bool, progress: Callable[[str], None] = lambda message: None):
+        self.whole = whole
         directory = compile_cache_dir(option)
         progress(f"compile cache: {directory or 'off'}")
         if not whole:

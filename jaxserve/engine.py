@@ -11,10 +11,11 @@ import msgspec
 
 from jaxserve.config import EngineOptions
 from jaxserve.errors import EngineStopped, JaxserveError, Overloaded
+from jaxserve.loading import Progress
 from jaxserve.metrics import EngineMetrics
 from jaxserve.pages import PagePool
 from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, check_request
-from jaxserve.runner import Launched, Progress, Runner
+from jaxserve.runner import Launched, Runner
 from jaxserve.scheduler import Plan, Scheduler, Stats
 
 IDLE_WAIT_S = 1.0

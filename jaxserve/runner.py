@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,26 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve import attention, batch, quant, sampling
+from jaxserve import attention, batch, sampling
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.compile_cache import CompileCache
-from jaxserve.config import EngineOptions, ModelOptions
+from jaxserve.config import EngineOptions
 from jaxserve.errors import ConfigError
-from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
+from jaxserve.loading import Progress, load_model
 from jaxserve.metrics import EngineMetrics
-from jaxserve.models import find_model
 from jaxserve.native.attention import untouched_cache
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
-from jaxserve.spec import CacheSpec, Model, ParamSpec
-from jaxserve.weights import open_checkpoint
-from jaxserve.weights.load import load_params
+from jaxserve.spec import CacheSpec, Model
 
 log = logging.getLogger("jaxserve.runner")
-
-type Progress = Callable[[str], None]
 
 CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
@@ -116,32 +109,13 @@ class Runner:
     """One model on its device. `info` says what was worked out; `launch` and `bind` belong to one thread."""
 
     def __init__(self, options: EngineOptions, path: Path, metrics: EngineMetrics, progress: Progress):
-        checkpoint = open_checkpoint(path)
-        self.model, self.config = find_model(checkpoint.config)
+        loaded = load_model(options.model, options.device, path, progress)
+        self.model, self.config, self._kernel = loaded.model, loaded.config, loaded.kernel
         self._metrics = metrics
-        self._device = jax.local_devices()[0]
+        self._device = loaded.device
         platform = self._device.platform
-        name, reason, self._kernel = attention.choose(options.device.attention, platform, progress)
-        progress(f"attention: {name} ({reason})")
-        # What else than its config the steps of a foreign model file depend on, nobody knows.
-        ours = self.model.forward.__module__.startswith("jaxserve.")
-        self._programs = CompileCache(options.device.compile_cache_dir, whole=ours, progress=progress)
-        dtype = jnp.dtype(dtype_for(options.model.dtype, platform))
-
-        def report(done: int, total: int) -> None:
-            progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
-
-        params = load_params(
-            self.model,
-            self.config,
-            checkpoint,
-            dtype=dtype,
-            device_put=lambda leaf, spec: jax.device_put(leaf, self._device),
-            pack=_packer(options.model, dtype, name == "cpu"),
-            progress=report,
-        )
-        self._kv_dtype = _kv_dtype(options, name, params, dtype)
-        self._params, self._tree = jax.tree.flatten(params)
+        self._kv_dtype, self._programs = loaded.kv_dtype, loaded.programs
+        self._params, self._tree = jax.tree.flatten(loaded.params)
         weights = sum(a.nbytes for a in self._params)
         spec = self.model.cache_spec(self.config)
         self._lock = threading.Lock()
@@ -152,7 +126,7 @@ class Runner:
         self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
-        self._state = self._new_state(name == "cpu")
+        self._state = self._new_state(loaded.attention == "cpu")
         self._bind = self._compile_bind()
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
@@ -166,10 +140,10 @@ class Runner:
             max_num_batched_tokens=self.sizes.max_num_batched_tokens,
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
-            dtype=jnp.dtype(dtype).name,
+            dtype=loaded.dtype.name,
             num_params=sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config))),
             platform=platform,
-            attention=name,
+            attention=loaded.attention,
             priorities=options.schedule.scheduling_policy == "priority",
             device_bytes={"weights": weights, "kv": kv, "slots": slots, "workspace": workspace},
         )
@@ -361,46 +335,6 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _packer(
-    options: ModelOptions, dtype: np.dtype, available: bool
-) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
-    """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
-    if not available:
-        if options.quantization is not None:
-            raise ConfigError("quantization needs the CPU and its C++ kernels; leave it out, or see `jaxserve doctor`")
-        return None
-
-    def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
-            if isinstance(w, Blocks):
-                raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
-            w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
-        if options.dtype != "auto" and not isinstance(w, Blocks):
-            w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
-
-    return pack
-
-
-def _kv_dtype(options: EngineOptions, kernel: str, params: Any, dtype: np.dtype) -> np.dtype:
-    """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
-    wanted = options.device.kv_cache_dtype
-    if wanted == "auto":
-        packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
-        plain = options.model.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
-        return dtype if plain or not packed else np.dtype(np.float16)
-    if jnp.dtype(wanted) != dtype and kernel != "cpu":
-        raise ConfigError(
-            f"kv_cache_dtype {wanted} with {dtype.name} activations needs the CPU's kernels, not {kernel!r}; "
-            f"give --kv-cache-dtype {dtype.name} or auto"
-        )
-    return jnp.dtype(wanted)
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, quant.Packed)
-
-
 def _slots(seqs: int, length: int) -> SlotState:
     """The shapes of what the slots remember; few bytes unless the context is very long."""
     return jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
@@ -491,13 +425,6 @@ def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
         tuple(host.top_ids[i, :top].tolist()),
         tuple(host.top_logprobs[i, :top].tolist()),
     )
-
-
-def dtype_for(option: str, platform: str) -> str:
-    """The name of the dtype of weights and cache."""
-    if option == "auto":  # XLA:CPU reads bfloat16 weights 20 times below memory bandwidth at batch 1
-        return "float32" if platform == "cpu" else "bfloat16"
-    return option
 
 
 def _workspace(compiled: jax.stages.Compiled) -> int:

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "convert:convert",
     "quantize": "quantize:quantize",
     "show": "show:show",
+    "perplexity": "perplexity:perplexity",
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }

@@ -100,8 +100,8 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
 
     from jaxserve.attention import choose
     from jaxserve.errors import ConfigError
+    from jaxserve.loading import dtype_for
     from jaxserve.native.build import BuildError, best_isa, library
-    from jaxserve.runner import dtype_for
 
     try:
         found = jax.devices()
