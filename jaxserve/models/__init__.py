@@ -8,6 +8,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.spec import Model
 
 ARCHITECTURES = {
+    "Gemma2ForCausalLM": "jaxserve.models.gemma2",
+    "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
