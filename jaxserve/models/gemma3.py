@@ -29,7 +29,7 @@ class Config:
     vocab: int
     max_positions: int
     local: tuple[bool, ...]
-    window: int
+    window: int | None
     rope: Rope
     local_rope: Rope
     eps: float

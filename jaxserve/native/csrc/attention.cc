@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "parallel.h"
 #include "product.h"
 #include "simd.h"
@@ -230,9 +231,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   std::memset(static_cast<void*>(out + used * p.heads * D), 0, (tokens - used) * p.heads * D * sizeof(Q));
 }
 
-ffi::Error invalid(const std::string& message) {
-  return ffi::Error::InvalidArgument("ragged_paged_attention: " + message);
-}
+ffi::Error refused(const std::string& message) { return invalid("ragged_paged_attention", message); }
 
 bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
@@ -246,15 +245,15 @@ std::string text(ffi::AnyBuffer::Dimensions dims) {
 
 // The lengths and page ids: what only the device knows, so no caller can have checked it.
 ffi::Error check(const Step& p, int64_t seqs, int64_t all_seqs, int64_t tokens, int64_t pages) {
-  if (seqs < 0 || seqs > all_seqs) return invalid("distribution holds " + std::to_string(seqs) + " sequences");
+  if (seqs < 0 || seqs > all_seqs) return refused("distribution holds " + std::to_string(seqs) + " sequences");
   for (int64_t s = 0; s < seqs; s++) {
     const int64_t begin = p.cu_q_lens[s], end = p.cu_q_lens[s + 1], length = p.kv_lens[s];
     const std::string who = " of sequence " + std::to_string(s);
-    if (begin < 0 || end < begin || end > tokens || (s == 0 && begin != 0)) return invalid("cu_q_lens" + who);
-    if (length < end - begin || length > p.table_width * p.page) return invalid("kv_lens" + who);
+    if (begin < 0 || end < begin || end > tokens || (s == 0 && begin != 0)) return refused("cu_q_lens" + who);
+    if (length < end - begin || length > p.table_width * p.page) return refused("kv_lens" + who);
     for (int64_t i = 0; i * p.page < length; i++) {
       const int64_t id = p.page_table[s * p.table_width + i];
-      if (id < 0 || id >= pages) return invalid("page " + std::to_string(id) + who + " is not in the cache");
+      if (id < 0 || id >= pages) return refused("page " + std::to_string(id) + who + " is not in the cache");
     }
   }
   return ffi::Error::Success();
@@ -274,7 +273,7 @@ ffi::Error with_cache_type(ffi::ThreadPool& pool, const Step& p, int64_t seqs, i
     case ffi::DataType::F32: return call(float{});
     case ffi::DataType::BF16: return call(bf16{});
     case ffi::DataType::F16: return call(f16{});
-    default: return invalid("the cache must be float32, bfloat16 or float16");
+    default: return refused("the cache must be float32, bfloat16 or float16");
   }
 }
 
@@ -287,28 +286,28 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
   const auto ts = page_table.dimensions();
   if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
-    return invalid("q, k, v and cache must have 3 axes and page_table 2");
+    return refused("q, k, v and cache must have 3 axes and page_table 2");
   }
   const int64_t tokens = qs[0], all_seqs = ts[0];
   const bool heads_fit = ks[1] > 0 && qs[1] > 0 && qs[1] % ks[1] == 0 && ks[0] == tokens && ks[2] == qs[2];
-  if (!heads_fit || !same(ks, vs) || qs[2] < 1) return invalid("q " + text(qs) + ", k " + text(ks) + ", v " + text(vs));
-  if (cs[2] != ks[1] * 2 * ks[2] || cs[1] < 1) return invalid("cache " + text(cs) + " for k " + text(ks));
+  if (!heads_fit || !same(ks, vs) || qs[2] < 1) return refused("q " + text(qs) + ", k " + text(ks) + ", v " + text(vs));
+  if (cs[2] != ks[1] * 2 * ks[2] || cs[1] < 1) return refused("cache " + text(cs) + " for k " + text(ks));
   if (static_cast<int64_t>(kv_lens.element_count()) != all_seqs ||
       static_cast<int64_t>(cu_q_lens.element_count()) != all_seqs + 1 || distribution.element_count() != 3) {
-    return invalid("kv_lens, cu_q_lens or distribution do not fit page_table " + text(ts));
+    return refused("kv_lens, cu_q_lens or distribution do not fit page_table " + text(ts));
   }
   if (k.element_type() != q.element_type() || v.element_type() != q.element_type() ||
       out->element_type() != q.element_type() || new_cache->element_type() != cache.element_type()) {
-    return invalid("q, k, v and the result must be of one type, and the cache keep its own");
+    return refused("q, k, v and the result must be of one type, and the cache keep its own");
   }
-  if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return invalid("results of other shapes than q, cache");
-  if (window < 0) return invalid("a negative window");
-  if (!(soft_cap >= 0.0f && std::isfinite(soft_cap))) return invalid("a soft cap that is negative or no number");
+  if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return refused("results of other shapes than q, cache");
+  if (window < 0) return refused("a negative window");
+  if (!(soft_cap >= 0.0f && std::isfinite(soft_cap))) return refused("a soft cap that is negative or no number");
   const bool with_sinks = sinks.element_count() > 0;  // none: an empty array
   if (with_sinks && (sinks.dimensions().size() != 1 || sinks.dimensions()[0] != qs[1])) {
-    return invalid("sinks " + text(sinks.dimensions()) + " for q " + text(qs));
+    return refused("sinks " + text(sinks.dimensions()) + " for q " + text(qs));
   }
-  if (cache.untyped_data() != new_cache->untyped_data()) return invalid("the cache must be updated in place");
+  if (cache.untyped_data() != new_cache->untyped_data()) return refused("the cache must be updated in place");
 
   const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, kv_lens.typed_data(),
                page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr};
@@ -317,7 +316,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   switch (q.element_type()) {
     case ffi::DataType::F32: return with_cache_type<float>(pool, p, seqs, tokens, q, k, v, *new_cache, *out);
     case ffi::DataType::BF16: return with_cache_type<bf16>(pool, p, seqs, tokens, q, k, v, *new_cache, *out);
-    default: return invalid("q must be float32 or bfloat16");
+    default: return refused("q must be float32 or bfloat16");
   }
 }
 
