@@ -63,6 +63,14 @@ def only_served(hf: Mapping[str, Any], **served: Any) -> None:
             raise ConfigError(f"config.json has {key}={hf[key]!r}; this model file serves {value!r} only")
 
 
+def cap_of(hf: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
+    """A soft cap, for which config.json may say null: none. Raises ConfigError for one that is not above 0."""
+    cap = hf.get(key, default)
+    if cap is not None and not cap > 0:
+        raise ConfigError(f"config.json has {key}={cap!r}; a soft cap must be above 0, or null for none")
+    return cap
+
+
 def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The sliding window of each layer by Qwen's keys: layer_types where given, else all from max_window_layers up."""
     layers = hf["num_hidden_layers"]

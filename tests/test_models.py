@@ -128,6 +128,8 @@ def test_what_is_not_served_is_refused_by_name(change, message):
         ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0; a soft cap must be above 0"),
+        ({"query_pre_attn_scalar": 0}, "config.json is incomplete for Gemma"),
         ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]; served are \d of sliding"),
         ({"layer_types": ["chunked_attention"] * 7, "num_hidden_layers": 7}, "chunked_attention"),
     ],

@@ -31,5 +31,5 @@ def find_model(hf: Mapping[str, Any]) -> tuple[Model, Any]:
     model = Model.of(import_module(module))
     try:
         return model, model.config_from_hf(hf)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"config.json is incomplete for {names[0]}: {error!r}") from error

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.layers import Rope, geglu, offset_rms_norm, project, rotate, soft_cap
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, matrix, only_served, sliding_layers, weight
+from jaxserve.spec import Attend, cap_of, matrix, only_served, sliding_layers, weight
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Config:
             tied=hf.get("tie_word_embeddings") is not False,
             scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
             windows=tuple(window if sliding else None for sliding in sliding_layers(hf, 2)),
-            score_cap=hf.get("attn_logit_softcapping", 50.0),
-            logit_cap=hf.get("final_logit_softcapping", 30.0),
+            score_cap=cap_of(hf, "attn_logit_softcapping", 50.0),
+            logit_cap=cap_of(hf, "final_logit_softcapping", 30.0),
         )
 
 

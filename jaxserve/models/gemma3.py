@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.errors import ConfigError
 from jaxserve.layers import Rope, geglu, offset_rms_norm, project, rotate, soft_cap
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, matrix, only_served, sliding_layers, weight
+from jaxserve.spec import Attend, cap_of, matrix, only_served, sliding_layers, weight
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
             eps=hf.get("rms_norm_eps", 1e-6),
             tied=hf.get("tie_word_embeddings") is not False,
             scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-            logit_cap=hf.get("final_logit_softcapping"),
+            logit_cap=cap_of(hf, "final_logit_softcapping"),
         )
 
 
