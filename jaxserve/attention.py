@@ -49,7 +49,7 @@ def bind(
 
     The layers' pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
     """
-    kernel = jax.jit(kernel, static_argnames=("scale", "window"))  # traced once a step, not once a layer
+    kernel = jax.jit(kernel, static_argnames=("scale", "window", "soft_cap"))  # traced once a step, not once a layer
 
     def attend(
         layer: int,
@@ -60,6 +60,8 @@ def bind(
         *,
         scale: float | None = None,
         window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         first = layer * (cache.shape[0] // layers)
         out, cache = kernel(
@@ -73,6 +75,8 @@ def bind(
             distribution,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
         return out.astype(q.dtype), cache
 
@@ -88,15 +92,23 @@ def dense(
     *,
     scale: float | None = None,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one whole sequence over itself, without a cache: for notebooks, and the oracle of tests."""
     tokens, heads, head_dim = q.shape
     q = q.reshape(tokens, k.shape[1], -1, head_dim).astype(jnp.float32)  # [T, K, G, H]
     score = jnp.einsum("tkgh,ckh->kgtc", q, k.astype(jnp.float32)) * (scale or head_dim**-0.5)
+    if soft_cap is not None:
+        score = soft_cap * jnp.tanh(score / soft_cap)
     t = jnp.arange(tokens)
     seen = t[None, :] <= t[:, None]
     if window is not None:
         seen &= t[None, :] > t[:, None] - window
-    weight = jax.nn.softmax(jnp.where(seen[None, None], score, -jnp.inf), axis=-1)
+    score = jnp.where(seen[None, None], score, -jnp.inf)
+    if sinks is not None:
+        column = jnp.asarray(sinks, jnp.float32).reshape(*score.shape[:2], 1, 1)
+        score = jnp.concatenate([score, jnp.broadcast_to(column, (*score.shape[:3], 1))], axis=-1)
+    weight = jax.nn.softmax(score, axis=-1)[..., :tokens]
     out = jnp.einsum("kgtc,ckh->tkgh", weight, v.astype(jnp.float32))
     return out.reshape(tokens, heads, head_dim).astype(v.dtype), cache

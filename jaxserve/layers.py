@@ -24,14 +24,25 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -
 
     On CPU the C++ kernel does it where it is loaded: XLA sums a row in an order that its neighbours change.
     """
+    return _normed(x, weight, eps, around_one=False)
 
+
+def offset_rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """Gemma's form of it: the weight is stored less 1, and the product is float32 as well, rounded once at the end."""
+    return _normed(x, weight, eps, around_one=True)
+
+
+def _normed(x: jax.Array, weight: jax.Array, eps: float, *, around_one: bool) -> jax.Array:
     def xla(x: jax.Array, weight: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        if around_one:
+            return (y * jnp.broadcast_to(1.0 + weight.astype(jnp.float32), y.shape)).astype(x.dtype)
         return y.astype(x.dtype) * jnp.broadcast_to(weight, y.shape)
 
     def cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return native_rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        return native_rms_norm(rows, weight, eps, around_one=around_one).reshape(x.shape)
 
     known = x.dtype == weight.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
     return native.by_platform(cpu if known else xla, xla, x, weight)
@@ -111,3 +122,13 @@ def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: i
 def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """Gated feed-forward (Shazeer 2020) of the block's gate, up and down: down(silu(gate x) * up x)."""
     return project(p, "down", jax.nn.silu(project(p, "gate", x)) * project(p, "up", x))
+
+
+def geglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The same with GELU (Shazeer 2020) in its tanh form: down(gelu(gate x) * up x)."""
+    return project(p, "down", jax.nn.gelu(project(p, "gate", x), approximate=True) * project(p, "up", x))
+
+
+def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Bounds x smoothly: cap * tanh(x / cap); None leaves it."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -63,6 +63,14 @@ def only_served(hf: Mapping[str, Any], **served: Any) -> None:
             raise ConfigError(f"config.json has {key}={hf[key]!r}; this model file serves {value!r} only")
 
 
+def cap_of(hf: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
+    """A soft cap, for which config.json may say null: none. Raises ConfigError for one that is not above 0."""
+    cap = hf.get(key, default)
+    if cap is not None and not cap > 0:
+        raise ConfigError(f"config.json has {key}={cap!r}; a soft cap must be above 0, or null for none")
+    return cap
+
+
 def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The sliding window of each layer by Qwen's keys: layer_types where given, else all from max_window_layers up."""
     layers = hf["num_hidden_layers"]
@@ -71,6 +79,19 @@ def layer_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     first = hf.get("max_window_layers", 28)
     kinds = hf.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     return tuple(hf.get("sliding_window", 4096) if kind == "sliding_attention" else None for kind in kinds)
+
+
+def sliding_layers(hf: Mapping[str, Any], pattern: int) -> tuple[bool, ...]:
+    """Which layers see a sliding window only: by layer_types where given, else all but every `pattern`-th.
+
+    Raises ConfigError for layer_types of another length, or of kinds that are not served.
+    """
+    layers = hf["num_hidden_layers"]
+    names = {"sliding_attention": True, "full_attention": False}
+    kinds = hf.get("layer_types") or [list(names)[(i + 1) % pattern == 0] for i in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= set(names):
+        raise ConfigError(f"config.json has layer_types={kinds!r}; served are {layers} of {', '.join(names)}")
+    return tuple(names[kind] for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,8 @@ class Attend(Protocol):
     """Attention as a model sees it: writes k and v of this step into the cache, then reads.
 
     Every token attends to itself and its past; with `window` to the last `window` positions, itself included.
+    `scale` multiplies the scores (default head_dim ** -0.5), `soft_cap` bounds them by cap * tanh(score / cap), and
+    `sinks` are logits, one a query head, that take a share of the weights and have no value.
     """
 
     def __call__(
@@ -104,6 +127,8 @@ class Attend(Protocol):
         *,
         scale: float | None = None,
         window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Float[Array, " N"] | None = None,
     ) -> tuple[Float[Array, "T N H"], jax.Array]: ...
 
 

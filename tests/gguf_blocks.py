@@ -38,7 +38,7 @@ def _bits(count: int, seed: int) -> np.ndarray:
     return np.random.PCG64(seed).random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count]
 
 
-def _uniform(count: int, seed: int) -> np.ndarray:
+def random_uniform(count: int, seed: int) -> np.ndarray:
     """float64 [count] in [0, 1)."""
     return (np.random.PCG64(seed).random_raw(count) >> np.uint64(11)) * 2.0**-53
 
@@ -48,7 +48,7 @@ def random_rows(name: str, rows: int, k: int, seed: int) -> np.ndarray:
     format = FORMATS[name]
     count = rows * k // format.block
     blocks = _bits(count * format.nbytes, seed).reshape(count, format.nbytes).copy()
-    vary = _uniform(2 * count, seed + 1).reshape(2, count) + 0.5
+    vary = random_uniform(2 * count, seed + 1).reshape(2, count) + 0.5
     at, scale, second, ratio = _SCALES[name]
     if second is None:  # real files have negative scales too
         vary[0] *= np.where(vary[1] < 1, -1, 1)
@@ -118,7 +118,7 @@ def write_random_model(path: Path, name: str) -> str:
     tensors = []
     for i, (tensor, shape) in enumerate(shapes().items()):
         if len(shape) == 1:
-            kind, raw = "F32", (0.5 + _uniform(shape[0], 100 * i)).astype("<f4")[None].view(np.uint8)
+            kind, raw = "F32", (0.5 + random_uniform(shape[0], 100 * i)).astype("<f4")[None].view(np.uint8)
         else:
             kind, raw = name, random_rows(name, shape[0], shape[1], 100 * i)
         digest.update(raw.tobytes())

@@ -43,7 +43,9 @@ def model_tensors(architecture: str = "llama", *, tied: bool = False) -> dict[st
         }  # fmt: skip
         if architecture == "qwen2":
             block |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
-        if architecture == "qwen3":
+        if architecture.startswith("gemma"):
+            block |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
+        if architecture in ("qwen3", "gemma3"):
             block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

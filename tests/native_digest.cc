@@ -31,16 +31,17 @@ std::vector<T> numbers(size_t count, uint32_t seed) {  // in [-1, 1), from a lin
 }
 
 template <class Q, class C>
-void attention(int64_t head_dim, int64_t window) {
+void attention(int64_t head_dim, int64_t window, float soft_cap, bool with_sinks) {
   const int64_t heads = 6, kv_heads = 2, page = 5, length = 150, queries = 20, pages = 30;
   const auto q = numbers<Q>(queries * heads * head_dim, 1);
   const auto cache = numbers<C>(pages * page * kv_heads * 2 * head_dim, 2);
+  const auto sinks = numbers<float>(heads, 6);
   std::vector<Q> out(q.size());
   std::vector<int32_t> table(pages);
   for (int i = 0; i < pages; i++) table[i] = i * 7 % pages;
   const int32_t kv_lens[] = {static_cast<int32_t>(length)}, cu_q_lens[] = {0, static_cast<int32_t>(queries)};
-  const jaxserve::Step step{heads, kv_heads, head_dim, page, kv_heads * 2 * head_dim, pages, 0.3f, window,
-                            kv_lens, table.data(), cu_q_lens};
+  const jaxserve::Step step{heads, kv_heads, head_dim, page, kv_heads * 2 * head_dim, pages, 0.3f, soft_cap, window,
+                            kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr};
   for (int64_t first : {0, 7, 8}) {
     const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12;
     for (int64_t h = 0; h < kv_heads; h++) {
@@ -86,11 +87,13 @@ void blocks(int64_t tokens, int64_t depth) {
   add(row);
 }
 
-template <class T>
+template <class T, bool around_one>
 void norm(int64_t width) {
   const auto x = numbers<T>(3 * width, 3), weight = numbers<T>(width, 4);
   std::vector<T> y(x.size());
-  for (int64_t r = 0; r < 3; r++) jaxserve::norm_row(x.data() + r * width, weight.data(), width, 1e-5f, y.data() + r * width);
+  for (int64_t r = 0; r < 3; r++) {
+    jaxserve::norm_row<T, around_one>(x.data() + r * width, weight.data(), width, 1e-5f, y.data() + r * width);
+  }
   add(y);
 }
 
@@ -122,9 +125,10 @@ void sampling(int64_t vocab, float scale) {
 
 int main() {
   for (const int64_t head_dim : {12, 64, 80}) {
-    attention<float, float>(head_dim, 0);
-    attention<jaxserve::bf16, jaxserve::bf16>(head_dim, 40);
-    attention<float, jaxserve::f16>(head_dim, 0);
+    attention<float, float>(head_dim, 0, 0.0f, false);
+    attention<float, float>(head_dim, 0, 0.2f, false);  // scores from well below the cap to far above it
+    attention<jaxserve::bf16, jaxserve::bf16>(head_dim, 40, 0.0f, true);
+    attention<float, jaxserve::f16>(head_dim, 0, 30.0f, true);
   }
   for (const int64_t tokens : {1, 3, 9}) {
     product<float>(tokens, 100, 30);
@@ -137,8 +141,10 @@ int main() {
     }
   }
   for (const int64_t width : {7, 32, 1000}) {
-    norm<float>(width);
-    norm<jaxserve::bf16>(width);
+    norm<float, false>(width);
+    norm<float, true>(width);
+    norm<jaxserve::bf16, false>(width);
+    norm<jaxserve::bf16, true>(width);
   }
   for (const int64_t vocab : {21, 1024, 5003}) {
     sampling(vocab, 0.1f);

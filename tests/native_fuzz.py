@@ -24,7 +24,10 @@ SAMPLE, LOGPROBS = "jaxserve_sample", "jaxserve_token_logprobs"
 
 
 def random_case(rng):
-    """A step of a few sequences of random lengths in random pages; unwritten memory is NaN."""
+    """A step of a few sequences of random lengths in random pages; unwritten memory is NaN.
+
+    Returns arrays, lengths and tables, attributes, and how many tokens there are.
+    """
     kv_heads, group = int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 3, 7, 8]))
     head_dim = int(rng.choice([1, 8, 12, 16, 32, 40, 64, 80, 128]))
     page = int(rng.choice([1, 4, 16, 48]))
@@ -55,7 +58,9 @@ def random_case(rng):
     compute = rng.choice(["float32", "bfloat16"])
     held = rng.choice(["float32", "bfloat16", "float16"])
     data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held)]
-    return data, step, int(rng.choice([0, 0, 1, 5, 70])), sum(q_lens)
+    step["sinks"] = rng.normal(size=int(rng.choice([0, kv_heads * group]))).astype(np.float32)  # often none
+    window, soft_cap = np.int64(rng.choice([0, 0, 1, 5, 70])), np.float32(rng.choice([0, 0, 0.5, 50]))
+    return data, step, {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap}, sum(q_lens)
 
 
 def random_product(rng):
@@ -228,6 +233,17 @@ def spoil(rng, step, pages):
     return step
 
 
+def misfit(rng, heads):
+    """An array or an attribute that is wrong in any step."""
+    return [
+        ({"sinks": np.zeros(heads + 1, np.float32)}, {}),
+        ({"sinks": np.zeros((1, heads), np.float32)}, {}),
+        ({"sinks": np.zeros(heads, np.float16)}, {}),
+        ({}, {"soft_cap": np.float32(rng.choice([-1, np.inf, np.nan]))}),
+        ({}, {"window": np.int64(-1)}),
+    ][rng.integers(0, 5)]
+
+
 def main() -> None:
     library, seed, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if len(sys.argv) > 4:
@@ -238,13 +254,10 @@ def main() -> None:
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
         rng = np.random.default_rng([seed, case])
-        (q, k, v, cache), step, window, used = random_case(rng)
+        (q, k, v, cache), step, attributes, used = random_case(rng)
         results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype))
-        call = jax.jit(
-            lambda *a, results=results, window=window: jax.ffi.ffi_call(
-                ATTENTION, results, input_output_aliases={3: 1}
-            )(*a, scale=np.float32(0.3), window=np.int64(window))
-        )
+        bound = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases={3: 1})
+        call = jax.jit(partial(bound, **attributes))
         out, new_cache = call(q, k, v, cache, *step.values())
         assert np.isfinite(np.asarray(out, np.float32)).all(), "unwritten memory was used"
         digest.update(np.asarray(out).tobytes() + np.asarray(new_cache).tobytes())
@@ -254,6 +267,14 @@ def main() -> None:
             except (ValueError, jax.errors.JaxRuntimeError) as error:  # raised at once, or when it was waited for
                 assert "ragged_paged_attention: " in str(error), error
                 refused += 1
+        arrays, others = misfit(rng, q.shape[1])
+        try:
+            jax.block_until_ready(bound(q, k, v, cache, *(step | arrays).values(), **attributes | others))
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "ragged_paged_attention: " in str(error) or "buffer dtype" in str(error), error
+            refused += 1
+        else:
+            raise AssertionError(f"{arrays or others} was taken")
         x, w, dtype = random_product(rng)
         panels = packed(handlers, w)
         product = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype))

@@ -270,7 +270,7 @@ def test_which_file_a_path_means(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_a_model_file_finds_its_tensors_and_nothing_else(tmp_path, architecture, tied, kind) -> None:
     tensors = gguf_files.model_tensors(architecture, tied=tied)
     checkpoint = open_checkpoint(gguf_files.write_model(tmp_path / "m.gguf", architecture, tensors=tensors, kind=kind))
@@ -473,8 +473,8 @@ def test_what_is_not_served_is_named(tmp_path, metadata, message) -> None:
 
 
 def test_an_architecture_that_is_not_served_is_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="architecture 'gemma3' is not served; served are llama, qwen2, qwen3"):
-        config_of(tmp_path, "gemma3")
+    with pytest.raises(ConfigError, match="architecture 'gemma' is not served; served are llama, qwen2, qwen3, gemma2"):
+        config_of(tmp_path, "gemma")
     with pytest.raises(ConfigError, match="architecture None is not served"):
         open_checkpoint(saved(tmp_path / "m.gguf", file_bytes()))
     with pytest.raises(ConfigError, match=r"qwen2\.attention\.sliding_window = 16"):
@@ -560,10 +560,10 @@ def test_show_tells_what_a_gguf_holds(tmp_path, capsys) -> None:
 
 
 def test_show_also_tells_of_what_is_not_served(tmp_path, capsys) -> None:
-    path = gguf_files.write_model(tmp_path / "m.gguf", "gemma3", metadata={"gemma3.x": math.inf})
-    assert re.search(r"not served +.*architecture 'gemma3' is not served", shown(capsys, path))
+    path = gguf_files.write_model(tmp_path / "m.gguf", "gemma3n", metadata={"gemma3n.x": math.inf})
+    assert re.search(r"not served +.*architecture 'gemma3n' is not served", shown(capsys, path))
     told = json.loads(shown(capsys, path, "--json"))
-    assert told["context_length"] == 64 and "gemma3" in told["not_served"] and told["metadata"]["gemma3.x"] == "inf"
+    assert told["context_length"] == 64 and "gemma3n" in told["not_served"] and told["metadata"]["gemma3n.x"] == "inf"
 
 
 def test_show_tells_what_a_directory_holds(tmp_path, capsys) -> None:

@@ -53,7 +53,7 @@ def random_batch(rng, *, heads, kv_heads, head_dim, q_lens, pasts, pages=700, to
     return [jnp.asarray(a) for a in args], kv
 
 
-def oracle(args, kv, scale, window):
+def oracle(args, kv, scale, window, soft_cap=None, sinks=None):
     q, _, _, _, _, _, cu, _ = (np.asarray(a) for a in args)
     out = []
     for s, rows in enumerate(kv):
@@ -65,8 +65,11 @@ def oracle(args, kv, scale, window):
             for head in range(query.shape[0]):
                 k, v = rows[start:end, head // group, 0], rows[start:end, head // group, 1]
                 score = k @ query[head] * scale
-                weight = np.exp(score - score.max())
-                out.append(weight @ v / weight.sum())
+                if soft_cap is not None:
+                    score = soft_cap * np.tanh(score / soft_cap)
+                sink = -np.inf if sinks is None else sinks[head]
+                weight = np.exp(score - max(score.max(), sink))
+                out.append(weight @ v / (weight.sum() + np.exp(sink - max(score.max(), sink))))
     return np.array(out).reshape(-1, q.shape[1], q.shape[2])
 
 
@@ -98,11 +101,51 @@ def test_parity(body, window, heads, kv_heads, head_dim):
         assert np.isfinite(np.asarray(cache)).all(axis=-1).sum() == seen, "wrote outside its pages"
 
 
+# A cap that bends every score, and sinks from next to nothing to nearly all of a head's weight.
+CAPS = [
+    dict(soft_cap=0.7),
+    dict(sinks=np.linspace(-6, 9, 4).astype(np.float32)),
+    dict(soft_cap=50.0, sinks=np.linspace(2, -3, 4).astype(np.float32)),
+]
+
+
 @pytest.mark.parametrize("body", BODIES)
-def test_a_sequence_is_the_same_alone_and_in_a_crowd(body):
+@pytest.mark.parametrize("window", [None, 7], ids=["full", "window7"])
+@pytest.mark.parametrize("caps", CAPS, ids=lambda c: "+".join(c))
+def test_parity_with_soft_cap_and_sinks(body, window, caps):
+    kernel = body_of(body)
+    rng = np.random.default_rng(11)
+    run = jax.jit(lambda *a: kernel(*a, scale=0.9, window=window, **caps))
+    plain = jax.jit(lambda *a: kernel(*a, scale=0.9, window=window))
+    for case in (
+        dict(q_lens=[1, 1, 1], pasts=[0, 5, 300]),
+        dict(q_lens=[1] * 9 + [3, 65, 1], pasts=[int(i) for i in rng.integers(0, 40, 9)] + [4, 0, 130]),
+    ):
+        args, kv = random_batch(rng, heads=4, kv_heads=2, head_dim=12, **case)
+        out, want = np.asarray(run(*args)[0]), oracle(args, kv, 0.9, window, **caps)
+        np.testing.assert_allclose(out[: len(want)], want, rtol=2e-5, atol=2e-5)
+        assert np.isfinite(out).all(), "padding rows must stay finite"
+        assert np.abs(out - np.asarray(plain(*args)[0])).max() > 1e-3, "it made no difference"
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("caps", CAPS, ids=lambda c: "+".join(c))
+def test_bodies_agree_with_dense(body, caps):
+    """`attention.dense` is what model files are tested with."""
+    rng = np.random.default_rng(12)
+    args, _ = random_batch(rng, heads=4, kv_heads=2, head_dim=12, q_lens=[100], pasts=[0], tokens=100, seqs_total=1)
+    for window in (None, 9):
+        out, _ = body_of(body)(*args, scale=0.9, window=window, **caps)
+        want, _ = attention.dense(0, *args[:3], jnp.zeros(()), scale=0.9, window=window, **caps)
+        np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("caps", [{}, *CAPS], ids=lambda c: "+".join(c) or "plain")
+def test_a_sequence_is_the_same_alone_and_in_a_crowd(body, caps):
     kernel = body_of(body)
     rng = np.random.default_rng(3)
-    run = jax.jit(lambda *a: kernel(*a, scale=0.25))
+    run = jax.jit(lambda *a: kernel(*a, scale=0.25, **caps))
     args, _ = random_batch(
         rng, heads=4, kv_heads=2, head_dim=16, q_lens=[1] * 20 + [40], pasts=[9 * i for i in range(21)]
     )
@@ -127,6 +170,11 @@ def test_contract_names_what_is_wrong(body):
         kernel(args[0][:, :3], *args[1:], scale=1.0)
     with pytest.raises(ValueError, match="window"):
         kernel(*args, scale=1.0, window=0)
+    for soft_cap in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="soft_cap must be a number above 0"):
+            kernel(*args, scale=1.0, soft_cap=soft_cap)
+    with pytest.raises(ValueError, match=r"sinks must be \[4\], one logit a query head; found \(2,\)"):
+        kernel(*args, scale=1.0, sinks=jnp.zeros(2))
 
 
 @pytest.mark.parametrize("body", BODIES)

@@ -106,7 +106,7 @@ def test_axes_are_sized_by_the_config(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPTBigCodeForCausalLM"]}, "GPTBigCodeForCausalLM is not served; served are Llama"),
+        ({"architectures": ["GPTBigCodeForCausalLM"]}, "GPTBigCodeForCausalLM is not served; served are Gemma2"),
         ({"architectures": []}, "none in config.json"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "unquantised"),
@@ -117,5 +117,37 @@ def test_axes_are_sized_by_the_config(name):
 def test_what_is_not_served_is_refused_by_name(change, message):
     hf = json.loads((GOLDENS[0].parent / "llama2" / "config.json").read_text())
     hf.pop("head_dim", None)
+    with pytest.raises(ConfigError, match=message):
+        find_model(hf | change)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0; a soft cap must be above 0"),
+        ({"query_pre_attn_scalar": 0}, "config.json is incomplete for Gemma"),
+        ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\]; served are \d of sliding"),
+        ({"layer_types": ["chunked_attention"] * 7, "num_hidden_layers": 7}, "chunked_attention"),
+    ],
+)
+def test_what_gemma_is_not_served_with(family, change, message):
+    hf = json.loads((GOLDENS[0].parent / family / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        find_model(hf | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"rope_parameters": {"rope_type": "default"}}, "must hold full_attention and sliding_attention"),
+    ],
+)
+def test_what_gemma3_is_not_served_with(change, message):
+    hf = json.loads((GOLDENS[0].parent / "gemma3" / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         find_model(hf | change)

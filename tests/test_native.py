@@ -15,6 +15,7 @@ from jaxserve import attention, native
 from jaxserve.errors import ConfigError
 from jaxserve.native import build
 from jaxserve.native.attention import ragged_paged_attention
+from jaxserve.native.norm import rms_norm
 
 FUZZ = Path(__file__).parent / "native_fuzz.py"
 CASES = 25
@@ -111,13 +112,36 @@ def step(lens, new, *, pages=8, page=4):
     return [q, k, v, cache, jnp.asarray(lens, jnp.int32), table, cu, distribution]
 
 
-def test_a_prompt_is_the_same_however_it_is_cut(compiler):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("around_one", [False, True])
+def test_norm_rounds_where_it_says(compiler, dtype, around_one):
+    """To the result's type before a weight, or only after the product with 1 + weight."""
+    native.load()
+    rng = np.random.default_rng(4)
+    x, weight = (jnp.asarray(rng.normal(size=size), dtype) for size in ((9, 100), 100))
+    got = rms_norm(x, weight, 1e-5, around_one=around_one)
+    y, w = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    y = y / np.sqrt((y * y).mean(axis=1, keepdims=True) + 1e-5)
+    y = y * (1 + w) if around_one else np.asarray(jnp.asarray(y, dtype), np.float64) * w
+    assert got.dtype == dtype
+    got, want = (np.asarray(a, np.float64) for a in (got, jnp.asarray(y, dtype)))
+    if dtype == jnp.float32:
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    else:  # a number that lies between two may be rounded either way
+        assert (got == want).mean() > 0.99
+        np.testing.assert_allclose(got, want, rtol=2**-7)
+
+
+@pytest.mark.parametrize(
+    "caps", [{}, {"soft_cap": 1.5, "sinks": np.linspace(-3, 3, 6, dtype=np.float32)}], ids=["", "caps"]
+)
+def test_a_prompt_is_the_same_however_it_is_cut(compiler, caps):
     native.load()
     rng = np.random.default_rng(5)
     total, page = 200, 16
     q, k, v = (jnp.asarray(rng.normal(size=(total, n, 24)), jnp.float32) for n in (6, 2, 2))
     table = jnp.asarray(rng.permutation(20)[None], jnp.int32)
-    run = jax.jit(lambda *a: ragged_paged_attention(*a, scale=0.2, window=150))
+    run = jax.jit(lambda *a: ragged_paged_attention(*a, scale=0.2, window=150, **caps))
 
     def cut(*sizes):
         cache, out, done = jnp.full((20, page, 96), jnp.nan), [], 0

@@ -539,8 +539,11 @@ def test_metadata_without_a_type_names_its_key(tmp_path, value) -> None:
 
 
 def test_names_and_labels() -> None:
-    assert gguf_name("model.layers.12.self_attn.k_norm.weight") == "blk.12.attn_k_norm.weight"
-    assert gguf_name("model.layers.x.self_attn.k_norm.weight") is gguf_name("transformer.h.0.weight") is None
+    assert gguf_name("model.layers.12.self_attn.k_norm.weight", "qwen3") == "blk.12.attn_k_norm.weight"
+    assert gguf_name("model.layers.2.post_attention_layernorm.weight", "qwen3") == "blk.2.ffn_norm.weight"
+    assert gguf_name("model.layers.2.post_attention_layernorm.weight", "gemma2") == "blk.2.post_attention_norm.weight"
+    for name in ("model.layers.x.self_attn.k_norm.weight", "transformer.h.0.weight"):
+        assert gguf_name(name, "llama") is None
     assert [size_label(n) for n in (969_000, 1_235_814_400, 7_000_000_000, 70_600_000_000, 12)] == [
         "969K", "1.2B", "7B", "71B", "12",
     ]  # fmt: skip

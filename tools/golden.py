@@ -55,6 +55,13 @@ def rope(theta: float, rope_type: str = "default", **scaling) -> dict:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **scaling}}
 
 
+def ropes(theta: float, local_theta: float, rope_type: str = "default", **scaling) -> dict:
+    """Gemma 3's: one for its global layers, the only ones that are scaled, and one for its local ones."""
+    full, local = rope(theta, rope_type, **scaling), rope(local_theta)
+    kinds = {"full_attention": full["rope_parameters"], "sliding_attention": local["rope_parameters"]}
+    return {"rope_parameters": kinds}
+
+
 def shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **rest) -> dict:
     names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
     sizes = dict(zip(names.split(), (hidden, ffn, layers, heads, kv_heads, vocab), strict=True))
@@ -190,16 +197,80 @@ GOLDENS = [
             **{f"window {w}": {"sliding_window": w} for w in (6, 8)},
         },
     ),
+    Golden(
+        "gemma2",
+        "gemma2",
+        seed=11,
+        prompt_tokens=48,
+        config=shape(48, 64, 3, heads=4, kv_heads=2, vocab=168, head_dim=10, sliding_window=8, rms_norm_eps=1e-6)
+        | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 2.0}
+        | rope(10000.0),
+        classic={"hidden_act": "gelu_pytorch_tanh"},
+        classic_lacks=("layer_types", "tie_word_embeddings", "use_bidirectional_attention"),
+        mistakes={
+            "score cap": {"attn_logit_softcapping": None},
+            "logit cap": {"final_logit_softcapping": None},
+            "scale": {"query_pre_attn_scalar": 10},
+            "gelu": {"hidden_activation": "silu"},
+            "other layers": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            **{f"window {w}": {"sliding_window": w} for w in (7, 9)},
+        },
+    ),
+    Golden(
+        "gemma3",
+        "gemma3_text",
+        seed=12,
+        prompt_tokens=48,
+        config=shape(40, 48, 7, heads=4, kv_heads=1, vocab=176, head_dim=12, sliding_window=9, rms_norm_eps=1e-6)
+        | {"query_pre_attn_scalar": 20}
+        | ropes(5000.0, 100.0, "linear", factor=8.0),
+        dtype=torch.bfloat16,
+        classic={"sliding_window_pattern": 6},
+        classic_lacks=("layer_types", "tie_word_embeddings", "use_bidirectional_attention"),
+        mistakes={
+            "one rope": ropes(5000.0, 5000.0, "linear", factor=8.0),
+            "unscaled": ropes(5000.0, 100.0),
+            "theta": ropes(10000.0, 100.0, "linear", factor=8.0),
+            "scale": {"query_pre_attn_scalar": 12},
+            "all local": {"layer_types": ["sliding_attention"] * 7},
+            "other layer": {"layer_types": [*["sliding_attention"] * 6, "full_attention"]},
+            **{f"window {w}": {"sliding_window": w} for w in (8, 10)},
+        },
+    ),
+    Golden(
+        "gemma3_untied",
+        "gemma3_text",
+        seed=13,
+        prompt_tokens=40,
+        config=shape(48, 64, 3, heads=4, kv_heads=2, vocab=160, head_dim=12, sliding_window=7, rms_norm_eps=1e-6)
+        | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 4.0, "tie_word_embeddings": False}
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        | ropes(1000000.0, 10000.0),
+        classic={"rope_scaling": None},
+        classic_lacks=("rope_theta", "rope_local_base_freq"),
+        mistakes={
+            "logit cap": {"final_logit_softcapping": None},
+            "one rope": ropes(1000000.0, 1000000.0),
+            "all local": {"layer_types": ["sliding_attention"] * 3},
+        },
+    ),
 ]
+
+
+def neutral_norm(model: torch.nn.Module) -> float:
+    """The norm weight that changes nothing: Gemma adds 1 to it."""
+    return 0.0 if model.config.model_type.startswith("gemma") else 1.0
 
 
 def randomise(model: torch.nn.Module, rng: np.random.Generator) -> None:
     """Weights large enough that attention is far from uniform; nothing is left at 0 or 1."""
     for name, weight in sorted(model.named_parameters()):
         if "norm" in name:
-            values = rng.uniform(0.5, 1.5, weight.shape)
+            values = rng.uniform(0.5, 1.5, weight.shape) - 1 + neutral_norm(model)
         else:
             std = 0.3 if "bias" in name or "embed" in name else 0.2
+            if "embed" in name and neutral_norm(model) == 0:
+                std = 0.1  # it is multiplied by sqrt(width): were it larger, each token would only predict itself
             values = rng.normal(0.0, std, weight.shape)
         weight.data.copy_(torch.from_numpy(values.astype(np.float32)))
 
@@ -223,6 +294,9 @@ def classic_config(golden: Golden, written: dict) -> dict:
     """The config in the spelling of transformers 4: rope_theta and rope_scaling, torch_dtype."""
     classic = {key: value for key, value in written.items() if key not in ("rope_parameters", "transformers_version")}
     scaling = dict(written["rope_parameters"])
+    if "full_attention" in scaling:
+        classic["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = dict(scaling["full_attention"])
     classic["rope_theta"] = scaling.pop("rope_theta")
     classic["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     classic["torch_dtype"] = classic.pop("dtype")
@@ -285,7 +359,7 @@ def effects(golden: Golden, directory: Path, tokens: np.ndarray, right: np.ndarr
             model = load(directory)
             for name, weight in model.named_parameters():
                 if name.endswith(kind):
-                    weight.data.fill_(1.0 if "norm" in kind else 0.0)
+                    weight.data.fill_(neutral_norm(model) if "norm" in kind else 0.0)
             record(kind, model)
     weak = {mistake: effect for mistake, effect in moved.items() if effect < MIN_EFFECT}
     assert not weak, f"{golden.name}: these change too little: {weak}; try another seed"
@@ -321,6 +395,8 @@ def make(golden: Golden, directory: Path) -> str:
     )
     c = model.config
     scaling = c.rope_parameters
+    local = scaling.get("sliding_attention")
+    scaling = scaling.get("full_attention", scaling)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     windowed = getattr(c, "sliding_window", None) is not None
     layer_types = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
@@ -331,7 +407,7 @@ def make(golden: Golden, directory: Path) -> str:
         f"{c.hidden_size} / {c.intermediate_size} / {c.num_hidden_layers}",
         f"{c.num_attention_heads} / {c.num_key_value_heads} / {head_dim}",
         f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}",
-        f"{scaling['rope_type']} {scaling['rope_theta']:g}",
+        f"{scaling['rope_type']} {scaling['rope_theta']:g}" + (f", local {local['rope_theta']:g}" if local else ""),
         f"{c.sliding_window} in layers {window_layers}" if window_layers else "-",
         str(golden.dtype).removeprefix("torch."),
         f"{golden.prompt_tokens}",
@@ -364,7 +440,8 @@ Each directory is a checkpoint as `save_pretrained` leaves it, and
 
 `llama_bias` has biases on all seven projections, `qwen2*` on q, k and v, `qwen3_f16` on q, k, v and o. `qwen3` is
 sharded. `linear` spells `type` for `rope_type` in its classic config; the classic config of `qwen2` has a window that
-is not to be used; the `layer_types` of `qwen3_f16` overrule its `max_window_layers`.
+is not to be used; the `layer_types` of `qwen3_f16` overrule its `max_window_layers`. `gemma2` caps scores and
+logits, `gemma3_untied` logits; `gemma3` has one global layer, the sixth, whose rope alone is stretched.
 
 The weakest mistake is the wrong model that comes closest: the largest difference that it makes to any logit. Float32
 rounding is below 1e-4.

@@ -8,6 +8,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.spec import Model
 
 ARCHITECTURES = {
+    "Gemma2ForCausalLM": "jaxserve.models.gemma2",
+    "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
@@ -29,5 +31,5 @@ def find_model(hf: Mapping[str, Any]) -> tuple[Model, Any]:
     model = Model.of(import_module(module))
     try:
         return model, model.config_from_hf(hf)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"config.json is incomplete for {names[0]}: {error!r}") from error

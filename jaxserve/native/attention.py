@@ -1,6 +1,7 @@
 """Ragged paged attention for CPU in C++: the body named `cpu`; see csrc/attention.cc."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -20,21 +21,24 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]:
     """See kernels_pallas/ragged_paged_attention/contract.py; `jaxserve.native.load` must have been called.
 
     The softmax and both products are float32 whatever the types of q and of the cache. A token's result depends on
     its own sequence alone, bit for bit.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
     call = jax.ffi.ffi_call(
         "jaxserve_ragged_paged_attention",
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)),
         input_output_aliases={3: 1},
     )
+    logits = jnp.zeros(0, jnp.float32) if sinks is None else jnp.asarray(sinks, jnp.float32)
     out, new_cache = call(
-        q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution,
-        scale=np.float32(scale), window=np.int64(window or 0),
+        q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, logits,
+        scale=np.float32(scale), window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0),
     )  # fmt: skip
     return out, new_cache
 

@@ -141,9 +141,15 @@ def _from_sentencepiece(model: Any, added: Mapping[int, Mapping[str, Any]], size
     later = {i: entry for i, entry in added.items() if known.get(entry["content"]) != i}
     tokens, types = _table(known, later, size)
     scores = np.full(len(tokens), -10_000, np.float32)
-    for i, (_, score, kind) in enumerate(pieces):
-        if i not in later:
-            scores[i], types[i] = score, kind
+    for i, (text, score, kind) in enumerate(pieces):
+        if i in later:
+            continue
+        scores[i], types[i] = score, kind
+        if kind == _USER_DEFINED:
+            if added.get(i, {}).get("special") or has_control_form(text):
+                types[i] = _CONTROL
+            else:
+                tokens[i] = text.replace("▁", " ")  # it is looked for in a text whose spaces are spaces still
     scores[list(later)] = -1_000
     found = _scored(tokens, scores, types)
     normalizer = model.normalizer_spec

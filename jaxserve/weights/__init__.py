@@ -53,7 +53,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(path: Path) -> Checkpoint:
     """The reader for what the directory holds, or for a GGUF file; no tensor is read.
 
-    A directory's only GGUF file, or split, counts where it holds nothing else that is read.
+    A directory's only GGUF file, or split, counts where it holds nothing else that is read. Of a checkpoint with a
+    vision tower it is the text part.
     Raises ConfigError if there is no checkpoint or its model is not served, CheckpointError if it is damaged.
     """
     if not path.is_dir() and not path.is_file():
@@ -64,7 +65,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GgufCheckpoint(file)
     if path.is_file():
         raise ConfigError(f"{path} is not a GGUF file; give the directory that holds config.json and the weights")
-    config = _read_config(path / CONFIG)
+    if (checkpoint := _open_directory(path, _read_config(path / CONFIG))) is not None:
+        from jaxserve.weights.text_part import text_part  # which needs this module
+
+        return text_part(checkpoint)
+    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    raise ConfigError(
+        f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"
+        + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
+    )
+
+
+def _open_directory(path: Path, config: dict[str, Any]) -> Checkpoint | None:
     if (path / safetensors.SINGLE).is_file():
         return safetensors.open_single(path, config)
     if (path / safetensors.INDEX).is_file():
@@ -73,11 +85,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from jaxserve.weights.orbax import OrbaxCheckpoint  # seconds to import, and seldom needed
 
         return OrbaxCheckpoint(path, config)
-    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
-    raise ConfigError(
-        f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"
-        + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
-    )
+    return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

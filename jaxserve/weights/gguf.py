@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import Blocks, dequantise
 from jaxserve.gguf import GgufFile
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 """general.architecture to the name that jaxserve.models knows; `llama` with a sliding window is Mistral."""
 
 TOP_NAMES = {
@@ -34,6 +41,16 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 """Under blk.N and model.layers.N, before .weight or .bias."""
+_GEMMA_NAMES = LAYER_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+GEMMA = {"gemma2": 2, "gemma3": 6}
+"""Gemma's architectures: every how manyth layer has no sliding window where the file does not say. Their norm weights
+are stored with the 1 added that the models add."""
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers
 
 ROPE_FREQS = "rope_freqs.weight"
 """Llama 3's scaling: what each rotary frequency is divided by."""
@@ -68,7 +85,7 @@ class GgufCheckpoint:
         for name in self.file.tensors:
             if name == ROPE_FREQS and self.config["model_type"] in _INTERLEAVED:
                 continue  # what it says is in the config
-            hf = hf_name(name)
+            hf = hf_name(name, self.file.metadata["general.architecture"])
             if hf in self._sources:
                 raise CheckpointError(f"{path}: tensors {self._sources[hf]!r} and {name!r} are both {hf}")
             self._sources[hf] = name
@@ -80,7 +97,9 @@ class GgufCheckpoint:
         return self.file.tensors[self._sources[name]].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives: float32 for a quantised tensor."""
+        """The dtype that `read` gives: float32 for a quantised tensor, and for a norm with its 1 added."""
+        if self._one_added(name):
+            return np.dtype(np.float32)
         return _DTYPES.get(self.file.tensors[self._sources[name]].format.name, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
@@ -89,6 +108,8 @@ class GgufCheckpoint:
         order = self._row_order(name)
         if not info.format.quantised:
             dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(info.shape)
+            if self._one_added(name):
+                return dense.astype(np.float32) - np.float32(1)
             return dense if order is None else dense[order]
         out = np.empty((len(raw), info.shape[-1]), np.float32)
         step = max(1, _CHUNK // info.shape[-1])
@@ -116,6 +137,9 @@ class GgufCheckpoint:
     def nbytes(self, name: str) -> int:
         return self.file.tensors[self._sources[name]].nbytes
 
+    def _one_added(self, name: str) -> bool:
+        return self.config["model_type"] in GEMMA and name.endswith("norm.weight")
+
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row is each row of `name`; None where they agree."""
         source, head_dim = self._sources[name], self.config["head_dim"]
@@ -129,14 +153,19 @@ class GgufCheckpoint:
         return halves_from_pairs(count, head_dim)
 
 
-def hf_name(name: str) -> str:
+def layer_names(architecture: str) -> dict[str, str]:
+    """LAYER_NAMES of one architecture."""
+    return _GEMMA_NAMES if architecture in GEMMA else LAYER_NAMES
+
+
+def hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name of a GGUF tensor; its own where there is none."""
     if name in TOP_NAMES:
         return TOP_NAMES[name]
-    part = _LAYER.fullmatch(name)
-    if part is None or part[2] not in LAYER_NAMES:
+    part, names = _LAYER.fullmatch(name), layer_names(architecture)
+    if part is None or part[2] not in names:
         return name
-    return f"model.layers.{part[1]}.{LAYER_NAMES[part[2]]}.{part[3]}"
+    return f"model.layers.{part[1]}.{names[part[2]]}.{part[3]}"
 
 
 def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
@@ -198,8 +227,44 @@ def make_config(file: GgufFile) -> dict[str, Any]:
             if config["rope_scaling"] is not None:
                 raise ConfigError(f"{file.path}: both {ROPE_FREQS} and linear rope scaling; served is one of them")
             config["rope_scaling"] = _llama3_scaling(file, config)
+    if architecture in GEMMA:
+        config |= _gemma(keys, architecture, config)
     keys.all_taken()
     return config
+
+
+def _gemma(keys: "_Keys", architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma's configs have besides, and what llama.cpp takes where a file does not say."""
+    layers, second = config["num_hidden_layers"], architecture == "gemma2"
+    window = keys.whole("attention.sliding_window", 4096 if second else 0)
+    pattern = keys.take("attention.sliding_window_pattern", GEMMA[architecture])
+    if isinstance(pattern, np.ndarray) and pattern.shape == (layers,) and pattern.dtype.kind in "biu":
+        sliding = [bool(s) for s in pattern]
+    elif type(pattern) is int and pattern > 0:
+        sliding = [(i + 1) % pattern != 0 for i in range(layers)]
+    else:
+        raise keys.refused("attention.sliding_window_pattern", f"a number above 0 or {layers} of true and false")
+    local_theta = keys.number("rope.freq_base_swa", config["rope_theta"] if second else 10_000.0)
+    if second and local_theta != config["rope_theta"]:
+        raise keys.refused("rope.freq_base_swa", "that of all layers")
+    found: dict[str, Any] = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": query_scalar(config, architecture),
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if window and s else "full_attention" for s in sliding],
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0 if second else 0.0) or None,
+    }
+    if second:
+        return found | {"attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0)}
+    return found | {"rope_local_base_freq": local_theta}
+
+
+def query_scalar(config: Mapping[str, Any], architecture: str) -> int:
+    """query_pre_attn_scalar, which has no key: by llama.cpp, head_dim but for the models of 27B."""
+    if config["num_hidden_layers"] == _GEMMA_27B[architecture]:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
 
 
 def _has_biases(file: GgufFile, *parts: str) -> bool:

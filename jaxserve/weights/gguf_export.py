@@ -10,24 +10,36 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, Format
 from jaxserve.gguf import GgufFile
+from jaxserve.spec import only_served, sliding_layers
 from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.gguf import (
     ARCHITECTURES,
-    LAYER_NAMES,
+    GEMMA,
     ROPE_FREQS,
     TOP_NAMES,
     halves_from_pairs,
+    layer_names,
     llama3_divisors,
+    query_scalar,
 )
 from jaxserve.weights.problems import Problems
 
 _FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {"MistralForCausalLM": "llama"}
 _FORMATS = dict(zip(FLOATS, (FORMATS["F32"], FORMATS["BF16"], FORMATS["F16"]), strict=True))
-_PARTS = {hf: gguf for gguf, hf in LAYER_NAMES.items()}
 _TOP = {hf: gguf for gguf, hf in TOP_NAMES.items()}
 _LAYER = "model.layers."
 # Tables that follow from the config, which older checkpoints hold.
 _COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+# What Gemma's config.json may leave out.
+_GEMMA = {
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA
+    | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": _GEMMA | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ def gguf_tensors(file: GgufFile) -> dict[str, SourceTensor]:
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """general.architecture and the architecture's own keys. Raises ConfigError for what GGUF has no word for."""
     architecture = _architecture(config)
+    config = _DEFAULTS.get(architecture, {}) | dict(config)
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
     found: dict[str, Any] = {
@@ -75,7 +88,9 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
     if architecture == "llama":
         found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim}
-    if config.get("sliding_window") and (architecture == "llama" or config.get("use_sliding_window")):
+    if architecture in GEMMA:
+        found |= _gemma(config, architecture)
+    elif config.get("sliding_window") and (architecture == "llama" or config.get("use_sliding_window")):
         if architecture != "llama":
             raise ConfigError(f"sliding windows of {architecture} have no key in GGUF; its checkpoint stays as it is")
         found["attention.sliding_window"] = config["sliding_window"]
@@ -89,17 +104,18 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """The tensors of a checkpoint directory in the order of the model. Raises CheckpointError naming all that have no
     GGUF name or a dtype that is not read."""
-    config = checkpoint.config
-    llama = _architecture(config) == "llama"
+    architecture = _architecture(checkpoint.config)
+    config = _DEFAULTS.get(architecture, {}) | checkpoint.config
+    llama = architecture == "llama"
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads} if llama else {}
     problems = Problems(checkpoint.path)
     found: dict[str, SourceTensor] = {}
-    for name in sorted(checkpoint.names(), key=_place):
+    for name in sorted(checkpoint.names(), key=lambda name: _place(name, architecture)):
         if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
-        theirs = gguf_name(name)
+        theirs = gguf_name(name, architecture)
         shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
         if theirs is None:
             problems.add("tensor without a name in GGUF", name)
@@ -113,6 +129,9 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
                     problems.add("wrong shape", f"{name} is {list(shape)} for {interleaved[part]} heads of {head_dim}")
                     continue
                 order = np.argsort(halves_from_pairs(interleaved[part], head_dim))
+            if architecture in GEMMA and theirs.endswith("norm.weight"):
+                found[theirs] = SourceTensor(FORMATS["F32"], shape, _one_added(checkpoint, name))
+                continue
             found[theirs] = SourceTensor(_FORMATS[dtype], shape, _reader(checkpoint, name, order))
     problems.raise_any()
     if _scaling_kind(config) == "llama3":
@@ -121,15 +140,45 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     return found
 
 
-def gguf_name(name: str) -> str | None:
+def _gemma(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """Gemma's own keys. Raises ConfigError for what llama.cpp would compute otherwise."""
+    only_served(config, hidden_activation="gelu_pytorch_tanh", attention_bias=False, use_bidirectional_attention=False)
+    scalar, meant = config["query_pre_attn_scalar"], query_scalar(config, architecture)
+    if scalar != meant:
+        raise ConfigError(f"query_pre_attn_scalar={scalar} has no key in GGUF, where it is {meant} for these sizes")
+    sliding = sliding_layers(config, config.get("sliding_window_pattern", GEMMA[architecture]))
+    found: dict[str, Any] = {}
+    if architecture == "gemma2":
+        only_served(config, tie_word_embeddings=True)
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not config[key]:
+                raise ConfigError(f"gemma2 without {key} cannot be written as GGUF; it always has one there")
+            found[key] = float(config[key])
+    else:
+        only_served(config, attn_logit_softcapping=None)
+        local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            raise ConfigError("GGUF has no word for scaled rope of gemma3's local layers")
+        found["rope.freq_base_swa"] = float(local.get("rope_theta", config["rope_local_base_freq"]))
+        if config.get("final_logit_softcapping"):
+            found["final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    if any(sliding) or architecture == "gemma2":
+        found["attention.sliding_window"] = config["sliding_window"]
+        if sliding != tuple((i + 1) % GEMMA[architecture] != 0 for i in range(len(sliding))):
+            found["attention.sliding_window_pattern"] = np.array(sliding)
+    return found
+
+
+def gguf_name(name: str, architecture: str) -> str | None:
     """GGUF's name of a Hugging Face tensor; None where there is none."""
     if name in _TOP:
         return _TOP[name]
     if name.startswith(_LAYER):
         layer, _, rest = name.removeprefix(_LAYER).partition(".")
         part, _, kind = rest.rpartition(".")
-        if layer.isdecimal() and part in _PARTS and kind in ("weight", "bias"):
-            return f"blk.{layer}.{_PARTS[part]}.{kind}"
+        parts = {hf: gguf for gguf, hf in layer_names(architecture).items()}
+        if layer.isdecimal() and part in parts and kind in ("weight", "bias"):
+            return f"blk.{layer}.{parts[part]}.{kind}"
     return None
 
 
@@ -151,7 +200,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found: Mapping[str, Any] = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return found.get("full_attention", found)  # of Gemma 3's two, which has a key of its own for the other
 
 
 def _scaling_kind(config: Mapping[str, Any]) -> str:
@@ -171,11 +221,11 @@ def _llama3_factors(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return llama3_divisors(scaling, theta, head_dim).astype(np.float32)
 
 
-def _place(name: str) -> tuple[int, int, str]:
+def _place(name: str, architecture: str) -> tuple[int, int, str]:
     """Sorts tensors in the order in which a model uses them."""
     if name.startswith(_LAYER):
         layer = name.removeprefix(_LAYER).partition(".")[0]
-        return 1, int(layer) if layer.isdecimal() else 0, gguf_name(name) or name
+        return 1, int(layer) if layer.isdecimal() else 0, gguf_name(name, architecture) or name
     return (0 if "embed" in name else 2), 0, name
 
 
@@ -189,6 +239,11 @@ def _reader(checkpoint: Checkpoint, name: str, order: np.ndarray | None) -> Call
         return _as_bytes(whole[rows] if order is None else whole[order[rows]])
 
     return raw
+
+
+def _one_added(checkpoint: Checkpoint, name: str) -> Callable[[slice], np.ndarray]:
+    """A norm's weight as Gemma multiplies by it."""
+    return lambda rows: _as_bytes(checkpoint.read(name).astype(np.float32)[None] + np.float32(1))[rows]
 
 
 def _bytes_of(vector: np.ndarray) -> Callable[[slice], np.ndarray]:

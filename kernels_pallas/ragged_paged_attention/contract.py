@@ -16,9 +16,12 @@ sequence has at most one query token, and a body may leave out what longer ones 
     -> out [T, N, H], cache with k and v written
 
 A token at position p attends to positions (p - window, p]. k and v are written before anything is read.
+Its weights are the softmax of cap(scale * q.k), where cap(x) is soft_cap * tanh(x / soft_cap) (Gemma 2, 2024). A sink
+(gpt-oss, 2025) is one more logit of each head in that softmax, neither scaled nor capped, whose value is zero.
 Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
 """
 
+import math
 from typing import Protocol
 
 import jax
@@ -26,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 
 class RaggedPagedAttention(Protocol):
-    """What every body implements. `scale` multiplies the scores; `window` None means the whole past."""
+    """What every body implements. `window` None means the whole past, `soft_cap` None no cap, `sinks` None none."""
 
     def __call__(
         self,
@@ -41,6 +44,8 @@ class RaggedPagedAttention(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Float[Array, " N"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]: ...
 
 
@@ -54,6 +59,8 @@ def validate(
     cu_q_lens: jax.Array,
     distribution: jax.Array,
     window: int | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> None:
     """Checks shapes and types at trace time. Raises ValueError saying what was found and what is expected."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
@@ -72,3 +79,7 @@ def validate(
         raise ValueError(f"distribution must be [3]; found {distribution.shape}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; found {window}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be a number above 0, or None for no cap; found {soft_cap}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be [{heads}], one logit a query head; found {sinks.shape}")

@@ -33,9 +33,11 @@ def ragged_paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]:
     """See contract.py."""
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
     tokens, heads, head_dim = q.shape
     seqs, page = kv_lens.shape[0], cache.shape[1]
     decodes, total = distribution[0], distribution[2]
@@ -43,7 +45,16 @@ def ragged_paged_attention(
 
     pages = max(1, KV_BLOCK // page)
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))  # whole blocks
-    attend = partial(_attend_tile, cache=cache, pages=pages, kv_heads=k.shape[1], scale=scale, window=window)
+    attend = partial(
+        _attend_tile,
+        cache=cache,
+        pages=pages,
+        kv_heads=k.shape[1],
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
     out = jnp.zeros((tokens + PREFILL_TILE, heads, head_dim), q.dtype)  # the last tile may hang over
     q = jnp.pad(q, ((0, PREFILL_TILE), (0, 0), (0, 0)))
 
@@ -124,6 +135,8 @@ def _attend_tile(
     kv_heads: int,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "A Q N H"]:
     """A sequences, Q consecutive query tokens each, the first at position `first`; reads positions [0, ends)."""
     (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
@@ -149,6 +162,8 @@ def _attend_tile(
             seen &= at[None, None, :] > position[:, :, None] - window
         seen &= written[:, None, :]
         score = jnp.einsum("akrh,akch->akrc", q, kv[0], preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            score = soft_cap * jnp.tanh(score / soft_cap)
         score = jnp.where(seen[:, None], score, -jnp.inf)
         new_best = jnp.maximum(best, score.max(axis=-1))
         base = jnp.where(jnp.isfinite(new_best), new_best, 0.0)  # a row that has seen nothing yet
@@ -163,9 +178,11 @@ def _attend_tile(
         low = jnp.maximum(jnp.where(ends > 0, first - window + 1, jnp.iinfo(jnp.int32).max).min(), 0) // block
     high = -(-ends.max() // block)
     shape = (seqs, kv_heads, rows)
-    zeros = jnp.zeros(shape, jnp.float32)
-    start = (jnp.full(shape, -jnp.inf, jnp.float32), zeros, jnp.zeros((*shape, head_dim), jnp.float32))
-    _, norm, acc = jax.lax.fori_loop(low, high, step, start)
+    best, norm = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if sinks is not None:  # as if a position without a value had been scored already
+        own = jnp.asarray(sinks, jnp.float32).reshape(kv_heads, groups)[:, jnp.arange(rows) % groups]  # [K, rows]
+        best, norm = jnp.broadcast_to(own, shape), jnp.ones(shape, jnp.float32)
+    _, norm, acc = jax.lax.fori_loop(low, high, step, (best, norm, jnp.zeros((*shape, head_dim), jnp.float32)))
     out = acc / jnp.where(norm > 0, norm, 1.0)[..., None]
     out = out[:, :, : queries * groups].reshape(seqs, kv_heads, queries, groups, head_dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(seqs, queries, heads, head_dim).astype(dtype)

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "buffers.h"
 #include "parallel.h"
 #include "product.h"
 #include "simd.h"
@@ -26,9 +27,10 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 struct Step {
   int64_t heads, kv_heads, head_dim, page, row, table_width;
-  float scale;
-  int64_t window;  // 0: none
+  float scale, soft_cap;  // 0: no cap
+  int64_t window;         // 0: none
   const int32_t *kv_lens, *page_table, *cu_q_lens;
+  const float* sinks;  // [heads], or null
 };
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -36,6 +38,12 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
 int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded) {
   return heads * rows * (kSums + 1) + rows * kBlock + 2 * kBlock * padded;
+}
+
+// soft_cap * tanh(score / soft_cap) of `count` scores, a multiple of 16.
+void cap(float* scores, int count, float soft_cap) {
+  const Vec factor = splat(soft_cap), inverse = splat(1.0f / soft_cap);
+  for (int t = 0; t < count; t += kLanes) store(scores + t, mul(factor, tanh(mul(load(scores + t), inverse))));
 }
 
 // Query tokens [first, first + count) of sequence s, the heads of kv heads [h, h + heads): queries
@@ -56,6 +64,12 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
   std::fill(results, results + heads * rows * padded, 0.0f);
   std::fill(all_denominators, all_denominators + heads * rows * kSums, 0.0f);
   std::fill(all_best, all_best + heads * rows, kNone);
+  if (p.sinks) {  // as if a position without a value had been scored already
+    for (int64_t r = 0; r < heads * rows; r++) {
+      all_best[r] = p.sinks[(h + r / rows) * group + r % rows % group];
+      all_denominators[r * kSums] = 1.0f;
+    }
+  }
 
   const int64_t end = position + count;  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
@@ -92,6 +106,9 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * 2 * D;
       for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
       product<false>(rows, scored, queries + head * rows * padded, padded, D, Strided{keys, kBlock}, scores, kBlock);
+      if (p.soft_cap > 0.0f) {
+        for (int r = 0; r < rows; r++) cap(scores + r * kBlock, scored, p.soft_cap);
+      }
       for (int r = 0; r < rows; r++) {
         float* score = scores + r * kBlock;
         const int64_t own = position + r / group - block;  // this row's token, counted from the block
@@ -214,9 +231,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   std::memset(static_cast<void*>(out + used * p.heads * D), 0, (tokens - used) * p.heads * D * sizeof(Q));
 }
 
-ffi::Error refused(const std::string& message) {
-  return ffi::Error::InvalidArgument("ragged_paged_attention: " + message);
-}
+ffi::Error refused(const std::string& message) { return invalid("ragged_paged_attention", message); }
 
 bool same(ffi::AnyBuffer::Dimensions a, ffi::AnyBuffer::Dimensions b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
@@ -265,8 +280,9 @@ ffi::Error with_cache_type(ffi::ThreadPool& pool, const Step& p, int64_t seqs, i
 ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                   ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> kv_lens,
                                   ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cu_q_lens,
-                                  ffi::Buffer<ffi::S32> distribution, ffi::Result<ffi::AnyBuffer> out,
-                                  ffi::Result<ffi::AnyBuffer> new_cache, float scale, int64_t window) {
+                                  ffi::Buffer<ffi::S32> distribution, ffi::Buffer<ffi::F32> sinks,
+                                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache, float scale,
+                                  int64_t window, float soft_cap) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
   const auto ts = page_table.dimensions();
   if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
@@ -286,10 +302,15 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   }
   if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return refused("results of other shapes than q, cache");
   if (window < 0) return refused("a negative window");
+  if (!(soft_cap >= 0.0f && std::isfinite(soft_cap))) return refused("a soft cap that is negative or no number");
+  const bool with_sinks = sinks.element_count() > 0;  // none: an empty array
+  if (with_sinks && (sinks.dimensions().size() != 1 || sinks.dimensions()[0] != qs[1])) {
+    return refused("sinks " + text(sinks.dimensions()) + " for q " + text(qs));
+  }
   if (cache.untyped_data() != new_cache->untyped_data()) return refused("the cache must be updated in place");
 
-  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, window, kv_lens.typed_data(),
-               page_table.typed_data(), cu_q_lens.typed_data()};
+  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, kv_lens.typed_data(),
+               page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr};
   const int64_t seqs = distribution.typed_data()[2];
   if (ffi::Error error = check(p, seqs, all_seqs, tokens, cs[0]); error.failure()) return error;
   switch (q.element_type()) {
@@ -313,7 +334,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<float>("scale")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap"));

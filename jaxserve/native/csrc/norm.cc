@@ -22,8 +22,9 @@ inline float fold(Floats sum) {
   return lanes[0];
 }
 
-// y = x / sqrt(mean(x^2) + eps), rounded to T before it is multiplied by the weight.
-template <class T>
+// y = x / sqrt(mean(x^2) + eps), rounded to T before it is multiplied by the weight. `around_one`: the weight is what is
+// to be added to 1, and nothing is rounded before the product.
+template <class T, bool around_one>
 void norm_row(const T* x, const T* weight, int64_t width, float eps, T* y) {
   Floats squares = splat16(0.0f);
   const int64_t whole = width / 16 * 16;
@@ -38,8 +39,14 @@ void norm_row(const T* x, const T* weight, int64_t width, float eps, T* y) {
   }
   const float factor = 1.0f / std::sqrt(fold(squares) / static_cast<float>(width) + eps);
   if constexpr (std::is_same_v<T, float>) {
-    for (int64_t i = 0; i < whole; i += 16) store16(y + i, mul(mul(load16(x + i), splat16(factor)), load16(weight + i)));
-    for (int64_t i = whole; i < width; i++) y[i] = x[i] * factor * weight[i];
+    const Floats base = splat16(around_one ? 1.0f : 0.0f);
+    for (int64_t i = 0; i < whole; i += 16) {
+      const Floats w = around_one ? add(load16(weight + i), base) : load16(weight + i);
+      store16(y + i, mul(mul(load16(x + i), splat16(factor)), w));
+    }
+    for (int64_t i = whole; i < width; i++) y[i] = x[i] * factor * (around_one ? weight[i] + 1.0f : weight[i]);
+  } else if constexpr (around_one) {
+    for (int64_t i = 0; i < width; i++) from_float(to_float(x[i]) * factor * (to_float(weight[i]) + 1.0f), y + i);
   } else {
     for (int64_t i = 0; i < width; i++) {
       T rounded;
@@ -49,20 +56,20 @@ void norm_row(const T* x, const T* weight, int64_t width, float eps, T* y) {
   }
 }
 
-template <class T>
+template <class T, bool around_one>
 void norm(ffi::ThreadPool& pool, const T* x, const T* weight, int64_t rows, int64_t width, float eps, T* y) {
   constexpr int64_t kTogether = 32 * 1024;  // numbers that are worth a thread
   const int64_t each = std::max<int64_t>(1, kTogether / std::max<int64_t>(1, width));
   const auto some = [&](int64_t item) {
     for (int64_t r = item * each; r < std::min(rows, (item + 1) * each); r++) {
-      norm_row(x + r * width, weight, width, eps, y + r * width);
+      norm_row<T, around_one>(x + r * width, weight, width, eps, y + r * width);
     }
   };
   parallel_for(pool, (rows + each - 1) / each, some);
 }
 
 ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> y,
-                    float eps) {
+                    float eps, bool around_one) {
   const auto xs = x.dimensions(), ws = weight.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 1 || ys.size() != 2 || ws[0] != xs[1] || ys[0] != xs[0] || ys[1] != xs[1]) {
     return ffi::Error::InvalidArgument("rms_norm: x and the result must be [T, D] and the weight [D]");
@@ -72,7 +79,8 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weigh
   }
   const auto call = [&](auto element) {
     using T = decltype(element);
-    norm(pool, static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()), xs[0], xs[1],
+    const auto rows = around_one ? norm<T, true> : norm<T, false>;
+    rows(pool, static_cast<const T*>(x.untyped_data()), static_cast<const T*>(weight.untyped_data()), xs[0], xs[1],
          eps, static_cast<T*>(y->untyped_data()));
     return ffi::Error::Success();
   };
@@ -92,4 +100,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_rms_norm, jaxserve::rms_norm,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<float>("eps"));
+                                  .Attr<float>("eps")
+                                  .Attr<bool>("around_one"));

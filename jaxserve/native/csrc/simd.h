@@ -178,16 +178,35 @@ inline Vec times_power_of_two(Vec a, Vec n) {
 
 #endif
 
-// e^x for x <= 0, relative error below 1e-6; below -86 it is 0, so that no result is subnormal. exp(0) is 1 exactly.
-// Cody and Waite's reduction to |r| <= log(2)/2, then Taylor's polynomial of degree 7.
-inline Vec exp_of_negative(Vec x) {
-  const Vec limit = splat(-86.0f), x0 = max(x, limit);
+// e^x as 2^n (1 + r q): Cody and Waite's reduction to |r| <= log(2)/2, then Taylor's polynomial of degree 7.
+struct Exponential {
+  Vec n, r, q;
+};
+inline Exponential exponential(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = sub(fma(x0, splat(1.44269504f), magic), magic);
-  const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x0));
-  Vec p = splat(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));
-  return zero_where_below(x, limit, times_power_of_two(p, n));
+  const Vec n = sub(fma(x, splat(1.44269504f), magic), magic);
+  const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  Vec q = splat(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f}) q = fma(q, r, splat(c));
+  return {n, r, q};
+}
+
+// e^x for x <= 0, relative error below 1e-6; below -86 it is 0, so that no result is subnormal. exp(0) is 1 exactly.
+inline Vec exp_of_negative(Vec x) {
+  const Vec limit = splat(-86.0f);
+  const Exponential e = exponential(max(x, limit));
+  return zero_where_below(x, limit, times_power_of_two(fma(e.q, e.r, splat(1.0f)), e.n));
+}
+
+// tanh x, relative error below 1e-6: with m = e^(-2|x|) - 1, whose digits small x keep, it is -m / (2 + m) under the sign
+// of x. From |x| = 10 on it is 1.
+inline Vec tanh(Vec x) {
+  const Vec zero = splat(0.0f), minus = sub(zero, x);
+  const Exponential e = exponential(max(mul(max(x, minus), splat(-2.0f)), splat(-20.0f)));
+  const Vec power = times_power_of_two(splat(1.0f), e.n);
+  const Vec m = fma(power, mul(e.q, e.r), sub(power, splat(1.0f)));
+  const Vec y = div(sub(zero, m), add(splat(2.0f), m));
+  return sub(zero_where_below(x, zero, y), zero_where_below(minus, zero, y));
 }
 
 // `count` numbers as floats, followed by zeros up to `padded`.

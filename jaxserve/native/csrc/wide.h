@@ -29,6 +29,10 @@ Floats load16(const T* p) {
 inline void store16(float* p, Floats a) {
   for (int i = 0; i < kVecs; i++) store(p + i * kLanes, a.v[i]);
 }
+inline Floats add(Floats a, Floats b) {
+  for (int i = 0; i < kVecs; i++) a.v[i] = add(a.v[i], b.v[i]);
+  return a;
+}
 inline Floats mul(Floats a, Floats b) {
   for (int i = 0; i < kVecs; i++) a.v[i] = mul(a.v[i], b.v[i]);
   return a;

@@ -1,0 +1,145 @@
+"""Gemma 3, text: Gemma 2 with norms on queries and keys, and five local layers, with their own rope, to a global one.
+
+T tokens in the step, S sampled rows, D width, N query heads, K kv heads, H head_dim, F ffn, V vocab
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.errors import ConfigError
+from jaxserve.layers import Rope, geglu, offset_rms_norm, project, rotate, soft_cap
+from jaxserve.quant import embed, linear_f32
+from jaxserve.spec import Attend, cap_of, matrix, only_served, sliding_layers, weight
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    local: tuple[bool, ...]
+    window: int | None
+    rope: Rope
+    local_rope: Rope
+    eps: float
+    tied: bool
+    scale: float
+    logit_cap: float | None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        only_served(
+            hf,
+            hidden_activation="gelu_pytorch_tanh",
+            attention_bias=False,
+            use_bidirectional_attention=False,
+            attn_logit_softcapping=None,
+        )
+        rope, local_rope = _ropes(hf)
+        return cls(
+            layers=hf["num_hidden_layers"],
+            width=hf["hidden_size"],
+            heads=hf.get("num_attention_heads", 8),
+            kv_heads=hf.get("num_key_value_heads", 4),
+            head_dim=hf.get("head_dim", 256),
+            ffn=hf["intermediate_size"],
+            vocab=hf.get("vocab_size", 262208),
+            max_positions=hf.get("max_position_embeddings", 131072),
+            local=sliding_layers(hf, hf.get("sliding_window_pattern", 6)),
+            window=hf.get("sliding_window", 4096),
+            rope=rope,
+            local_rope=local_rope,
+            eps=hf.get("rms_norm_eps", 1e-6),
+            tied=hf.get("tie_word_embeddings") is not False,
+            scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+            logit_cap=cap_of(hf, "final_logit_softcapping"),
+        )
+
+
+def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, Rope]:
+    """Of global and of local layers. rope_scaling, the older spelling, stretches the global ones only."""
+    kinds = hf.get("rope_parameters")
+    if kinds is None:
+        return Rope.from_hf(hf, 1_000_000.0), Rope(float(hf.get("rope_local_base_freq", 10_000.0)))
+    if not {"full_attention", "sliding_attention"} <= kinds.keys():
+        raise ConfigError("rope_parameters of gemma3 must hold full_attention and sliding_attention")
+    full, sliding = ({"rope_parameters": kinds[kind]} for kind in ("full_attention", "sliding_attention"))
+    return Rope.from_hf(full, 1_000_000.0), Rope.from_hf(sliding)
+
+
+def param_specs(c: Config) -> dict[str, Any]:
+    w, m = partial(weight, c), partial(matrix, c)  # axis names are the config's fields
+
+    def block(hf: str) -> dict[str, Any]:
+        return {
+            "attn_norm": w("width", f"{hf}.input_layernorm.weight"),
+            "q": m("heads head_dim width", f"{hf}.self_attn.q_proj.weight"),
+            "k": m("kv_heads head_dim width", f"{hf}.self_attn.k_proj.weight"),
+            "v": m("kv_heads head_dim width", f"{hf}.self_attn.v_proj.weight"),
+            "o": m("width heads head_dim", f"{hf}.self_attn.o_proj.weight"),
+            "q_norm": w("head_dim", f"{hf}.self_attn.q_norm.weight"),
+            "k_norm": w("head_dim", f"{hf}.self_attn.k_norm.weight"),
+            "attn_post_norm": w("width", f"{hf}.post_attention_layernorm.weight"),
+            "mlp_norm": w("width", f"{hf}.pre_feedforward_layernorm.weight"),
+            "gate": m("ffn width", f"{hf}.mlp.gate_proj.weight"),
+            "up": m("ffn width", f"{hf}.mlp.up_proj.weight"),
+            "down": m("width ffn", f"{hf}.mlp.down_proj.weight"),
+            "mlp_post_norm": w("width", f"{hf}.post_feedforward_layernorm.weight"),
+        }
+
+    return {
+        "embed": m("vocab width", "model.embed_tokens.weight"),
+        "blocks": [block(f"model.layers.{i}") for i in range(c.layers)],
+        "norm": w("width", "model.norm.weight"),
+        **({} if c.tied else {"unembed": m("vocab width", "lm_head.weight")}),
+    }
+
+
+def block(
+    p: dict[str, Any],
+    c: Config,
+    layer: int,
+    x: Float[Array, "T D"],
+    positions: Int[Array, " T"],
+    cache: jax.Array,
+    attend: Attend,
+) -> tuple[Float[Array, "T D"], jax.Array]:
+    rope, window = (c.local_rope, c.window) if c.local[layer] else (c.rope, None)
+    h = offset_rms_norm(x, p["attn_norm"], c.eps)
+    q = rotate(offset_rms_norm(project(p, "q", h, out=2), p["q_norm"], c.eps), positions, rope)  # [T, N, H]
+    k = rotate(offset_rms_norm(project(p, "k", h, out=2), p["k_norm"], c.eps), positions, rope)  # [T, K, H]
+    v = project(p, "v", h, out=2)  # [T, K, H]
+    o, cache = attend(layer, q, k, v, cache, scale=c.scale, window=window)  # [T, N, H]
+    x = x + offset_rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps)
+    h = geglu(p, offset_rms_norm(x, p["mlp_norm"], c.eps))
+    return x + offset_rms_norm(h, p["mlp_post_norm"], c.eps), cache
+
+
+def forward(
+    p: dict[str, Any],
+    c: Config,
+    tokens: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    cache: jax.Array,
+    attend: Attend,
+) -> tuple[Float[Array, "T D"], jax.Array]:
+    x = embed(p["embed"], tokens)  # [T, D]
+    x = x * jnp.asarray(c.width**0.5, x.dtype)  # rounded as it was in training
+    for i, layer in enumerate(p["blocks"]):
+        x, cache = block(layer, c, i, x, positions, cache, attend)
+    return offset_rms_norm(x, p["norm"], c.eps), cache
+
+
+def logits(p: dict[str, Any], c: Config, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    return soft_cap(linear_f32(hidden, p["embed"] if c.tied else p["unembed"]), c.logit_cap)
