@@ -98,10 +98,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of profiled steps went: the parts' times add up to `ms`, a step's mean."""
+    """Where the time of profiled steps went: the parts' times add up to `ms`, the mean of the `steps` that count."""
 
     parts: tuple[Part, ...]
     ms: float
+    steps: int
 
     def table(self) -> str:
         line = "{:<12} {:<34} {:>7} {:>9} {:>6}".format
@@ -113,7 +114,7 @@ class Breakdown:
             for p in (*self.parts, whole)
         )
         note = (
-            "Profiled from launch to result. What runs at once shares the time in equal parts; calls are those a step."
+            f"Mean of {self.steps} profiled steps, the faster half. What runs at once shares the time in equal parts."
         )
         return "\n".join([note, line("part", "operation", "calls", "ms", "%"), *rows])
 
@@ -132,7 +133,7 @@ def measure(runner: Runner, case: Case, *, steps: int, warm: int) -> Timing:
 
 
 def profile(runner: Runner, case: Case, *, steps: int) -> Breakdown:
-    """The mean breakdown of `steps` steps. They are slower than others by what the profiler costs.
+    """The breakdown of the faster half of `steps` steps. They are slower than others by what the profiler costs.
 
     Raises ConfigError for the case, JaxserveError where the platform's profiles name no operations.
     """
@@ -214,10 +215,12 @@ type _Span = tuple[float, float, str]
 
 
 def breakdown(data: jax.profiler.ProfileData, known: dict[str, tuple[str, str]]) -> Breakdown:
-    """Shares out the time of each span named STEP: among the operations that run at a moment, in equal parts.
+    """Shares out the time of the spans named STEP: among the operations that run at a moment, in equal parts.
 
-    An operation that runs others, as a condition does, counts only while none of them runs on its thread. What is left
-    is `between` operations, where XLA passes from one to the next, and the `host`, before the first and after the last.
+    The faster half of the spans counts, since another program on a core makes one many times slower. An operation that
+    runs others, as a condition does, counts only while none of them runs on its thread. What is left is `between`
+    operations, where XLA passes from one to the next, and the `host`'s: the launch, before the first of them, and the
+    result, after the last.
     """
     steps, threads = [], []
     for plane in data.planes:
@@ -232,13 +235,16 @@ def breakdown(data: jax.profiler.ProfileData, known: dict[str, tuple[str, str]])
                 threads.append(spans)
     if not steps or not threads:
         raise JaxserveError("the profile of this platform does not name the operations of a step")
-    calls = Counter(known[name] for spans in threads for _, _, name in spans)
+    steps = sorted(steps, key=lambda step: step[1] - step[0])[: (len(steps) + 1) // 2]
+    calls: Counter[tuple[str, str]] = Counter()
     ns: dict[tuple[str, str], float] = defaultdict(float)
     pieces = sorted(piece for spans in threads for piece in innermost(spans))
     for begin, end in steps:
+        calls.update(known[name] for spans in threads for start, _, name in spans if begin <= start < end)
         inside = [(max(a, begin), min(b, end), name) for a, b, name in pieces if a < end and b > begin]
-        first, last = min((p[0] for p in inside), default=end), max((p[1] for p in inside), default=end)
-        ns["host", "launch, result"] += end - begin - (last - first)
+        first, last = min((a for a, _, _ in inside), default=end), max((b for _, b, _ in inside), default=end)
+        ns["host", "launch"] += first - begin
+        ns["host", "result"] += end - last
         for length, running in concurrent(inside):
             for name in running:
                 ns[known[name]] += length / len(running)
@@ -247,7 +253,7 @@ def breakdown(data: jax.profiler.ProfileData, known: dict[str, tuple[str, str]])
     count = len(steps)
     parts = (Part(*key, calls[key] / count, time / count / 1e6) for key, time in ns.items())
     total = sum(end - begin for begin, end in steps) / count / 1e6
-    return Breakdown(tuple(sorted(parts, key=lambda p: -p.ms)), total)
+    return Breakdown(tuple(sorted(parts, key=lambda p: -p.ms)), total, count)
 
 
 def _instruction(plane: str, event: Any, known: dict[str, tuple[str, str]]) -> str | None:

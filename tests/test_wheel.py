@@ -103,13 +103,15 @@ def test_a_library_of_other_sources_is_not_taken(monkeypatch, compiler, tmp_path
     library = tmp_path / "prebuilt" / build.file_name(build.best_isa())
     library.parent.mkdir()
     library.touch()
-    assert build.library() == build.Library(library, build.best_isa(), True)
-    assert str(build.library(prebuilt=False)).endswith("(built here)")
+    assert (build.library().path, build.library().prebuilt) == (library, True)
+    assert str(build.library(prebuilt=False)).endswith("(built here: the package's is refused)")
     shutil.copytree(build.SOURCES, tmp_path / "csrc")
     monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
     assert build.library().prebuilt
     (tmp_path / "csrc" / "simd.h").write_text("// another")
-    assert not build.library().prebuilt
+    assert not build.library().prebuilt and "the package's are of other sources" in str(build.library())
+    shutil.rmtree(tmp_path / "prebuilt")
+    assert str(build.library()).endswith("(built here: the package brings none)")
 
 
 LOAD = """
@@ -139,7 +141,7 @@ def test_where_the_packages_library_is_refused_one_is_built(compiler, tmp_path, 
     done = python("-c", LOAD, str(tmp_path), path=ROOT, CXX=" ".join(compiler), XDG_CACHE_HOME=str(build_cache()))
     said, last = done.stdout.strip().rsplit("\n", 1)
     assert re.search(f"not using a library that came with the package: .*({reason})", said), done.stderr
-    assert last.endswith("(built here) 16.0")
+    assert last.endswith("(built here: the package's is refused) 16.0")
     without = python("-c", LOAD, str(tmp_path), path=ROOT, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert without.stdout.strip().split("\n")[-1].startswith("BuildError: no C++ compiler was found"), without.stderr
 

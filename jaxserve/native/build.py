@@ -83,17 +83,28 @@ class Library:
     path: Path
     isa: Isa
     prebuilt: bool
+    reason: str
+    """Why this one."""
 
     def __str__(self) -> str:
-        return f"{self.isa.name}: {self.path} ({'came with the package' if self.prebuilt else 'built here'})"
+        return f"{self.isa.name}: {self.path} ({self.reason})"
 
 
 def library(progress: Callable[[str], None] = lambda message: None, *, prebuilt: bool = True) -> Library:
-    """The library for this machine: the package's if it is of these sources, else one built here. Raises BuildError."""
+    """The library for this machine: the package's if it is of these sources, else one built here. Raises BuildError.
+
+    `prebuilt`: the package's may be taken.
+    """
     isa = best_isa()
     path = PREBUILT / file_name(isa)
-    if prebuilt and path.exists():
-        return Library(path, isa, True)
+    if not prebuilt:
+        reason = "built here: the package's is refused"
+    elif path.exists():
+        return Library(path, isa, True, "came with the package")
+    elif PREBUILT.exists():
+        reason = f"built here: the package's are of other sources, or not for {isa.name}"
+    else:
+        reason = "built here: the package brings none"
     compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
     name = file_name(isa, version.decode(errors="replace"), jaxlib.__version__)
@@ -101,7 +112,7 @@ def library(progress: Callable[[str], None] = lambda message: None, *, prebuilt:
     if not path.exists():
         progress(f"compiling the CPU kernels for {isa.name}; this is done once")
         build(isa, compiler, path)
-    return Library(path, isa, False)
+    return Library(path, isa, False, reason)
 
 
 def file_name(isa: Isa, *tools: str) -> str:
