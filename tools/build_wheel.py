@@ -31,10 +31,9 @@ def compile_libraries(folder: Path) -> None:
 def pack(libraries: Path, output: Path) -> Path:
     """The wheel in `output`, with the libraries that lie in `libraries`."""
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(
-            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", directory],
-            check=True, cwd=ROOT, env=os.environ | {"JAXSERVE_WHEEL_LIBRARIES": str(libraries.resolve())},
-        )  # fmt: skip
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", directory]
+        environ = os.environ | {"JAXSERVE_WHEEL_LIBRARIES": str(libraries.resolve())}
+        subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
         (built,) = Path(directory).glob("*.whl")
         output.mkdir(parents=True, exist_ok=True)
         (output / built.name).write_bytes(built.read_bytes())
