@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class Case:
             (self.seqs * pages, sizes.num_pages, "pages of KV cache needed:", "num_kv_pages"),
         ):
             if wanted > most:
-                raise ConfigError(f"{name} {wanted} exceeds {flag} {most}; raise --{flag.replace('_', '-')}")
+                cure = f"lower it, or raise --{flag.replace('_', '-')}"
+                raise ConfigError(f"{name} {wanted} exceeds {flag} {most}; {cure}")
         rng, params = np.random.default_rng(seed), SamplingParams(temperature=0.0, seed=seed)
         sequences = []
         for i in range(self.seqs):
@@ -147,7 +149,7 @@ def profile(runner: Runner, case: Case, *, steps: int) -> Breakdown:
                     run()
         (file,) = Path(directory).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
-    known = instructions(runner.compiled(run.shape).as_text() or "")
+    known = instructions(runner.compiled(run.shape).as_text() or "", weight_names(runner.params))
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # jaxlib's own, about its types
         return breakdown(data, known)
 
@@ -170,6 +172,13 @@ def weights_read(params: Params) -> int:
     return _bytes(params) - (_bytes(params["embed"]) if "unembed" in params else 0)
 
 
+def weight_names(params: Params) -> list[str]:
+    """The part of the model that multiplies each weight, in the order of the compiled step's arguments."""
+    paths = (path for path, _ in jax.tree.leaves_with_path(params))
+    names = ([key.key for key in path if isinstance(key, jax.tree_util.DictKey)][-1] for path in paths)
+    return ["logits" if name in ("embed", "unembed") else name for name in names]
+
+
 def _bytes(tree: Any) -> int:
     return sum(a.nbytes for a in jax.tree.leaves(tree))
 
@@ -190,23 +199,32 @@ def memory_bandwidth(nbytes: int = 2**28, rounds: int = 5) -> float:
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:.*?\s)?([a-z][\w\-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_OPERAND = re.compile(r"%?([\w.\-]+)[,)]")
+_WEIGHT = re.compile(r"params\[(\d+)\]")
 _SCOPE = re.compile(r"[A-Za-z_]\w*")
 # What JAX puts between the scopes of an operation's name: `jit(_step)/forward/cond/branch_0_fun/norm/rsqrt`.
 _NO_SCOPE = re.compile(r"cond|while|body|branch_\d+_fun|closed_call|eval_jaxpr")
 
 
-def instructions(text: str) -> dict[str, tuple[str, str]]:
+def instructions(text: str, weights: Seq[str]) -> dict[str, tuple[str, str]]:
     """(part of the model, operation) of each instruction of a compiled program's text.
 
-    The part is the innermost of the program's named scopes; a fusion counts where its last operation does.
+    The part is the innermost of the program's named scopes; a fusion counts where its last operation does. Where XLA
+    has lost the name, as it does of products of one row, the part is the weight that is an operand.
     """
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
+    weight: dict[str, str] = {}
     for line in text.splitlines():
-        if match := _INSTRUCTION.match(line):
-            target, name = _TARGET.search(line), _OP_NAME.search(line)
-            path = name[1].split("/")[:-1] if name else []
-            scopes = [s for s in path if _SCOPE.fullmatch(s) and not _NO_SCOPE.fullmatch(s)]
-            found[match[1]] = (scopes[-1] if scopes else "other", target[1] if target else match[2])
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        target, named = _TARGET.search(line), _OP_NAME.search(line)
+        name = named[1] if named else ""
+        if argument := _WEIGHT.fullmatch(name):
+            weight[match[1]] = weights[int(argument[1])]
+        scopes = [s for s in name.split("/")[:-1] if _SCOPE.fullmatch(s) and not _NO_SCOPE.fullmatch(s)]
+        operands = () if name else _OPERAND.findall(line[match.end() :])
+        part = scopes[-1] if scopes else next((weight[o] for o in operands if o in weight), "other")
+        found[match[1]] = (part, target[1] if target else match[2])
     return found
 
 
