@@ -51,6 +51,7 @@ def bind(
     """
     kernel = jax.jit(kernel, static_argnames=("scale", "window", "soft_cap"))  # traced once a step, not once a layer
 
+    @jax.named_scope("attention")
     def attend(
         layer: int,
         q: jax.Array,

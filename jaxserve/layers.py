@@ -19,6 +19,7 @@ from jaxserve.native.norm import rms_norm as native_rms_norm
 from jaxserve.quant import linear
 
 
+@jax.named_scope("norm")
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """Root-mean-square norm (Zhang and Sennrich 2019), in float32, rounded before the weight as checkpoints expect.
 
@@ -103,6 +104,7 @@ class Rope:
         return freqs.astype(np.float32)
 
 
+@jax.named_scope("rope")
 def rotate(x: Float[Array, "T N H"], positions: Int[Array, " T"], rope: Rope) -> Float[Array, "T N H"]:
     """Rotates the pairs (i, i + H/2) of every head by its position: x [T, N, H], positions [T]."""
     half = x.shape[-1] // 2
@@ -114,9 +116,10 @@ def rotate(x: Float[Array, "T N H"], positions: Int[Array, " T"], rope: Rope) ->
 
 def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: int = 1) -> Float[Array, "T ..."]:
     """x through weight p[name], plus its bias p[name_bias] where the block has one -> [T, outputs...]."""
-    y = linear(x, p[name], out=out)
-    bias = p.get(f"{name}_bias")
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+    with jax.named_scope(name):
+        y = linear(x, p[name], out=out)
+        bias = p.get(f"{name}_bias")
+        return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
 def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:

@@ -85,6 +85,7 @@ def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
     return _product(x, w, 1, jnp.float32)
 
 
+@jax.named_scope("embed")
 def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Rows of an embedding table: w [V, D], tokens [T] -> [T, D]."""
     if isinstance(w, Packed):

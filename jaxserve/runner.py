@@ -30,7 +30,7 @@ from jaxserve.native.attention import untouched_cache
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
-from jaxserve.spec import CacheSpec, Model
+from jaxserve.spec import CacheSpec, Model, Params
 
 log = logging.getLogger("jaxserve.runner")
 
@@ -161,11 +161,20 @@ class Runner:
             if _needs_binding(sequence):
                 self._state = self._bind(self._state, *self._binding(sequence))
         shape = batch.pick(self.shapes, plan)
-        compiled = self._compiled.get(shape) or self._compile_now(shape)
+        compiled = self.compiled(shape)
         self._rows.update(plan)
         buffer = self._layout[shape].pack(plan, self._rows)
         self._state, output = compiled(self._params, self._state, buffer)
         return Launched(plan, output), shape.tokens - plan.num_tokens
+
+    def compiled(self, shape: Shape) -> jax.stages.Compiled:
+        """The step of one of `shapes`, compiled now if it is not yet."""
+        return self._compiled.get(shape) or self._compile_now(shape)
+
+    @property
+    def params(self) -> Params:
+        """The weights as the model file sees them."""
+        return jax.tree.unflatten(self._tree, self._params)
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)

@@ -25,7 +25,7 @@ RANKS = {
     "client": 9,
     "text": 10,
     "llm": 11, "bench": 11,
-    "server": 12,
+    "server": 12, "profile": 12,
     "cli": 13,
     "__init__": 14,  # the public names
     "__main__": 14,

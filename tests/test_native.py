@@ -213,9 +213,9 @@ def test_it_is_built_once_and_again_when_a_source_changes(monkeypatch, compiler,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(build, "build", lambda isa, compiler, path: (built.append(path), path.parent.mkdir(
         parents=True, exist_ok=True), path.touch()))  # fmt: skip
-    assert build.library() == build.library() == built[0] and len(built) == 1
+    assert build.library() == build.library() and build.library().path == built[0] and len(built) == 1
     (sources / "simd.h").write_text("// another")
-    assert build.library() == built[1] != built[0]
+    assert build.library().path == built[1] != built[0]
 
 
 def test_without_a_home_nobody_elses_library_is_loaded(monkeypatch, compiler):
@@ -223,7 +223,7 @@ def test_without_a_home_nobody_elses_library_is_loaded(monkeypatch, compiler):
     monkeypatch.setattr(build, "cache_home", lambda: None)
     built = []
     monkeypatch.setattr(build, "build", lambda isa, compiler, path: built.append(path))
-    assert build.library() == build.library() == built[0], "one folder a process"
+    assert build.library().path == build.library().path == built[0], "one folder a process"
     assert built[0].parents[1].stat().st_mode & 0o077 == 0
     built[0].parents[1].rmdir()
     build._temporary_home.cache_clear()

@@ -25,7 +25,13 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }
-BENCHES = ("throughput", "latency", "serve", "startup")
+BENCHES = {
+    "throughput": "bench:throughput",
+    "latency": "bench:latency",
+    "serve": "bench:serve",
+    "startup": "bench:startup",
+    "step": "bench_step:step",
+}
 
 
 def make_app() -> App:
@@ -43,14 +49,14 @@ def make_app() -> App:
     )
     bench = App(
         name="bench",
-        help="Measure throughput, latency, a running server, or the start.",
+        help="Measure throughput, latency, a running server, the start, or a single step.",
         group_parameters=Group("Options", sort_key=0),
     )
     # Named, not imported: a command pays for its own imports only.
     for name, target in COMMANDS.items():
         app.command(f"jaxserve.cli.{target}", name=name)
-    for name in BENCHES:
-        bench.command(f"jaxserve.cli.bench:{name}", name=name)
+    for name, target in BENCHES.items():
+        bench.command(f"jaxserve.cli.{target}", name=name)
     app.command(bench)
     return app
 

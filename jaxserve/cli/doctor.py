@@ -98,10 +98,11 @@ def machine() -> Iterator[tuple[str, str]]:
 def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, str]]:
     import jax
 
+    from jaxserve import native
     from jaxserve.attention import choose
     from jaxserve.errors import ConfigError
     from jaxserve.loading import dtype_for
-    from jaxserve.native.build import BuildError, best_isa, library
+    from jaxserve.native.build import BuildError
 
     try:
         found = jax.devices()
@@ -119,7 +120,8 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
         problems.append("an NVIDIA GPU is here, but JAX lacks its plugin: pip install 'jaxserve[cuda]'")
     if kind == "cpu":
         try:
-            yield "C++ kernels", f"{best_isa().name}: {library(print)}"
+            native.load(print)
+            yield "C++ kernels", str(native.origin())
         except BuildError as e:
             yield "C++ kernels", f"none: {e}"
     reason = f"auto on {kind}" if models.dtype == "auto" else "asked for by name"

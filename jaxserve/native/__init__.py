@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.native.build import BuildError, library
+from jaxserve.native.build import BuildError, Library, library
 
 TARGETS = (
     "jaxserve_linear",
@@ -22,7 +22,7 @@ TARGETS = (
 )
 
 _lock = threading.Lock()
-_library: ctypes.CDLL | None = None
+_library: tuple[ctypes.CDLL, Library] | None = None
 
 
 def loaded() -> bool:
@@ -31,9 +31,15 @@ def loaded() -> bool:
 
 
 def handlers() -> ctypes.CDLL:
-    """The loaded library."""
+    """The loaded library's functions."""
     assert _library is not None, "load() comes first"
-    return _library
+    return _library[0]
+
+
+def origin() -> Library:
+    """The loaded library's file, and where it is from."""
+    assert _library is not None, "load() comes first"
+    return _library[1]
 
 
 def by_platform[Result](cpu: Callable[..., Result], otherwise: Callable[..., Result], *arguments: Any) -> Result:
@@ -50,11 +56,23 @@ def load(progress: Callable[[str], None] = lambda message: None) -> None:
     with _lock:
         if _library is not None:
             return
-        path = library(progress)
+        found = library(progress)
         try:
-            found = ctypes.CDLL(str(path))
-            for target in TARGETS:
-                jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(found, target)), platform="cpu")
-        except (OSError, AttributeError) as error:
-            raise BuildError(f"{path} does not load: {error}") from error
-        _library = found
+            _library = _register(found), found
+        except BuildError as error:
+            if not found.prebuilt:
+                raise
+            progress(f"not using a library that came with the package: {error}")
+            found = library(progress, prebuilt=False)
+            _library = _register(found), found
+
+
+def _register(found: Library) -> ctypes.CDLL:
+    jax.devices("cpu")  # what XLA does not support it refuses here; before it runs it would fail later, and for good
+    try:
+        functions = ctypes.CDLL(str(found.path))
+        for target in TARGETS:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(functions, target)), platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+        raise BuildError(f"{found.path} does not load: {error}") from error
+    return functions

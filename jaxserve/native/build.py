@@ -1,4 +1,4 @@
-"""From the C++ sources to a library for this machine: which instruction set, which compiler, where it is kept."""
+"""From the C++ sources to a library for this machine: what came with the package, or which compiler and where kept."""
 
 import hashlib
 import os
@@ -19,6 +19,8 @@ import jaxlib
 from jaxserve.config import cache_home
 
 SOURCES = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Libraries that a wheel of tools/build_wheel.py brings; there is no such folder otherwise."""
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-pthread",
     # Results may not depend on which products the compiler chose to fuse: the code says where it fuses.
@@ -74,14 +76,54 @@ def best_isa() -> Isa:
     raise BuildError(f"no kernels are written for {platform.machine()}")
 
 
-def library(progress: Callable[[str], None] = lambda message: None) -> Path:
-    """The library for this machine, built now if it is not in the cache. Raises BuildError."""
-    isa, compiler = best_isa(), find_compiler()
-    path = _kept(isa, compiler)
+@dataclass(frozen=True)
+class Library:
+    """A library for this machine, and where it is from."""
+
+    path: Path
+    isa: Isa
+    prebuilt: bool
+    reason: str
+    """Why this one."""
+
+    def __str__(self) -> str:
+        return f"{self.isa.name}: {self.path} ({self.reason})"
+
+
+def library(progress: Callable[[str], None] = lambda message: None, *, prebuilt: bool = True) -> Library:
+    """The library for this machine: the package's if it is of these sources, else one built here. Raises BuildError.
+
+    `prebuilt`: the package's may be taken.
+    """
+    isa = best_isa()
+    path = PREBUILT / file_name(isa)
+    if not prebuilt:
+        reason = "built here: the package's is refused"
+    elif path.exists():
+        return Library(path, isa, True, "came with the package")
+    elif PREBUILT.exists():
+        reason = f"built here: the package's are of other sources, or not for {isa.name}"
+    else:
+        reason = "built here: the package brings none"
+    compiler = find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    name = file_name(isa, version.decode(errors="replace"), jaxlib.__version__)
+    path = (cache_home() or _temporary_home()) / "native" / name
     if not path.exists():
         progress(f"compiling the CPU kernels for {isa.name}; this is done once")
         build(isa, compiler, path)
-    return path
+    return Library(path, isa, False, reason)
+
+
+def file_name(isa: Isa, *tools: str) -> str:
+    """A name that changes with everything that went into a library: the sources, the flags, and what `tools` say.
+
+    A prebuilt one goes by the sources alone: whether its XLA FFI is this JAX's is XLA's to say, when it is registered.
+    """
+    digest = hashlib.blake2b(repr((FLAGS, isa, *tools)).encode(), digest_size=10)
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return f"kernels-{isa.name}-{digest.hexdigest()}.so"
 
 
 def find_compiler() -> list[str]:
@@ -120,15 +162,6 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"compiling the CPU kernels failed: {error}") from error
     if done.returncode != 0:
         raise BuildError(f"compiling the CPU kernels failed: {shlex.join(command)}\n{done.stderr.strip()}")
-
-
-def _kept(isa: Isa, compiler: list[str]) -> Path:
-    """Where the library lies: a name that changes with everything that went into it."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
-    digest = hashlib.blake2b(version + repr((FLAGS, isa, jaxlib.__version__)).encode(), digest_size=10)
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
-    return (cache_home() or _temporary_home()) / "native" / f"kernels-{isa.name}-{digest.hexdigest()}.so"
 
 
 @cache
