@@ -16,7 +16,7 @@ from cyclopts import Group, Parameter, validators
 
 from jaxserve import bench
 from jaxserve.cli import options as cli
-from jaxserve.cli.opening import opened
+from jaxserve.cli.opening import opened, run
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
 from jaxserve.errors import ConfigError, EngineStopped
 
@@ -25,13 +25,13 @@ Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadFlags:
-    """What is asked of the engine."""
+    """What is asked of the engine; by default, prompts and answers as long as vLLM's bench latency has them."""
 
     num_prompts: Count = 128
     """Requests in all."""
-    random_input_len: Count = 64
+    random_input_len: Count = 32
     """Tokens of a prompt; its ids are random."""
-    random_output_len: Count = 64
+    random_output_len: Count = 128
     """Tokens to generate; the end-of-sequence token is ignored."""
     random_range_ratio: float = 0.0
     """Lengths vary by this share up and down."""
@@ -76,7 +76,7 @@ def throughput(
         TOML file with any of these settings.
     """
     engine = cli.engine_options(model, models, schedule, device)
-    return asyncio.run(_throughput(engine, cli.model_name(model), concurrency, workload))
+    return run(_throughput(engine, cli.model_name(model), concurrency, workload))
 
 
 async def _throughput(engine: EngineOptions, name: str, levels: tuple[int, ...], flags: WorkloadFlags) -> int:
@@ -155,7 +155,7 @@ def latency(
             print(f"{percent}% percentile latency: {np.percentile(seconds, percent):.4f} seconds")
         return _failures(*reports)
 
-    return asyncio.run(work())
+    return run(work())
 
 
 def serve(
@@ -218,7 +218,7 @@ def serve(
         print(report.table())
         return _failures(report)
 
-    return asyncio.run(work())
+    return run(work())
 
 
 def startup(
@@ -257,7 +257,7 @@ def startup(
             warm = await first_token(cache)
             print(bench.row("Start to first token, warm cache (s):", warm))
 
-    asyncio.run(work())
+    run(work())
     return 0
 
 

@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter, validators
 
 from jaxserve.cli import options as cli
-from jaxserve.cli.opening import opened
+from jaxserve.cli.opening import opened, run
 from jaxserve.config import DeviceOptions, ScheduleOptions
 from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, UnsupportedParameter
 from jaxserve.request import MAX_N, ErrorInfo, SamplingParams
@@ -106,7 +106,7 @@ def generate(
         except OSError as e:
             raise ConfigError(f"cannot open {e.filename}: {e.strerror}") from e
         jsonl = input.suffix == ".jsonl"
-        failed = asyncio.run(work())
+        failed = run(work())
     if failed:
         print(f"{failed} records failed; their lines carry an error", file=sys.stderr)
     return 1 if failed else 0

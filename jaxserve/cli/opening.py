@@ -1,13 +1,23 @@
-"""Opens a model for a command: finds it, makes an engine for it, binds its text."""
+"""Opens a model for a command: finds it, makes an engine for it, binds its text; and the event loop for it."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineOptions
 from jaxserve.text import TextModel
+
+
+def run[Result](main: Coroutine[Any, Any, Result]) -> Result:
+    """asyncio.run on uvloop, which does the same in half the time."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # there is none for Windows
+        return asyncio.run(main)
+    return asyncio.run(main, loop_factory=new_event_loop)
 
 
 async def start_model(options: EngineOptions, name: str, *, in_process: bool) -> TextModel:

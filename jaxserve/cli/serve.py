@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from jaxserve.cli import options as cli
-from jaxserve.cli.opening import start_model
+from jaxserve.cli.opening import run, start_model
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
@@ -41,14 +41,8 @@ def serve(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     engine = cli.engine_options(model, models, schedule, device)
     name = cli.model_name(model, server.served_model_name)
-    asyncio.run(_serve(engine, server, name), loop_factory=_loop)
+    run(_serve(engine, server, name))
     return 0
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    import uvloop
-
-    return uvloop.new_event_loop()
 
 
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
