@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cache_layout import kept_by
 
 from jaxserve.formats import FORMATS, dequantise, quantise
 
@@ -46,6 +47,7 @@ def random_case(rng):
             table[s, i] = next(free)
         for i in range(length - q_lens[s]):
             cache[table[s, i // page], i % page] = rng.normal(size=cache.shape[2])
+    cache = kept_by("cpu", cache, kv_heads)
     tokens = max(1, sum(q_lens) + int(rng.integers(0, 5)))
     cu = np.full(rows + 1, sum(q_lens), np.int32)
     cu[: seqs + 1] = np.concatenate([[0], np.cumsum(q_lens)])

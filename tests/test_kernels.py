@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cache_layout import kept_by, rows_of
 
 from jaxserve import attention, native
 from jaxserve.native.build import BuildError, find_compiler
@@ -25,22 +26,24 @@ def body_of(name):
     return import_module(attention.KERNELS[name]).ragged_paged_attention
 
 
-def random_batch(rng, *, heads, kv_heads, head_dim, q_lens, pasts, pages=700, tokens=128, seqs_total=24):
+def random_batch(
+    rng, *, heads, kv_heads, head_dim, q_lens, pasts, pages=700, tokens=128, seqs_total=24, page=PAGE, body="reference"
+):
     """A step whose sequences have `pasts` cached tokens and `q_lens` new ones; returns the arguments and the truth."""
     seqs, total = len(q_lens), sum(q_lens)
     pad_tokens, pad_seqs = tokens - total, seqs_total - seqs
     lens = [p + n for p, n in zip(pasts, q_lens, strict=True)]
-    free = list(rng.permutation(pages))
-    width = 310 // PAGE
+    width = -(-310 // page)
     table = np.zeros((seqs + pad_seqs, width), np.int32)
-    cache = np.full((pages, PAGE, kv_heads * 2 * head_dim), np.nan, np.float32)
+    cache = np.full((pages, page, kv_heads * 2 * head_dim), np.nan, np.float32)
     kv = [rng.normal(size=(n, kv_heads, 2, head_dim)).astype(np.float32) for n in lens]
+    free = list(np.random.default_rng(0).permutation(pages))
     new = []
     for s in range(seqs):
-        own = [free.pop() for _ in range(-(-lens[s] // PAGE))]
+        own = [free.pop() for _ in range(-(-lens[s] // page))]
         table[s, : len(own)] = own
         for i in range(pasts[s]):
-            cache[own[i // PAGE], i % PAGE] = kv[s][i].reshape(-1)
+            cache[own[i // page], i % page] = kv[s][i].reshape(-1)
         new.append(kv[s][pasts[s] :])
     new = np.concatenate([*new, np.full((pad_tokens, kv_heads, 2, head_dim), np.nan, np.float32)])
     q = rng.normal(size=(total + pad_tokens, heads, head_dim)).astype(np.float32)
@@ -49,6 +52,7 @@ def random_batch(rng, *, heads, kv_heads, head_dim, q_lens, pasts, pages=700, to
     cu[1 : seqs + 1] = np.cumsum(q_lens)
     cu[seqs + 1 :] = total
     kv_lens = np.array([*lens, *[0] * pad_seqs], np.int32)
+    cache = kept_by(body, cache, kv_heads)
     args = (q, new[:, :, 0], new[:, :, 1], cache, kv_lens, table, cu, np.array([decodes, decodes, seqs], np.int32))
     return [jnp.asarray(a) for a in args], kv
 
@@ -74,11 +78,12 @@ def oracle(args, kv, scale, window, soft_cap=None, sinks=None):
 
 
 @pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("page", [PAGE, 16], ids=["page4", "page16"])
 @pytest.mark.parametrize("window", [None, 7], ids=["full", "window7"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 8), (7, 1, 12), (2, 1, 64)], ids=lambda v: str(v)
 )
-def test_parity(body, window, heads, kv_heads, head_dim):
+def test_parity(body, window, page, heads, kv_heads, head_dim):
     kernel = body_of(body)
     rng = np.random.default_rng(heads * 100 + head_dim)
     cases = [
@@ -88,17 +93,34 @@ def test_parity(body, window, heads, kv_heads, head_dim):
     ]
     run = jax.jit(lambda *a: kernel(*a, scale=0.3, window=window))
     for case in cases:
-        args, kv = random_batch(rng, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **case)
+        sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page, body=body)
+        args, kv = random_batch(rng, **sizes, **case)
         out, cache = run(*args)
         want = oracle(args, kv, 0.3, window)
         np.testing.assert_allclose(np.asarray(out)[: len(want)], want, rtol=2e-5, atol=2e-5)
         assert np.isfinite(np.asarray(out)).all(), "padding rows must stay finite"
-        table, seen = np.asarray(args[5]), 0
+        table, seen, cache = np.asarray(args[5]), 0, rows_of(body, np.asarray(cache), kv_heads)
         for s, rows in enumerate(kv):  # what was written is exactly k and v
-            got = np.asarray(cache)[table[s]].reshape(-1, kv_heads, 2, head_dim)[: len(rows)]
+            got = cache[table[s]].reshape(-1, kv_heads, 2, head_dim)[: len(rows)]
             np.testing.assert_array_equal(got, rows)
             seen += len(rows)
-        assert np.isfinite(np.asarray(cache)).all(axis=-1).sum() == seen, "wrote outside its pages"
+        assert np.isfinite(cache).all(axis=-1).sum() == seen, "wrote outside its pages"
+
+
+@pytest.mark.parametrize("head_dim", [12, 64])
+@pytest.mark.parametrize("held", ["float32", "bfloat16", "float16"])
+def test_groups_of_positions_give_the_bits_that_rows_give(head_dim, held):
+    kernel = body_of("cpu")
+    run = jax.jit(lambda *a: kernel(*a, scale=0.3)[0])
+    found = []
+    for page in (PAGE, 16, 48):
+        sizes = dict(heads=6, kv_heads=2, head_dim=head_dim, page=page, body="cpu", pages=700 // (page // 4))
+        args, _ = random_batch(
+            np.random.default_rng(5), **sizes, q_lens=[1] * 12 + [3, 60], pasts=[*range(0, 240, 20), 9, 130]
+        )
+        found.append(np.asarray(run(*args[:3], args[3].astype(held), *args[4:])))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
 
 
 # A cap that bends every score, and sinks from next to nothing to nearly all of a head's weight.

@@ -4,6 +4,10 @@
 // the sequence's positions in blocks that begin at multiples of kBlock, and every sum runs in an order that positions
 // alone decide. So a token's result is the same bit for bit whatever else is in the step, however its prompt was cut,
 // and on however many threads.
+//
+// Where a page holds whole groups of 16 positions, a group's keys and values lie as they are multiplied: for each kv
+// head keys [D][16], then values [16][D]. In other pages each position has its row, as the contract has it, and keys
+// are turned around each time that they are read.
 
 #include <cmath>
 #include <limits>
@@ -22,6 +26,7 @@ namespace ffi = xla::ffi;
 
 constexpr int kBlock = 64;     // positions scored at once
 constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
+constexpr int kGroup = 16;     // positions whose keys lie side by side
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -34,6 +39,22 @@ struct Step {
 };
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Positions from one entry of the cache to the next that is contiguous in itself: a group, or a row.
+int64_t entry(const Step& p) { return p.page % kGroup == 0 ? kGroup : 1; }
+
+// The keys and the values of one kv head in groups of 16 positions; see product.h.
+template <class T>
+struct GroupedKeys {
+  const T* const* groups;
+  const T* operator()(int64_t i, int64_t j) const { return groups[j / kGroup] + i * kGroup + j % kGroup; }
+};
+template <class T>
+struct GroupedValues {
+  const T* const* groups;
+  int64_t depth;
+  const T* operator()(int64_t i, int64_t j) const { return groups[i / kGroup] + (kGroup + i % kGroup) * depth + j; }
+};
 
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
 int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded) {
@@ -73,21 +94,23 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
 
   const int64_t end = position + count;  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
-  const bool in_place = std::is_same_v<C, float> && D == padded;
+  const int64_t step = entry(p), size = 2 * D * step;  // of a head's part of an entry
+  const bool in_place = D == padded && (step == kGroup ? rows <= kRows || std::is_same_v<C, float>
+                                                       : std::is_same_v<C, float>);  // values, and keys of groups
 
-  const C* found[2][kBlock];  // the rows' keys of this block and of the next
+  const C* found[2][kBlock];  // the entries of this block and of the next
   const auto find = [&](int64_t block, const C** at) {
     const int n = static_cast<int>(std::clamp<int64_t>(end - block, 0, kBlock));
     for (int64_t t = 0, page = block / p.page, offset = block % p.page; t < n; page++, offset = 0) {
-      const C* row = cache + (pages[page] * p.page + offset) * p.row + h * 2 * D;
-      for (; t < n && offset < p.page; t++, offset++, row += p.row) at[t] = row;
+      const C* from = cache + (pages[page] * p.page + offset) * p.row + h * size;
+      for (; t < n && offset < p.page; t += step, offset += step, from += step * p.row) at[t / step] = from;
     }
     return n;
   };
-  const auto fetch = [&](const C* const* at, int n, int64_t head) {  // rows lie too far apart for the processor to foresee
-    for (int t = 0; t < n; t++) {
-      const char* row = reinterpret_cast<const char*>(at[t] + head * 2 * D);
-      for (int64_t i = 0; i < 2 * D * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(row + i, 0, 2);
+  const auto fetch = [&](const C* const* at, int n, int64_t head) {  // too far apart for the processor to foresee
+    for (int64_t t = 0; t < n; t += step) {
+      const char* part = reinterpret_cast<const char*>(at[t / step] + head * size);
+      for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(part + i, 0, 2);
     }
   };
   int64_t block = low / kBlock * kBlock;
@@ -102,10 +125,26 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       else if (heads > 1) fetch(found[1 - turn], next, 0);
       float *sums = results + head * rows * padded, *best = all_best + head * rows;
       float* denominators = all_denominators + head * rows * kSums;
-      const C* at[kBlock];  // past the end the last one again, whose scores are not used
-      for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * 2 * D;
-      for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
-      product<false>(rows, scored, queries + head * rows * padded, padded, D, Strided{keys, kBlock}, scores, kBlock);
+      const C* at[kBlock];
+      const float* query = queries + head * rows * padded;
+      if (step == kGroup) {
+        for (int g = 0; g < scored / kGroup; g++) at[g] = found[turn][g] + head * size;
+        if (in_place) {
+          product<false>(rows, scored, query, padded, D, GroupedKeys<C>{at}, scores, kBlock);
+        } else {
+          const float* groups[kBlock / kGroup];
+          for (int g = 0; g < scored / kGroup; g++) {
+            float* to = keys + g * kGroup * D;
+            to_floats(at[g], kGroup * D, kGroup * D, to);
+            groups[g] = to;
+          }
+          product<false>(rows, scored, query, padded, D, GroupedKeys<float>{groups}, scores, kBlock);
+        }
+      } else {  // past the end the last one again, whose scores are not used
+        for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * size;
+        for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
+        product<false>(rows, scored, query, padded, D, Strided{keys, kBlock}, scores, kBlock);
+      }
       if (p.soft_cap > 0.0f) {
         for (int r = 0; r < rows; r++) cap(scores + r * kBlock, scored, p.soft_cap);
       }
@@ -136,12 +175,16 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
         }
       }
       if (!in_place) {
-        for (int t = 0; t < n; t++) to_floats(at[t] + D, D, padded, values + t * padded);
+        for (int t = 0; t < n; t++) {
+          const C* from = step == kGroup ? at[t / kGroup] + (kGroup + t % kGroup) * D : at[t] + D;
+          to_floats(from, D, padded, values + t * padded);
+        }
+        product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
+      } else if (step == kGroup) {
+        product<true>(rows, padded, scores, kBlock, n, GroupedValues<C>{at, D}, sums, padded);
+      } else if constexpr (std::is_same_v<C, float>) {
+        product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
       }
-      if constexpr (std::is_same_v<C, float>) {
-        if (in_place) product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
-      }
-      if (!in_place) product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
     }
     n = next;
   }
@@ -190,25 +233,26 @@ float kept(float x) {
 template <class Q, class C>
 void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, const Q* q, const Q* k, const Q* v,
          C* cache, Q* out) {
-  const int64_t group = p.heads / p.kv_heads, D = p.head_dim;
+  const int64_t group = p.heads / p.kv_heads, D = p.head_dim, step = entry(p);
   std::vector<Tile> tiles;
   int64_t longest = 1;  // tokens of a tile
   for (int64_t s = 0; s < seqs; s++) {
-    const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], step = std::max<int64_t>(1, kTileRows / group);
-    for (int64_t first = 0; first < q_len; first += step) tiles.push_back({s, first, std::min(step, q_len - first)});
-    longest = std::max(longest, std::min(step, q_len));
+    const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], most = std::max<int64_t>(1, kTileRows / group);
+    for (int64_t first = 0; first < q_len; first += most) tiles.push_back({s, first, std::min(most, q_len - first)});
+    longest = std::max(longest, std::min(most, q_len));
   }
   // All of the step's keys and values are written before anything is read.
   auto write = [&](int64_t tile) {
     const auto [s, first, count] = tiles[tile];
     for (int64_t t = p.cu_q_lens[s] + first; t < p.cu_q_lens[s] + first + count; t++) {
       const int64_t i = p.kv_lens[s] - p.cu_q_lens[s + 1] + t;
-      C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + i % p.page) * p.row;
-      for (int64_t h = 0; h < p.kv_heads; h++) {
-        for (const Q* from : {k, v}) {
-          for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(from[(t * p.kv_heads + h) * D + d])), to + d);
-          to += D;
-        }
+      const int64_t in_page = i % p.page, lane = in_page % step;
+      C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + in_page - lane) * p.row;
+      for (int64_t h = 0; h < p.kv_heads; h++, to += 2 * D * step) {
+        const int64_t from = (t * p.kv_heads + h) * D;
+        C *key = to + lane, *value = to + (step + lane) * D;
+        for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(k[from + d])), key + d * step);
+        for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(v[from + d])), value + d);
       }
     }
   };
