@@ -43,17 +43,11 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Positions from one entry of the cache to the next that is contiguous in itself: a group, or a row.
 int64_t entry(const Step& p) { return p.page % kGroup == 0 ? kGroup : 1; }
 
-// The keys and the values of one kv head in groups of 16 positions; see product.h.
+// The keys of one kv head in groups of 16 positions; see product.h.
 template <class T>
 struct GroupedKeys {
   const T* const* groups;
   const T* operator()(int64_t i, int64_t j) const { return groups[j / kGroup] + i * kGroup + j % kGroup; }
-};
-template <class T>
-struct GroupedValues {
-  const T* const* groups;
-  int64_t depth;
-  const T* operator()(int64_t i, int64_t j) const { return groups[i / kGroup] + (kGroup + i % kGroup) * depth + j; }
 };
 
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
@@ -107,10 +101,12 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
     }
     return n;
   };
-  const auto fetch = [&](const C* const* at, int n, int64_t head) {  // too far apart for the processor to foresee
+  // Entries lie too far apart for the processor to foresee; once in a long one it reads ahead by itself.
+  const int64_t ahead = std::min<int64_t>(size * sizeof(C), step == kGroup ? 256 : 1 << 20);
+  const auto fetch = [&](const C* const* at, int n, int64_t head) {
     for (int64_t t = 0; t < n; t += step) {
       const char* part = reinterpret_cast<const char*>(at[t / step] + head * size);
-      for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(C)); i += 64) __builtin_prefetch(part + i, 0, 2);
+      for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(part + i, 0, 2);
     }
   };
   int64_t block = low / kBlock * kBlock;
@@ -143,7 +139,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       } else {  // past the end the last one again, whose scores are not used
         for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * size;
         for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
-        product<false>(rows, scored, query, padded, D, Strided{keys, kBlock}, scores, kBlock);
+        product<false>(rows, scored, query, padded, D, Strided<float>{keys, kBlock}, scores, kBlock);
       }
       if (p.soft_cap > 0.0f) {
         for (int r = 0; r < rows; r++) cap(scores + r * kBlock, scored, p.soft_cap);
@@ -157,12 +153,10 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
         std::fill(score + to, score + kBlock, kNone);
         Vec most = splat(best[r]);
         for (int t = 0; t < kBlock; t += kLanes) most = max(load(score + t), most);
-        float lanes[kLanes];
-        store(lanes, most);
-        const float highest = *std::max_element(lanes, lanes + kLanes);
-        const Vec base = splat(highest == kNone ? 0.0f : highest);
+        const float top = highest(most);
+        const Vec base = splat(top == kNone ? 0.0f : top);
         const Vec fade = exp_of_negative(sub(splat(best[r]), base));
-        best[r] = highest;
+        best[r] = top;
         float* denominator = denominators + r * kSums;
         for (int i = 0; i < kSums; i += kLanes) store(denominator + i, mul(load(denominator + i), fade));
         for (int t = 0; t < kBlock; t += kLanes) {
@@ -179,9 +173,12 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
           const C* from = step == kGroup ? at[t / kGroup] + (kGroup + t % kGroup) * D : at[t] + D;
           to_floats(from, D, padded, values + t * padded);
         }
-        product<true>(rows, padded, scores, kBlock, n, Strided{values, padded}, sums, padded);
+        product<true>(rows, padded, scores, kBlock, n, Strided<float>{values, padded}, sums, padded);
       } else if (step == kGroup) {
-        product<true>(rows, padded, scores, kBlock, n, GroupedValues<C>{at, D}, sums, padded);
+        for (int t = 0; t < n; t += kGroup) {
+          const Strided<C> part{at[t / kGroup] + kGroup * D, D};
+          product<true>(rows, padded, scores + t, kBlock, std::min(kGroup, n - t), part, sums, padded);
+        }
       } else if constexpr (std::is_same_v<C, float>) {
         product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
       }
@@ -224,10 +221,27 @@ struct Tile {
   int64_t sequence, first, count;
 };
 
-// What a cache of C keeps of x: float16 has no numbers beyond 65504, and an infinite one would spoil its whole row.
-template <class C>
-float kept(float x) {
-  return std::is_same_v<C, f16> ? std::clamp(x, -65504.0f, 65504.0f) : x;
+// What a cache of C keeps of x [count]: float16 has no numbers beyond 65504, and an infinite one would spoil its whole
+// row. A number is `apart` elements from the next.
+template <class Q, class C>
+void keep(const Q* x, int64_t count, C* to, int64_t apart) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<C, f16>) {
+    for (; i + kLanes <= count; i += kLanes) {
+      const Vec kept = max(splat(-65504.0f), min(splat(65504.0f), load(x + i)));
+      if (apart == 1) {
+        store(to + i, kept);
+      } else {
+        C lanes[kLanes];
+        store(lanes, kept);
+        for (int lane = 0; lane < kLanes; lane++) to[(i + lane) * apart] = lanes[lane];
+      }
+    }
+  }
+  for (; i < count; i++) {
+    const float y = to_float(x[i]);
+    from_float(std::is_same_v<C, f16> ? std::clamp(y, -65504.0f, 65504.0f) : y, to + i * apart);
+  }
 }
 
 template <class Q, class C>
@@ -250,9 +264,8 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
       C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + in_page - lane) * p.row;
       for (int64_t h = 0; h < p.kv_heads; h++, to += 2 * D * step) {
         const int64_t from = (t * p.kv_heads + h) * D;
-        C *key = to + lane, *value = to + (step + lane) * D;
-        for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(k[from + d])), key + d * step);
-        for (int64_t d = 0; d < D; d++) from_float(kept<C>(to_float(v[from + d])), value + d);
+        keep(k + from, D, to + lane, step);
+        keep(v + from, D, to + (step + lane) * D, 1);
       }
     }
   };

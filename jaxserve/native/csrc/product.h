@@ -10,10 +10,11 @@ namespace jaxserve {
 constexpr int kPanel = 16;  // columns of a panel, whatever the vector width
 
 // Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes.
+template <class T>
 struct Strided {
-  const float* data;
+  const T* data;
   int64_t stride;
-  const float* operator()(int64_t i, int64_t j) const { return data + i * stride + j; }
+  const T* operator()(int64_t i, int64_t j) const { return data + i * stride + j; }
 };
 struct Scattered {
   const float* const* rows;
