@@ -8,6 +8,7 @@ from typing import Any
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineOptions
+from jaxserve.host_memory import keep_objects
 from jaxserve.text import TextModel
 
 
@@ -56,6 +57,7 @@ async def opened(options: EngineOptions, name: str) -> AsyncIterator[TextModel]:
     try:
         async with progress(text.client):
             await text.client.wait_ready()
+        keep_objects()
         yield text
     finally:
         # Also when the body was cancelled: a thread with work on the device must not outlive its loop.

@@ -12,6 +12,7 @@ from jaxserve.cli.opening import run, start_model
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
+from jaxserve.host_memory import keep_objects
 from jaxserve.request import EngineInfo
 from jaxserve.text import TextModel
 
@@ -67,6 +68,7 @@ async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> No
 async def _announce(client: EngineClient, text: TextModel, addresses: asyncio.Future[tuple[str, str | None]]) -> None:
     async with progress(client):
         await client.wait_ready()
+    keep_objects()
     url, grpc = await addresses
     print(ready_text(client.info, text.name, text.template is not None, url, grpc), flush=True)
 

@@ -18,6 +18,7 @@ import msgspec
 from jaxserve.client import EngineState, EngineStatus, wire
 from jaxserve.client.thread import EngineThread
 from jaxserve.errors import JaxserveError
+from jaxserve.host_memory import keep_objects
 from jaxserve.request import Delta, ErrorInfo, FinishReason, Request
 
 CONNECT_TIMEOUT_S = 30.0
@@ -88,7 +89,10 @@ class _Host:
         self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
 
     def _changed(self, status: EngineStatus) -> None:
-        info = self._thread.info if status.state is EngineState.READY else None
+        info = None
+        if status.state is EngineState.READY:
+            info = self._thread.info
+            keep_objects()
         error = self._thread.error
         self._put(wire.Status(status.state, status.detail, info, ErrorInfo.of(error) if error else None))
 
