@@ -34,7 +34,7 @@ from jaxserve.errors import JaxserveError
 from jaxserve.gguf import GgufFile
 from jaxserve.weights.gguf import llama3_divisors
 
-OURS, THEIRS = "jaxserve", "llama.cpp"
+OURS = "jaxserve"
 
 
 @dataclass(frozen=True)
@@ -257,22 +257,22 @@ async def first_token(url: str) -> None:
 class Setting:
     """What all measurements of a run share."""
 
-    programs: Path
     cores: int
     compile_cache: str
     waves: int
     """Requests of a user, one after the other."""
     jaxserve_args: tuple[str, ...]
-    llama_args: tuple[str, ...]
     embedded: bool
     vocab: int
     """Ids of prompts are below; so that none is special, not all that there are."""
+    theirs: str
+    """The other server's name."""
+    their_argv: Callable[[Path, Case, int], list[Any]]
+    """Its command line for a model, a case and a port."""
 
     def argv(self, side: str, model: Path, case: Case, port: int) -> list[Any]:
-        if side == THEIRS:
-            slots = ["-np", case.users, "-c", case.users * case.context, "-fa", "on"]
-            threads = ["-t", self.cores, "-tb", self.cores]
-            return server_argv(self.programs, model, port, *slots, *threads, *self.llama_args)
+        if side == self.theirs:
+            return self.their_argv(model, case, port)
         serve = [sys.executable, "-m", "jaxserve", "serve", *([] if self.embedded else [model]), "--port", port]
         slots = ["--max-num-seqs", case.users, "--max-model-len", case.context, "--no-enable-prefix-caching"]
         return [*serve, "--grpc-port", -1, *slots, "--compile-cache-dir", self.compile_cache, *self.jaxserve_args]
@@ -340,7 +340,7 @@ async def measure(setting: Setting, side: str, model: Path, case: Case, seed: in
     )
 
 
-def table(results: dict[tuple[str, Case], dict[str, list[Figures]]]) -> str:
+def table(results: dict[tuple[str, Case], dict[str, list[Figures]]], theirs_name: str) -> str:
     """Medians of both sides, then the ratios of each round: median (smallest to largest)."""
     names = [name for name, _ in COLUMNS.values()]
     lines = [f"| type | case | server | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
@@ -350,12 +350,12 @@ def table(results: dict[tuple[str, Case], dict[str, list[Figures]]]) -> str:
             lines.append(f"| {kind} | {case} | {side} | {' | '.join(row)} |")
     names = [f"{name.rsplit(' ', 1)[0] if c not in LARGER_IS_BETTER else name} {'↑' if c in LARGER_IS_BETTER else '↓'}"
              for c in COMPARED for name in [COLUMNS[c][0]]]  # fmt: skip
-    lines += ["", f"{OURS} / {THEIRS}, median (min to max) over rounds; ↑ more is better, ↓ less is better", ""]
+    lines += ["", f"{OURS} / {theirs_name}, median (min to max) over rounds; ↑ more is better, ↓ less is better", ""]
     lines += [f"| type | case | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for (kind, case), sides in results.items():
         row = []
         for column in COMPARED:
-            ours, theirs = ([getattr(f, column) for f in sides[side]] for side in (OURS, THEIRS))
+            ours, theirs = ([getattr(f, column) for f in sides[side]] for side in (OURS, theirs_name))
             ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
             row.append(f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {kind} | {case} | {' | '.join(row)} |")
@@ -368,9 +368,9 @@ async def compare(setting: Setting, models: dict[str, Path], cases: list[Case], 
         for case in cases:
             cold = await start(setting, OURS, model, case)
             print(f"{kind}, {case}: {OURS} starts in {cold:.2f} s with an empty compile cache", flush=True)
-            sides: dict[str, list[Figures]] = {OURS: [], THEIRS: []}
+            sides: dict[str, list[Figures]] = {OURS: [], setting.theirs: []}
             for r in range(rounds):
-                for side in (OURS, THEIRS) if r % 2 == 0 else (THEIRS, OURS):
+                for side in (OURS, setting.theirs) if r % 2 == 0 else (setting.theirs, OURS):
                     figures = await measure(setting, side, model, case, seed=r)
                     sides[side].append(figures)
                     values = ", ".join(f"{n} {getattr(figures, c) * k:.4g}" for c, (n, k) in COLUMNS.items())
@@ -382,18 +382,16 @@ async def compare(setting: Setting, models: dict[str, Path], cases: list[Case], 
                     for (t, c), by_side in results.items() for s, fs in by_side.items()
                 ]  # fmt: skip
                 keep.write_text(json.dumps(rows, indent=1) + "\n")
-    print("\n" + table(results))
+    print("\n" + table(results, setting.theirs))
     loud = sum(f.others > QUIET for sides in results.values() for fs in sides.values() for f in fs)
     if loud:
         print(f"\n{loud} measurements had more than {QUIET:.0%} other load: they compare nothing, repeat them")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", choices=SHAPES, default="qwen3-0.6b")
-    source.add_argument("--file", type=Path, help="an existing GGUF file instead of made ones")
-    parser.add_argument("--types", default="BF16,Q8_0,Q4_0,Q4_K_M")
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of both comparisons."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="qwen3-0.6b")
     parser.add_argument(
         "--cases", default="1x128x64,4x128x64,16x128x64,64x128x64,1x2048x16", help="users x prompt x answer, in tokens"
     )
@@ -403,26 +401,45 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=default_folder(), help="for llama.cpp and models: %(default)s")
     parser.add_argument("--json", type=Path, help="all figures of all rounds go there")
     parser.add_argument("--jaxserve-args", default="", help="more options of `jaxserve serve`, separated by spaces")
-    parser.add_argument("--llama-args", default="", help="more options of llama-server, separated by spaces")
+    parser.add_argument("--their-args", default="", help="more options of the other server, separated by spaces")
+    return parser
+
+
+def run(
+    args: argparse.Namespace, models: dict[str, Path], theirs: str, their_argv: Callable[[Path, Case, int], list[Any]]
+) -> None:
+    """Compares on all models and cases, and prints the table."""
+    tokens = GgufFile(next(iter(models.values()))).metadata["tokenizer.ggml.tokens"]
+    embedded = getattr(args, "embedded", False)
+    with tempfile.TemporaryDirectory() as cache:
+        ours = tuple(args.jaxserve_args.split())
+        setting = Setting(args.cores, cache, args.waves, ours, embedded, min(100_000, len(tokens)), theirs, their_argv)
+        cases = [Case.parse(text) for text in args.cases.split(",")]
+        asyncio.run(compare(setting, models, cases, args.rounds, args.json))
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--file", type=Path, help="an existing GGUF file instead of made ones")
+    parser.add_argument("--types", default="BF16,Q8_0,Q4_0,Q4_K_M")
     parser.add_argument("--embedded", action="store_true", help="jaxserve serves its embedded model: tries this script")
     parser.add_argument("--prepare", action="store_true", help="builds and makes the models, and measures nothing")
     args = parser.parse_args()
     programs = build(args.folder)
-    kinds = args.types.split(",")
     if args.file:
         models = {args.file.stem: args.file}
     else:
-        models = {kind: model_file(args.folder, programs, args.model, kind) for kind in kinds}
+        models = {kind: model_file(args.folder, programs, args.model, kind) for kind in args.types.split(",")}
     if args.prepare:
         return
+
+    def argv(model: Path, case: Case, port: int) -> list[Any]:
+        slots = ["-np", case.users, "-c", case.users * case.context, "-fa", "on"]
+        threads = ["-t", args.cores, "-tb", args.cores]
+        return server_argv(programs, model, port, *slots, *threads, *args.their_args.split())
+
     print(f"{version(programs)}; {args.cores} of {os.cpu_count()} processors; {args.file or args.model}", flush=True)
-    with tempfile.TemporaryDirectory() as cache:
-        setting = Setting(
-            programs, args.cores, cache, args.waves, tuple(args.jaxserve_args.split()), tuple(args.llama_args.split()),
-            args.embedded, min(100_000, len(GgufFile(next(iter(models.values()))).metadata["tokenizer.ggml.tokens"])),
-        )  # fmt: skip
-        cases = [Case.parse(text) for text in args.cases.split(",")]
-        asyncio.run(compare(setting, models, cases, args.rounds, args.json))
+    run(args, models, "llama.cpp", argv)
 
 
 if __name__ == "__main__":
