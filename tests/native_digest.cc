@@ -31,8 +31,8 @@ std::vector<T> numbers(size_t count, uint32_t seed) {  // in [-1, 1), from a lin
 }
 
 template <class Q, class C>
-void attention(int64_t head_dim, int64_t window, float soft_cap, bool with_sinks) {
-  const int64_t heads = 6, kv_heads = 2, page = 5, length = 150, queries = 20, pages = 30;
+void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks) {
+  const int64_t heads = 6, kv_heads = 2, length = 150, queries = 20, pages = 30;
   const auto q = numbers<Q>(queries * heads * head_dim, 1);
   const auto cache = numbers<C>(pages * page * kv_heads * 2 * head_dim, 2);
   const auto sinks = numbers<float>(heads, 6);
@@ -49,6 +49,15 @@ void attention(int64_t head_dim, int64_t window, float soft_cap, bool with_sinks
     }
   }
   add(out);
+}
+
+template <class Q, class C>
+void keep(int64_t apart) {
+  auto x = numbers<Q>(37, 8);
+  jaxserve::from_float(1e5f, &x[3]);
+  std::vector<C> kept(x.size() * apart);
+  jaxserve::keep(x.data(), x.size(), kept.data(), apart);
+  add(kept);
 }
 
 template <class W>
@@ -124,11 +133,18 @@ void sampling(int64_t vocab, float scale) {
 }  // namespace
 
 int main() {
-  for (const int64_t head_dim : {12, 64, 80}) {
-    attention<float, float>(head_dim, 0, 0.0f, false);
-    attention<float, float>(head_dim, 0, 0.2f, false);  // scores from well below the cap to far above it
-    attention<jaxserve::bf16, jaxserve::bf16>(head_dim, 40, 0.0f, true);
-    attention<float, jaxserve::f16>(head_dim, 0, 30.0f, true);
+  for (const int64_t page : {5, 16}) {
+    for (const int64_t head_dim : {12, 64, 80}) {
+      attention<float, float>(page, head_dim, 0, 0.0f, false);
+      attention<float, float>(page, head_dim, 0, 0.2f, false);  // scores from well below the cap to far above it
+      attention<jaxserve::bf16, jaxserve::bf16>(page, head_dim, 40, 0.0f, true);
+      attention<float, jaxserve::f16>(page, head_dim, 0, 30.0f, true);
+    }
+  }
+  for (const int64_t apart : {1, 16}) {
+    keep<float, jaxserve::f16>(apart);
+    keep<jaxserve::bf16, jaxserve::f16>(apart);
+    keep<float, jaxserve::bf16>(apart);
   }
   for (const int64_t tokens : {1, 3, 9}) {
     product<float>(tokens, 100, 30);

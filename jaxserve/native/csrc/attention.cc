@@ -26,7 +26,7 @@ namespace ffi = xla::ffi;
 
 constexpr int kBlock = 64;     // positions scored at once
 constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
-constexpr int kGroup = 16;     // positions whose keys lie side by side
+constexpr int kPositions = 16;     // positions whose keys lie side by side
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -41,13 +41,13 @@ struct Step {
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Positions from one entry of the cache to the next that is contiguous in itself: a group, or a row.
-int64_t entry(const Step& p) { return p.page % kGroup == 0 ? kGroup : 1; }
+int64_t entry(const Step& p) { return p.page % kPositions == 0 ? kPositions : 1; }
 
 // The keys of one kv head in groups of 16 positions; see product.h.
 template <class T>
 struct GroupedKeys {
   const T* const* groups;
-  const T* operator()(int64_t i, int64_t j) const { return groups[j / kGroup] + i * kGroup + j % kGroup; }
+  const T* operator()(int64_t i, int64_t j) const { return groups[j / kPositions] + i * kPositions + j % kPositions; }
 };
 
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
@@ -89,7 +89,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
   const int64_t end = position + count;  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
   const int64_t step = entry(p), size = 2 * D * step;  // of a head's part of an entry
-  const bool in_place = D == padded && (step == kGroup ? rows <= kRows || std::is_same_v<C, float>
+  const bool in_place = D == padded && (step == kPositions ? rows <= kRows || std::is_same_v<C, float>
                                                        : std::is_same_v<C, float>);  // values, and keys of groups
 
   const C* found[2][kBlock];  // the entries of this block and of the next
@@ -102,7 +102,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
     return n;
   };
   // Entries lie too far apart for the processor to foresee; once in a long one it reads ahead by itself.
-  const int64_t ahead = std::min<int64_t>(size * sizeof(C), step == kGroup ? 256 : 1 << 20);
+  const int64_t ahead = std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
   const auto fetch = [&](const C* const* at, int n, int64_t head) {
     for (int64_t t = 0; t < n; t += step) {
       const char* part = reinterpret_cast<const char*>(at[t / step] + head * size);
@@ -123,15 +123,15 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       float* denominators = all_denominators + head * rows * kSums;
       const C* at[kBlock];
       const float* query = queries + head * rows * padded;
-      if (step == kGroup) {
-        for (int g = 0; g < scored / kGroup; g++) at[g] = found[turn][g] + head * size;
+      if (step == kPositions) {
+        for (int g = 0; g < scored / kPositions; g++) at[g] = found[turn][g] + head * size;
         if (in_place) {
           product<false>(rows, scored, query, padded, D, GroupedKeys<C>{at}, scores, kBlock);
         } else {
-          const float* groups[kBlock / kGroup];
-          for (int g = 0; g < scored / kGroup; g++) {
-            float* to = keys + g * kGroup * D;
-            to_floats(at[g], kGroup * D, kGroup * D, to);
+          const float* groups[kBlock / kPositions];
+          for (int g = 0; g < scored / kPositions; g++) {
+            float* to = keys + g * kPositions * D;
+            to_floats(at[g], kPositions * D, kPositions * D, to);
             groups[g] = to;
           }
           product<false>(rows, scored, query, padded, D, GroupedKeys<float>{groups}, scores, kBlock);
@@ -170,14 +170,14 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       }
       if (!in_place) {
         for (int t = 0; t < n; t++) {
-          const C* from = step == kGroup ? at[t / kGroup] + (kGroup + t % kGroup) * D : at[t] + D;
+          const C* from = step == kPositions ? at[t / kPositions] + (kPositions + t % kPositions) * D : at[t] + D;
           to_floats(from, D, padded, values + t * padded);
         }
         product<true>(rows, padded, scores, kBlock, n, Strided<float>{values, padded}, sums, padded);
-      } else if (step == kGroup) {
-        for (int t = 0; t < n; t += kGroup) {
-          const Strided<C> part{at[t / kGroup] + kGroup * D, D};
-          product<true>(rows, padded, scores + t, kBlock, std::min(kGroup, n - t), part, sums, padded);
+      } else if (step == kPositions) {
+        for (int t = 0; t < n; t += kPositions) {
+          const Strided<C> part{at[t / kPositions] + kPositions * D, D};
+          product<true>(rows, padded, scores + t, kBlock, std::min(kPositions, n - t), part, sums, padded);
         }
       } else if constexpr (std::is_same_v<C, float>) {
         product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
