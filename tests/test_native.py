@@ -92,7 +92,7 @@ def test_sanitizers_find_nothing(compiler, tmp_path):
     if not Path(runtime).is_absolute():
         pytest.skip(f"{compiler[0]} has no address sanitizer here")
     library = tmp_path / "sanitized.so"
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     build.build(build.best_isa(), compiler, library, flags)
     # The C++ runtime has to be there before the sanitizer looks for its exceptions.
     stdcxx = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
