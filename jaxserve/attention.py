@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
+from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
 from jaxserve.spec import Attend
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
@@ -100,8 +101,7 @@ def dense(
     tokens, heads, head_dim = q.shape
     q = q.reshape(tokens, k.shape[1], -1, head_dim).astype(jnp.float32)  # [T, K, G, H]
     score = jnp.einsum("tkgh,ckh->kgtc", q, k.astype(jnp.float32)) * (scale or head_dim**-0.5)
-    if soft_cap is not None:
-        score = soft_cap * jnp.tanh(score / soft_cap)
+    score = bounded(score, soft_cap)
     t = jnp.arange(tokens)
     seen = t[None, :] <= t[:, None]
     if window is not None:

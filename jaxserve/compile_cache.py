@@ -132,8 +132,13 @@ def _surroundings() -> object:
     device = jax.local_devices()[0]
     settings = {k: v for k, v in jax.config.values.items() if "cache" not in k}
     flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    host = (platform.machine(), platform.python_version(), sorted(cpu_flags()), native.loaded())
-    return _code(), jax.__version__, device.client.platform_version, device.device_kind, flags, host, settings
+    found = (jax.__version__, device.client.platform_version, device.device_kind, native.loaded())
+    return _code(), _host(), found, flags, settings
+
+
+@cache
+def _host() -> object:
+    return platform.machine(), platform.python_version(), sorted(cpu_flags())
 
 
 @cache

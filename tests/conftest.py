@@ -32,3 +32,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference data at {path}; JAXSERVE_DATA names its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def compiler() -> list[str]:
+    """The C++ compiler's command; the test is skipped where there is none, since XLA serves without one."""
+    from jaxserve.native import build  # which imports JAX
+
+    try:
+        return build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))

@@ -22,14 +22,6 @@ CASES = 25
 
 
 @pytest.fixture(scope="module")
-def compiler():
-    try:
-        return build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def libraries(compiler, tmp_path_factory):
     """A library for each instruction set that this processor has."""
     folder = tmp_path_factory.mktemp("native")

@@ -28,14 +28,6 @@ extern "C" XLA_FFI_Error* HANDLER(XLA_FFI_CallFrame* frame) {
 
 
 @pytest.fixture(scope="module")
-def compiler() -> list[str]:
-    try:
-        return build.find_compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def wheel(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel with the library of this processor alone, which was compiled in less time than a good one."""
     pytest.importorskip("hatchling", reason="hatchling builds wheels: pip install '.[dev]'")

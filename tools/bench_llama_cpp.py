@@ -406,11 +406,15 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(
-    args: argparse.Namespace, models: dict[str, Path], theirs: str, their_argv: Callable[[Path, Case, int], list[Any]]
+    args: argparse.Namespace,
+    models: dict[str, Path],
+    theirs: str,
+    their_argv: Callable[[Path, Case, int], list[Any]],
+    *,
+    embedded: bool = False,
 ) -> None:
-    """Compares on all models and cases, and prints the table."""
+    """Compares on all models and cases, and prints the table; `embedded`: ours serves the model in the package."""
     tokens = GgufFile(next(iter(models.values()))).metadata["tokenizer.ggml.tokens"]
-    embedded = getattr(args, "embedded", False)
     with tempfile.TemporaryDirectory() as cache:
         ours = tuple(args.jaxserve_args.split())
         setting = Setting(args.cores, cache, args.waves, ours, embedded, min(100_000, len(tokens)), theirs, their_argv)
@@ -439,7 +443,7 @@ def main() -> None:
         return server_argv(programs, model, port, *slots, *threads, *args.their_args.split())
 
     print(f"{version(programs)}; {args.cores} of {os.cpu_count()} processors; {args.file or args.model}", flush=True)
-    run(args, models, "llama.cpp", argv)
+    run(args, models, "llama.cpp", argv, embedded=args.embedded)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from cyclopts import Parameter, validators
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.bench import Count
+from jaxserve.cli.progress import reporting
 from jaxserve.config import ScheduleOptions
 
 Counts = Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())]
@@ -48,7 +49,6 @@ def step(
         TOML file with any of these settings.
     """
     import jax
-    from rich.console import Console
 
     from jaxserve import profile
     from jaxserve.bench import row
@@ -62,8 +62,8 @@ def step(
     cases += [profile.Case(1, n, context or 0) for n in prefill]
     if breakdown:  # the names of operations, which a cached step has as they were when it was compiled
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
-    with Console(stderr=True).status("starting") as status:
-        runner = Runner(engine, path, EngineMetrics(cli.model_name(model)), status.update)
+    with reporting() as report:
+        runner = Runner(engine, path, EngineMetrics(cli.model_name(model)), report)
     try:
         for case in cases:
             print(profile.measure(runner, case, steps=num_iters, warm=num_iters_warmup).table(), flush=True)
