@@ -1,6 +1,6 @@
 """Brings a model to its device as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,21 +73,25 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
 
 def _packer(
     options: ModelOptions, dtype: np.dtype, available: bool
-) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
+) -> Callable[[Iterable[np.ndarray | Blocks], ParamSpec], quant.Packed] | None:
     """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
     if not available:
         if options.quantization is not None:
             raise ConfigError("quantization needs the CPU and its C++ kernels; leave it out, or see `jaxserve doctor`")
         return None
 
-    def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
+    def pack_one(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
+        if options.quantization is not None and not spec.precise:
             if isinstance(w, Blocks):
                 raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
             w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
         if options.dtype != "auto" and not isinstance(w, Blocks):
             w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
+        return quant.pack(w, spec.tensor_shape, dtype)
+
+    def pack(matrices: Iterable[np.ndarray | Blocks], spec: ParamSpec) -> quant.Packed:
+        packed = (pack_one(w, spec) for w in matrices)
+        return quant.stack(packed, spec.shape[0]) if spec.stacked else next(packed)
 
     return pack
 

@@ -12,8 +12,10 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "MixtralForCausalLM": "jaxserve.models.mixtral",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
 }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,16 +22,16 @@ def load_params(
     *,
     dtype: Any,
     device_put: Callable[[Any, ParamSpec], Any],
-    pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
+    pack: Callable[[Iterable[np.ndarray | Blocks], ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> Params:
     """The model's tree of parameters: each read, given its spec's shape, cast to `dtype` and put on the device.
 
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
-    not, to the leaf that `device_put` then gets.
+    not, to the leaf that `device_put` then gets. `pack` is handed one, or those of a stack, read as it asks for them.
 
-    `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
+    `threads` leaves (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
     Raises one CheckpointError with every tensor that is missing, unexpected, misshapen or of a dtype that is not
     float32, bfloat16 or float16; nothing is read in that case.
@@ -40,20 +40,26 @@ def load_params(
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
     _check(specs, checkpoint)
 
-    sizes = [checkpoint.nbytes(spec.name) for spec in specs]
+    sizes = [sum(checkpoint.nbytes(name) for name in spec.names) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
-        if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
-            host = pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
+        if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
+            host = pack(_one_by_one(checkpoint, spec.names), spec)
+        elif spec.stacked:
+            host = np.empty(spec.shape, dtype)
+            for i, name in enumerate(spec.names):
+                host[i] = checkpoint.read(name).astype(dtype).reshape(spec.tensor_shape)
+                checkpoint.release(name)
         else:
             stored = checkpoint.read(spec.name)
             # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
             host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
-        # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
+        # Waiting here is what bounds the staging: a thread takes its next leaf when this one has arrived.
         array = jax.block_until_ready(device_put(host, spec))
-        checkpoint.release(spec.name)
+        if not spec.stacked:
+            checkpoint.release(spec.name)
         with lock:
             done += nbytes
             if progress is not None:
@@ -69,6 +75,13 @@ def load_params(
         pool.shutdown(cancel_futures=True)
 
 
+def _one_by_one(checkpoint: Checkpoint, names: tuple[str, ...]) -> Iterator[np.ndarray | Blocks]:
+    """Matrices as they are stored; memory need not hold one when the next is asked for."""
+    for name in names:
+        yield checkpoint.blocks(name) or checkpoint.read(name)
+        checkpoint.release(name)
+
+
 def ignored(name: str, tied: bool) -> bool:
     """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
@@ -77,18 +90,20 @@ def ignored(name: str, tied: bool) -> bool:
 def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
-    for spec in specs:
-        if spec.name not in held:
-            problems.add("missing tensor", spec.name)
+    for name, spec in [(name, spec) for spec in specs for name in spec.names]:
+        if name not in held:
+            problems.add("missing tensor", name)
             continue
-        found = checkpoint.shape(spec.name)
-        if not splits(found, spec.shape):
-            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(spec.shape)}")
-        if checkpoint.dtype(spec.name) not in FLOATS:
+        found = checkpoint.shape(name)
+        if not splits(found, spec.tensor_shape):
+            problems.add("misshapen tensor", f"{name} is {list(found)}, the model needs {list(spec.tensor_shape)}")
+        if checkpoint.dtype(name) not in FLOATS:
             kinds = ", ".join(d.name for d in FLOATS)
-            problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
+            problems.add(f"unsupported dtype, not of {kinds}", f"{name} is {checkpoint.dtype(name).name}")
+        elif spec.names[0] in held and checkpoint.dtype(name) != checkpoint.dtype(spec.names[0]):
+            problems.add("unlike the others of its stack", f"{name} is {checkpoint.dtype(name).name}")
     tied = checkpoint.config.get("tie_word_embeddings") is not False
-    for name in held.difference(spec.name for spec in specs):
+    for name in held.difference(name for spec in specs for name in spec.names):
         if not ignored(name, tied):
             problems.add("unexpected tensor", name)
     problems.raise_any()
