@@ -90,7 +90,8 @@ def ignored(name: str, tied: bool) -> bool:
 def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
-    for name, spec in [(name, spec) for spec in specs for name in spec.names]:
+    wanted = [(name, leaf) for leaf in specs for name in leaf.names]
+    for name, spec in wanted:
         if name not in held:
             problems.add("missing tensor", name)
             continue
@@ -103,7 +104,7 @@ def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
         elif spec.names[0] in held and checkpoint.dtype(name) != checkpoint.dtype(spec.names[0]):
             problems.add("unlike the others of its stack", f"{name} is {checkpoint.dtype(name).name}")
     tied = checkpoint.config.get("tie_word_embeddings") is not False
-    for name in held.difference(name for spec in specs for name in spec.names):
+    for name in held.difference(name for name, _ in wanted):
         if not ignored(name, tied):
             problems.add("unexpected tensor", name)
     problems.raise_any()
