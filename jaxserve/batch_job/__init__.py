@@ -154,7 +154,7 @@ async def run_job(
             lines = check_tables(sources, options.column, options.output)
     found = await asyncio.to_thread(digest, sources)
     settings = {"output": kind_of(options.output), "raw": options.raw, "column": options.column, "seed": options.seed}
-    head = describe(found.hex, path, name, engine, settings | options.given)
+    head = describe(found.hex, path, name, engine, settings | dict(options.given))
     with contextlib.closing(Store(local if plain else local.with_name(local.name + ".rows"))) as store:
         fresh = _compare(store, head, options, plain)
         if fresh or not store.done:

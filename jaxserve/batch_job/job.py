@@ -154,7 +154,7 @@ class Job:
                 self._fail(row, error, asked=False)
             elif (generation := await self._translated(row)) is not None:
                 found.append(_Asked(row, generation))
-        self._ready.extend(sorted(found, key=lambda asked: asked.generation.prompts[0]))
+        self._ready.extend(sorted(found, key=lambda asked: tuple(asked.generation.prompts[0])))
 
     async def _translated(self, row: Row) -> Generation | None:
         """What a row asks of the model; None if that is refused, which is its result then."""
@@ -166,7 +166,8 @@ class Job:
             return None
         try:
             chat = row.url == CHAT
-            body, ignored = parse_body(row.body, ChatBody if chat else CompletionBody)
+            body: ChatBody | CompletionBody
+            body, ignored = parse_body(row.body, ChatBody) if chat else parse_body(row.body, CompletionBody)
             check_model(body.model, self._model.name)
             _check_offline(body)
             if len(self.ignored) < 100:
