@@ -67,7 +67,7 @@ def find(pattern: str, without: str) -> list[Source]:
     magic = glob.has_magic(pattern)
     if is_remote(pattern):
         system, path = _system(pattern)
-        with _explained(pattern):
+        with explained(pattern):
             plain = sorted(system.glob(path)) if magic else [path] if system.isfile(path) else []
         paths = [system.unstrip_protocol(p) for p in plain]
         without = system.unstrip_protocol(_system(without)[1]) if is_remote(without) else without
@@ -75,9 +75,11 @@ def find(pattern: str, without: str) -> list[Source]:
         paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
         if not paths and os.path.isfile(pattern):  # a name with brackets in it
             paths = [pattern]
-    own = {without, f"{without}.job", f"{without}.job.new", f"{without}.rows", f"{without}.rows.job"}
-    own |= {os.path.abspath(p) for p in own if not is_remote(p)}
-    found = [p for p in paths if p not in own and (is_remote(p) or os.path.abspath(p) not in own)]
+    own = {
+        os.path.basename(without) + end for end in (".job", ".job.new", ".rows", ".rows.job", ".rows.job.new", ".new")
+    }
+    place = _absolute(without)
+    found = [p for p in paths if _absolute(p) != place and os.path.basename(p) not in own]
     if not found:
         raise ConfigError(f"{pattern} is the output" if paths else f"cannot open {pattern}: no such file")
     kinds = {kind_of(p): p for p in found}
@@ -89,9 +91,13 @@ def find(pattern: str, without: str) -> list[Source]:
     return [Source(p, p[len(folder) :].lstrip("/") if folder else p) for p in found]
 
 
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
 def open_read(path: str) -> IO[bytes]:
     """A buffered, seekable file. Raises ConfigError."""
-    with _explained(path):
+    with explained(path):
         if is_remote(path):
             system, name = _system(path)
             return io.BufferedReader(system.open(name, "rb"), _BLOCK)
@@ -99,32 +105,33 @@ def open_read(path: str) -> IO[bytes]:
 
 
 def digest(sources: list[Source]) -> Digest:
-    """A digest of the files' labels and all that is in them. Raises ConfigError."""
+    """A digest of all that is in the files, and of their labels if they are several. Raises ConfigError."""
     found, lines = hashlib.blake2b(digest_size=20), 0
     for source in sources:
         size, last = 0, b"\n"
-        with open_read(source.path) as file, _explained(source.path):
+        with open_read(source.path) as file, explained(source.path):
             while block := file.read(_BLOCK):
                 found.update(block)
                 lines += block.count(b"\n")
                 size += len(block)
                 last = block[-1:]
         lines += last != b"\n"
-        found.update(f"\0{source.label}\0{size}\0".encode())
+        if len(sources) > 1:  # records say which file a row is from
+            found.update(f"\0{source.label}\0{size}\0".encode())
     return Digest(found.hexdigest(), lines)
 
 
 def remote_size(path: str) -> int | None:
     """The bytes of a remote file; None if there is none. Raises ConfigError."""
     system, name = _system(path)
-    with _explained(path):
+    with explained(path):
         return int(system.size(name)) if system.exists(name) else None
 
 
 def upload(local: Path, path: str) -> None:
     """Copies a file to a remote place. Raises ConfigError."""
     system, name = _system(path)
-    with _explained(path):
+    with explained(path):
         system.put_file(os.fspath(local), name)
 
 
@@ -146,7 +153,7 @@ def _system(path: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """What goes wrong with a file becomes a ConfigError that names it; remote errors come in all classes."""
     try:
         yield

@@ -52,8 +52,8 @@ class Job:
     """Rows through a model into a store, each that the store does not have. `rows` must be those of every run.
 
     given: fields for bodies that lack them. now: what chat templates take for the time. max_errors: how many failed
-    rows there may be. Set nothing else; look at `in_flight`, `ignored` (fields of bodies that nothing here knows) and
-    the store's counts at any time.
+    rows there may be. Look at `in_flight`, `ignored` (fields of bodies that nothing here knows) and the store's counts
+    at any time.
     """
 
     def __init__(

@@ -7,9 +7,9 @@ from typing import IO, Any
 
 import msgspec
 
-from jaxserve.batch_job.files import Source, kind_of, open_read
+from jaxserve.batch_job.files import Source, explained, kind_of, open_read
 from jaxserve.config import ServerOptions
-from jaxserve.errors import BodyTooLarge, InvalidParameter, JaxserveError
+from jaxserve.errors import BatchStopped, BodyTooLarge, InvalidParameter, JaxserveError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_LINE_BYTES = ServerOptions.max_body_bytes
@@ -53,10 +53,10 @@ def read_rows(sources: list[Source], *, chat: bool, column: str | None = None) -
 
             for line, (custom_id, prompt) in enumerate(read_table(source, column), start=1):
                 place = f"{prefix}row {line}"
-                yield _prompt_row(number, line, place, custom_id or place.replace(" ", "-"), prompt, chat)
+                yield _prompt_row(number, line, place, custom_id or f"{prefix}row-{line}", prompt, chat)
                 number += 1
             continue
-        with open_read(source.path) as file:
+        with open_read(source.path) as file, explained(source.path):
             for line, data in _lines(file):
                 place = f"{prefix}line {line}"
                 if data is None:
@@ -67,7 +67,7 @@ def read_rows(sources: list[Source], *, chat: bool, column: str | None = None) -
                 elif kind == "jsonl":
                     yield _json_row(number, line, place, data)
                 else:
-                    yield _text_row(number, line, place, data, chat)
+                    yield _text_row(number, line, place, f"{prefix}line-{line}", data, chat)
                 number += 1
 
 
@@ -95,9 +95,7 @@ def _json_row(number: int, line: int, place: str, data: bytes) -> Row:
     except InvalidParameter as error:
         wrong = error
     except msgspec.ValidationError as error:
-        wrong = InvalidParameter(
-            f"not a line of OpenAI's batch format, custom_id, method, url and body: {error}", param=None
-        )
+        wrong = InvalidParameter(f"not a line of OpenAI's batch format, custom_id, method, url and body: {error}")
         custom_id = _custom_id(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         wrong = InvalidParameter(f"not JSON: {str(error).removeprefix('JSON is malformed: ')}")
@@ -107,13 +105,15 @@ def _json_row(number: int, line: int, place: str, data: bytes) -> Row:
 
 
 def _custom_id(data: bytes) -> str | None:
-    found: Any = msgspec.json.decode(data)
+    try:
+        found: Any = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # behind what was wrong first
+        return None
     name = found.get("custom_id") if isinstance(found, dict) else None
     return name if isinstance(name, str) else None
 
 
-def _text_row(number: int, line: int, place: str, data: bytes, chat: bool) -> Row:
-    name = place.replace(" ", "-")
+def _text_row(number: int, line: int, place: str, name: str, data: bytes, chat: bool) -> Row:
     try:
         return _prompt_row(number, line, place, name, data.decode("utf-8").rstrip("\r\n"), chat)
     except UnicodeDecodeError as e:
@@ -150,18 +150,23 @@ class CustomIds:
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         for setting in ("journal_mode = OFF", "synchronous = OFF", "locking_mode = EXCLUSIVE", "cache_size = -8192"):
             self._db.execute(f"PRAGMA {setting}")
-        self._db.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, number INTEGER, place TEXT) WITHOUT ROWID")
+        self._db.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
         self._db.execute("BEGIN")
 
     def first(self, row: Row) -> str | None:
-        """The place of the first row with this custom_id; None if it is this one, or has none."""
+        """The place of an earlier row with this custom_id; None if there is none. To be asked once for each row."""
         if row.custom_id is None:
             return None
         key = hashlib.blake2b(row.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", (key, row.number, row.place)).rowcount:
-            return None
-        number, place = self._db.execute("SELECT number, place FROM seen WHERE id = ?", (key,)).fetchone()
-        return None if number == row.number else str(place)
+        try:
+            if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, row.place)).rowcount:
+                return None
+            return str(self._db.execute("SELECT place FROM seen WHERE id = ?", (key,)).fetchone()[0])
+        except sqlite3.Error as error:
+            raise BatchStopped(
+                f"cannot note custom_ids in a temporary file: {error}. What is done is safe: make room in /tmp, or "
+                "name another folder with SQLITE_TMPDIR, then run the same again"
+            ) from error
 
     def close(self) -> None:
         self._db.close()

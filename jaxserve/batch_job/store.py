@@ -341,7 +341,10 @@ def _write(fd: int, data: bytes, at: int) -> int:
 def _open_locked(path: Path) -> int:
     """The file, made if need be, for this process alone. Raises ConfigError if another one has it."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(f"cannot open {path}: {error.strerror}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -349,6 +352,9 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             os.close(fd)
             raise ConfigError(f"another process is at work on {path}; wait for it, or give another OUT") from None
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError(f"cannot lock {path} ({error.strerror}): write to a disk that has locks") from error
         os.close(fd)  # renewed between the two calls
 
 
@@ -356,5 +362,8 @@ def _sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
     finally:
         os.close(fd)

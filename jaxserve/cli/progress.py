@@ -68,7 +68,9 @@ class RowProgress:
 
     def update(self, rows: int, failed: int, tokens: int) -> None:
         """Shows the counts, which are those of the whole job."""
-        self._before = self._before or (rows, tokens)
+        if self._before is None:
+            self._before = rows, tokens
+            self._bar.reset(self._task, completed=rows)  # what an earlier run did is no speed of this one
         now = time.monotonic()
         elapsed = max(now - self._begun, 1e-9)
         rest = f"{(tokens - self._before[1]) / elapsed:.0f} tokens/s, {failed} errors"
