@@ -165,3 +165,15 @@ def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOpti
         schedule=ScheduleOptions(**parts[1]),
         device=DeviceOptions(**parts[2]),
     )
+
+
+def model_name(model: str | None, served_model_name: str | None = None) -> str:
+    """The name that requests use: the one given, the directory's or file's, the hub id, or the embedded model's."""
+    if served_model_name:
+        return served_model_name
+    if model is None:
+        return DEFAULT_MODEL_NAME
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model

@@ -308,7 +308,7 @@ def test_when_the_machine_dies_what_was_not_synced_may_be_anything(tmp_path, mon
     assert mark["size"] > 100
     safe = data.index(b"\n", data.index(b" mark ")) + 1
     assert safe < len(data) - 50
-    for cut in range(safe, len(data), 3):
+    for cut in range(safe, len(data), 11):
         for rest in (b"", bytes(len(data) - cut), b"junk\n" * 9):
             journal.write_bytes(data[:cut] + rest)
             path.write_bytes(path.read_bytes()[: mark["size"]] + bytes(cut % 50))

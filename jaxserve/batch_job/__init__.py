@@ -28,7 +28,7 @@ from jaxserve.batch_job.records import Names
 from jaxserve.batch_job.rows import read_rows
 from jaxserve.batch_job.store import Store
 from jaxserve.client.remote import RemoteEngine
-from jaxserve.config import DEFAULT_MODEL_NAME, EngineOptions, engine_options_of
+from jaxserve.config import EngineOptions, engine_options_of, model_name
 from jaxserve.errors import BatchStopped, ConfigError
 from jaxserve.hub import resolve_model
 from jaxserve.request import SamplingParams
@@ -112,7 +112,7 @@ def run_batch(
         work_dir=Path(work_dir),
     )
     engine = engine_options_of(model, options)
-    name = served_model_name or model or DEFAULT_MODEL_NAME
+    name = model_name(model, served_model_name)
     path = resolve_model(model, engine.model.revision)
 
     def work() -> BatchResult:

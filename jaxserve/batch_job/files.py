@@ -61,9 +61,7 @@ def find(pattern: str, without: str) -> list[Source]:
     Raises ConfigError if there is none, or if they are of several kinds.
     """
     if pattern == "-":
-        raise ConfigError(
-            "a job that can be resumed reads a file, not standard input; `jaxserve generate -` reads that"
-        )
+        raise ConfigError("a job that can be resumed reads a file, not standard input; write that to a file first")
     magic = glob.has_magic(pattern)
     if is_remote(pattern):
         system, path = _system(pattern)

@@ -127,14 +127,12 @@ class Job:
         """Reads and translates the next rows that have no result yet, and orders them by their prompts."""
         found: list[_Asked] = []
         size = 0
-        while len(found) < CHUNK_ROWS and size < CHUNK_BYTES:
+        while len(found) < CHUNK_ROWS and size < CHUNK_BYTES and not self.stopping:
             if self._read - self._store.rows >= WINDOW:
                 if found:
                     break
                 self._moved.clear()
                 await self._moved.wait()
-                if self.stopping:
-                    return
                 continue
             row = next(self._rows, None)
             if row is None:

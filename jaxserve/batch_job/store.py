@@ -74,7 +74,7 @@ class Store:
         self.journal = path.with_name(path.name + ".job")
         self.head: dict[str, str] | None = None
         self._fd = self._out = -1
-        self._swap = threading.Lock()  # held while _fd changes, and while sync takes it
+        self._swap = threading.Lock()  # held while _fd changes or is closed, and while sync takes it
         self._error: BatchStopped | None = None
         self._forget()
         if self.journal.exists():
@@ -198,10 +198,11 @@ class Store:
             if self._fd >= 0 and self._error is None:
                 self.sync()
         finally:
-            for fd in (self._fd, self._out):
-                if fd >= 0:
-                    os.close(fd)
-            self._fd = self._out = -1
+            with self._swap:
+                for fd in (self._fd, self._out):
+                    if fd >= 0:
+                        os.close(fd)
+                self._fd = self._out = -1
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         """(where in the journal it begins, content) of the records, up to the first that is not whole."""
