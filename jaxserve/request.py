@@ -17,10 +17,7 @@ MAX_STOP_IDS = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
 
-_INTEGERS = (
-    *("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"),
-    "prompt_logprobs_from",
-)
+_INTEGERS = ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "prompt_logprobs_from")
 
 
 class FinishReason(enum.StrEnum):
@@ -190,8 +187,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step added to one sequence of one request.
 
     logprobs holds one entry per token of token_ids when they were asked for. prompt_logprobs comes with the
-    first delta of index 0, one entry per prompt token, None for the first and those before prompt_logprobs_from. finish is set on the last delta;
-    stop_token_id says which id ended it (that id is the last of token_ids). error is set with finish ERROR.
+    first delta of index 0, one entry per prompt token, None for the first and for those before
+    prompt_logprobs_from. finish is set on the last delta; stop_token_id says which id ended it (that id is the last
+    of token_ids). error is set with finish ERROR.
     """
 
     request_id: str
@@ -239,7 +237,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
             f"prompt token id {bad[0]} is out of range: the vocabulary has {info.vocab_size} ids", param="prompt"
         )
     wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
-    if wanted > info.max_model_len:
+    scoring = params.max_tokens == 0  # then the last token is predicted, and does not take a place
+    if wanted > info.max_model_len + scoring:
         asked = f"{params.max_tokens} in the completion" if params.max_tokens is not None else "at least 1 to generate"
         raise PromptTooLong(
             f"This model's maximum context length is {info.max_model_len} tokens. However, you requested "

@@ -327,7 +327,8 @@ class Runner:
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
         _, history, ids, values, stops = self._no_binding()
-        history[: len(sequence.tokens)] = sequence.tokens
+        tokens = sequence.tokens[: len(history)]  # the last one of a prompt that is only scored may have no place
+        history[: len(tokens)] = tokens
         bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())

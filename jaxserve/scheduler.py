@@ -57,7 +57,7 @@ class Sequence:
     @property
     def scoring(self) -> bool:
         """max_tokens is 0: nothing is sampled."""
-        return self.limit == self.num_prompt
+        return self.request.params.max_tokens == 0
 
     @property
     def num_wanted(self) -> int:
@@ -182,7 +182,7 @@ class Scheduler:
                 now,
                 list(prompt),
                 len(prompt),
-                min(limit, self.max_model_len),
+                max(len(prompt), min(limit, self.max_model_len)),
                 deadline,
             )
             self._order += 1
@@ -342,7 +342,7 @@ class Scheduler:
         return (sequence.request.priority if self.priorities else 0, sequence.order)
 
     def _sharable(self, sequence: Sequence) -> list[bytes]:
-        """The hashes of those blocks that may come from elsewhere: all before the first token whose output is wanted."""
+        """The hashes of the blocks that may come from elsewhere: those before the first token whose output counts."""
         self._extend_hashes(sequence)
         first = sequence.num_wanted  # the last token is computed always: its logits are wanted
         known = sequence.prompt_logprobs
