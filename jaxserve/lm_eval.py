@@ -161,9 +161,8 @@ class JaxserveLM(TemplateLM):
         most, stop, sampled = wanted.pop("max_gen_toks"), wanted.pop("until"), wanted.pop("do_sample")
         if unknown := sorted(wanted.keys() - set(_PASSED)):
             raise InvalidParameter(f"generation_kwargs: {unknown[0]} is not served; known are {', '.join(_PASSED)}")
-        if not sampled:
-            wanted["temperature"] = 0.0
-        return SamplingParams(max_tokens=most, stop=tuple(s for s in stop if s), **{"temperature": 1.0} | wanted)
+        wanted["temperature"] = wanted.get("temperature", 1.0) if sampled else 0.0
+        return SamplingParams(max_tokens=most, stop=tuple(s for s in stop if s), **wanted)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def test_a_context_that_is_too_long_is_cut_from_the_left(model):
 
 
 def test_rolling_scores_every_token_once(model):
-    text = "Once upon a time there was a cat. " * 12
+    text = "Once upon a time there was a cat. " * 24
     ids = model.tok_encode(text)
     assert len(ids) > 2 * model.max_length
     (found,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)), disable_tqdm=True)
