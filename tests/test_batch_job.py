@@ -834,9 +834,9 @@ def test_lines_need_no_pyarrow_and_no_fsspec(batch, tmp_path, monkeypatch, capsy
     write(tmp_path / "in.jsonl", text_row("a"))
     assert batch("in.jsonl", "out.jsonl") == 0
     assert batch("in.jsonl", "out.parquet") == 2
-    assert "need pyarrow: pip install 'jaxserve[batch]'" in capsys.readouterr().err
+    assert "need pyarrow: pip install 'jaxserve[offline]'" in capsys.readouterr().err
     assert batch("memory://in.jsonl", "out2.jsonl") == 2
-    assert "needs fsspec: pip install 'jaxserve[batch]'" in capsys.readouterr().err
+    assert "needs fsspec: pip install 'jaxserve[offline]'" in capsys.readouterr().err
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"pyarrow", "fsspec"} <= {d.split(">")[0] for d in extras["batch"]}
 

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from jaxserve.errors import ConfigError
 
-EXTRA = "pip install 'jaxserve[batch]'"
+EXTRA = "pip install 'jaxserve[offline]'"
 
 _KINDS = {
     ".jsonl": "jsonl",

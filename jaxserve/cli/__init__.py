@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": "quantize:quantize",
     "show": "show:show",
     "perplexity": "perplexity:perplexity",
+    "score": "score:score_file",
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }
