@@ -142,6 +142,7 @@ def _open(
     cuts = chunks(tokenizer, text, ctx_size, limit)
     if reference is not None:
         _check_words(tokenizer, load_tokenizer(reference), set(cuts.flat))
+    models = replace(models, max_model_len=ctx_size)
     with reporting() as report:
         loaded = [load_model(models, device, path, report)]
         if reference is not None:
