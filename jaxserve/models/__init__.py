@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "Olmo2ForCausalLM": "jaxserve.models.olmo2",
     "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
