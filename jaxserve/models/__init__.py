@@ -10,6 +10,7 @@ from jaxserve.spec import Model
 ARCHITECTURES = {
     "Gemma2ForCausalLM": "jaxserve.models.gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
+    "GraniteForCausalLM": "jaxserve.models.granite",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2",
