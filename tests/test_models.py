@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxserve import attention
+from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.errors import ConfigError
+from jaxserve.loading import load_model
 from jaxserve.models import ARCHITECTURES, find_model
 from jaxserve.spec import ParamSpec
 from jaxserve.weights import open_checkpoint
@@ -200,3 +202,11 @@ def test_the_longest_sequence_decides_which_list_of_phi3_counts():
     long, short = (replace(config, max_positions=n).rope_in_use for n in (33, 32))
     assert long.divisors[-1] == 9.0 and short.divisors[-1] == 3.0
     assert long.magnitude == short.magnitude == pytest.approx((1 + np.log(8) / np.log(32)) ** 0.5)
+
+
+def test_max_model_len_is_the_longest_sequence():
+    def loaded(length):
+        options = ModelOptions(max_model_len=length), DeviceOptions(attention="reference", compile_cache_dir="")
+        return load_model(*options, GOLDENS[0].parent / "phi3_long", lambda message: None).config
+
+    assert loaded(None).rope_in_use.divisors == loaded(33).rope_in_use.divisors != loaded(32).rope_in_use.divisors
