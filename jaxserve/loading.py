@@ -1,7 +1,7 @@
 """Brings a model to its device as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     """
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config)
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
     place = jax.local_devices()[0]
     name, reason, kernel = attention.choose(device.attention, place.platform, progress)
     progress(f"attention: {name} ({reason})")
