@@ -6,21 +6,14 @@ import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import rich.progress
 
 from jaxserve.client.local import LocalEngine
-from jaxserve.config import (
-    DEFAULT_MODEL_NAME,
-    DeviceOptions,
-    EngineOptions,
-    ModelOptions,
-    ScheduleOptions,
-    option_names,
-)
-from jaxserve.errors import ConfigError, EngineStopped, InvalidParameter
+from jaxserve.config import DEFAULT_MODEL_NAME, engine_options_of
+from jaxserve.errors import EngineStopped, InvalidParameter
 from jaxserve.hub import resolve_model
 from jaxserve.request import EngineInfo, FinishReason, SamplingParams
 from jaxserve.score import ScoreOutput, encode_pair, score_output, scoring_params
@@ -66,7 +59,8 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any):
-        engine_options = _engine_options(model, options)
+        # A list may be of any length: nobody else waits behind it.
+        engine_options = engine_options_of(model, {"max_queued_requests": 2**31 - 1} | options)
         path = resolve_model(model, engine_options.model.revision)
         name = model or DEFAULT_MODEL_NAME
         self._loop = asyncio.new_event_loop()
@@ -260,17 +254,3 @@ def _add(output: RequestOutput, delta: Any) -> None:
     if delta.finish is not None:
         part.finish_reason = FinishReason(delta.finish).value
         part.stop_reason = delta.stop_reason
-
-
-def _engine_options(model: str | None, options: dict[str, Any]) -> EngineOptions:
-    sections = (ModelOptions, ScheduleOptions, DeviceOptions)
-    known = option_names(*sections)
-    if unknown := sorted(options.keys() - known.keys()):
-        raise ConfigError(f"LLM has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    parts = [{f.name: options[f.name] for f in fields(s) if f.name in options} for s in sections]
-    return EngineOptions(
-        model=ModelOptions(**(parts[0] | {"model": model})),
-        # A list may be of any length: nobody else waits behind it.
-        schedule=ScheduleOptions(**({"max_queued_requests": 2**31 - 1} | parts[1])),
-        device=DeviceOptions(**parts[2]),
-    )
