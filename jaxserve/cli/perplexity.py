@@ -137,7 +137,7 @@ def _open(
     from jaxserve.perplexity import chunks
     from jaxserve.tokenizer import load_tokenizer
 
-    check_models([path] if reference is None else [path, reference], ctx_size)
+    check_models([path] if reference is None else [path, reference], ctx_size, models.model_code)
     tokenizer = load_tokenizer(path)
     cuts = chunks(tokenizer, text, ctx_size, limit)
     if reference is not None:
