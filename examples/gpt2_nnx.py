@@ -24,7 +24,7 @@ EXAMPLE = {
     "n_embd": 48,
     "n_head": 4,
     "n_positions": 256,
-    "vocab_size": 160,
+    "vocab_size": 2048,
 }
 
 

@@ -27,7 +27,7 @@ EXAMPLE = {
     "hidden_size": 48,
     "num_attention_heads": 4,
     "intermediate_size": 96,
-    "vocab_size": 160,
+    "vocab_size": 2048,
     "max_position_embeddings": 256,
     "rotary_pct": 0.5,
 }

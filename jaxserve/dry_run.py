@@ -64,7 +64,7 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
             raise _Misfit(f"{what}: the cache is {_about(cache)}; hand on the one that came with the step")
         if unknown := options.keys() - {"scale", "window", "soft_cap", "sinks"}:
             raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap and sinks")
-        return q, cache + jnp.zeros((), cache.dtype)
+        return q, cache
 
     state = jax.ShapeDtypeStruct((spec.layers, 1, spec.row), jnp.float32)
     row = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)

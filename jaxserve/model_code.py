@@ -55,12 +55,10 @@ def place(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """An exception's class and the first lines of what it says: JAX explains itself at length."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(said[:2])
-    return (
-        f"{type(error).__name__}: {text if len(text) <= 500 else text[:500] + '...'}" if text else type(error).__name__
-    )
+    """An exception's class and the first line of what it says: JAX explains itself at length."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = text if len(text) <= 400 else text[:400] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _split(code: str) -> tuple[str, str]:
@@ -126,7 +124,9 @@ def _importable(directory: Path) -> None:
 
 
 def _is_model(value: Any) -> bool:
-    return all(hasattr(value, n) for n in ("Config", "param_specs", "forward", "logits"))
+    return not isinstance(value, ModuleType) and all(
+        hasattr(value, n) for n in ("Config", "param_specs", "forward", "logits")
+    )
 
 
 def _check_arguments(function: Any, name: str, arguments: tuple[str, ...]) -> None:
