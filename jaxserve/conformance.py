@@ -78,7 +78,7 @@ def check_model(model: Model, hf: Mapping[str, Any] | None, checkpoint: Checkpoi
     found = [
         _layers(traced, model.cache_spec(config).layers),
         _compiles_once(traced),
-        _tried("bfloat16", lambda: trace(model, config, jnp.bfloat16), "bfloat16 weights keep bfloat16 activations"),
+        _tried("bfloat16", lambda: _trace_bfloat16(model, config), "bfloat16 weights keep bfloat16 activations"),
         _tried(
             "matrices", lambda: _trace_packed(model, config), "only linear, linear_f32 and embed touch matrix() weights"
         ),
@@ -96,7 +96,8 @@ def check_model(model: Model, hf: Mapping[str, Any] | None, checkpoint: Checkpoi
         yield Finding("values", "note", f"not computed: max_positions {config.max_positions} is below {2 * LENGTH}")
     else:
         with jax.default_device(jax.local_devices(backend="cpu")[0]), jax.default_matmul_precision("highest"):
-            yield from _values(model, config)
+            found = list(_values(model, config))  # all of them: a generator that rests would leave its settings on
+        yield from found
 
 
 def _tried(check: str, work: Callable[[], object], done: str) -> Finding:
@@ -133,12 +134,27 @@ def _layers(traced: Traced, layers: int) -> Finding:
 
 
 def _compiles_once(traced: Traced) -> Finding:
-    found = sorted(set(re.findall(r"\b(?:pure|io|debug)_callback\b|\bdebug_print\b", traced.jaxpr)))
+    found = sorted(set(re.findall(r"\b(?:pure|io|debug)_callback\b|\bdebug_print\b", str(traced.jaxpr))))
     if found:
         return Finding(
             "no callbacks", "FAIL", f"{', '.join(found)} calls Python from each step; take jax.debug and callbacks out"
         )
     return Finding("no callbacks", "ok", "forward and logits run on the device alone")
+
+
+def _trace_bfloat16(model: Model, config: Any) -> None:
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            trace(model, config, jnp.bfloat16)
+    except ConfigError as error:
+        with jax.numpy_dtype_promotion("strict"):  # which stops at the first operation of two types
+            try:
+                trace(model, config, jnp.bfloat16)
+            except ConfigError as strict:
+                at, mixed, _ = strict.message.partition(": TypePromotionError")
+                if mixed:
+                    raise ConfigError(f"{error.message}; bfloat16 first meets another type at {at}") from error
+        raise
 
 
 def _trace_packed(model: Model, config: Any) -> None:

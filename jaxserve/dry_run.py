@@ -31,7 +31,7 @@ class Traced:
 
     attended: tuple[int | None, ...]
     """The layer of each call of attend, in order; None where it is no number but a traced value."""
-    jaxpr: str
+    jaxpr: Any
     """forward and logits as JAX sees them."""
 
 
@@ -51,7 +51,7 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
     attended: list[int | None] = []
 
     def attend(layer: Any, q: Any, k: Any, v: Any, cache: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-        number = layer if isinstance(layer, int) else None
+        number = int(layer) if isinstance(layer, int | np.integer) else None
         attended.append(number)
         what = f"attend of layer {layer}" if number is not None else "attend"
         if number is not None and not 0 <= number < spec.layers:
@@ -88,7 +88,7 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
         raise
     except Exception as error:
         raise ConfigError(f"{place(error)}{brief(error)}{_cure(error)}") from error
-    return Traced(tuple(attended), str(jaxpr))
+    return Traced(tuple(attended), jaxpr)
 
 
 def check_sizes(model: Model, config: Any) -> None:
@@ -147,7 +147,10 @@ def _fits(what: str, x: Any, axes: tuple[str, ...], shape: tuple[int, ...], dtyp
 
 
 _PROMOTED = ", as the weights and the activations before it are: something promoted it, say a float32 array"
-_DTYPE_CURES = {"logits": ": multiply by linear_f32 of jaxserve.quant, or end with .astype(jnp.float32)"}
+_DTYPE_CURES = {
+    "logits": ": multiply by linear_f32 of jaxserve.quant, or end with .astype(jnp.float32)",
+    "forward's cache": ": return the one that the last attend returned",
+}
 
 
 def _cure(error: Exception) -> str:

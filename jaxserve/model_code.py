@@ -140,18 +140,17 @@ def _check_arguments(function: Any, name: str, arguments: tuple[str, ...]) -> No
         raise ConfigError(f"model_code: {where}{name} is called as {name}({', '.join(arguments)}): {error}") from error
 
 
-_LIBRARIES = (
-    str(Path(__file__).parent),
-    "site-packages",
-    "dist-packages",
-    "<frozen",
-    str(Path(inspect.__file__).parent),
-)
-_MODELS = str(Path(__file__).parent / "models")
+_PACKAGE = Path(__file__).parent
+_NOT_OURS = (str(Path(inspect.__file__).parent), "site-packages", "dist-packages", "<frozen")
+_MODELS = _PACKAGE / "models"
 
 
 def _is_library(filename: str) -> bool:
-    return not filename.startswith(_MODELS) and any(part in filename for part in _LIBRARIES)
+    """Whether a frame is Python's, a package's or the engine's; our own model files are model files."""
+    path = Path(filename)
+    if path.is_relative_to(_PACKAGE):
+        return not path.is_relative_to(_MODELS) or path.stem == "from_nnx"
+    return any(part in filename for part in _NOT_OURS) or path.parent.name == "ragged_paged_attention"
 
 
 def _shown(filename: str) -> str:

@@ -47,7 +47,8 @@ def _print(findings: Iterable) -> tuple[int, int]:
         count += finding.outcome != "note"
         failed += finding.outcome == "FAIL"
         lead = f"{finding.outcome:<5}{finding.check:<{_NAME}} "
+        wrap = textwrap.TextWrapper(110, subsequent_indent=" " * len(lead), break_long_words=False)
         for line in finding.detail.splitlines():
-            print(textwrap.fill(line, 110, initial_indent=lead, subsequent_indent=" " * len(lead)), flush=True)
-            lead = " " * len(lead)
+            wrap.initial_indent, lead = lead, wrap.subsequent_indent
+            print(wrap.fill(line), flush=True)
     return failed, count
