@@ -237,34 +237,41 @@ NAMES = {
 
 def test_nnx_modules_as_torch_would_have_stored_them():
     c = Sizes()
-    module = Decoder(c, rngs=nnx.Rngs(3))
-    module.eval()
-    state = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    stored = {
-        "embed": state["embed", "embedding"][...],
-        "qkv": state["qkv", "kernel"][...].reshape(12, 36).T,
-        "qkv_bias": state["qkv", "bias"][...],
-        "out": state["out", "kernel"][...].reshape(12, 12).T,
-        "out_bias": state["out", "bias"][...],
-        "up": state["up", "kernel"][...].T,
-    }
+    tokens, positions = jnp.array([3, 1, 4, 1, 5]), jnp.arange(5)
+
+    @jax.jit
+    def direct():
+        """The weights as torch would store them, and what the module itself computes."""
+        module = Decoder(c, rngs=nnx.Rngs(3))
+        module.eval()
+        state = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+        stored = {
+            "embed": state["embed", "embedding"][...],
+            "qkv": state["qkv", "kernel"][...].reshape(12, 36).T,
+            "qkv_bias": state["qkv", "bias"][...],
+            "out": state["out", "kernel"][...].reshape(12, 12).T,
+            "out_bias": state["out", "bias"][...],
+            "up": state["up", "kernel"][...].T,
+        }
+        with jax.numpy_dtype_promotion("standard"):
+            hidden, _ = module(tokens, positions, jnp.zeros(()), attention.dense)
+            return stored, module.logits(hidden)
+
+    stored, want = direct()
     _, param_specs, forward, logits = from_nnx(Sizes, Decoder, NAMES.__getitem__)
     specs = param_specs(c)
     assert {s.name: s.shape for s in specs.values()} == {
         "embed": (32, 12), "qkv": (3, 2, 6, 12), "qkv_bias": (3, 2, 6), "out": (12, 2, 6), "out_bias": (12,),
         "up": (12, 12),
     }  # fmt: skip
-    params = {path: stored[spec.name].reshape(spec.shape) for path, spec in specs.items()}
-    tokens, positions = jnp.array([3, 1, 4, 1, 5]), jnp.arange(5)
 
-    def run(params):
+    @jax.jit
+    def run(stored):
+        params = {path: stored[spec.name].reshape(spec.shape) for path, spec in specs.items()}
         hidden, _ = forward(params, c, tokens, positions, jnp.zeros(()), attention.dense)
         return logits(params, c, hidden)
 
-    with jax.numpy_dtype_promotion("standard"):
-        hidden, _ = module(tokens, positions, jnp.zeros(()), attention.dense)
-        want = module.logits(hidden)
-    assert np.allclose(jax.jit(run)(params), want, atol=1e-5)
+    assert np.allclose(run(stored), want, atol=1e-5)
 
 
 def test_nnx_modules_that_are_refused():
