@@ -26,8 +26,22 @@ from jaxserve.native.build import cpu_flags
 log = logging.getLogger("jaxserve.compile_cache")
 
 NOT_IN_PROGRAMS = (
-    *("bench", "chat", "cli", "client", "conformance", "dry_run", "embedded", "hub", "llm", "model_code"),
-    *("random_weights", "server", "text", "tokenizer", "weights"),
+    "batch_job",
+    "bench",
+    "chat",
+    "cli",
+    "client",
+    "conformance",
+    "dry_run",
+    "embedded",
+    "hub",
+    "llm",
+    "model_code",
+    "random_weights",
+    "server",
+    "text",
+    "tokenizer",
+    "weights",
 )
 """Parts of the package that no program is made from, so that they may change and the programs stay."""
 UNUSED_DAYS = 30

@@ -81,9 +81,13 @@ class Evaluator:
             donate=1,
         )
 
-    def score(self, chunk: Int[np.ndarray, " ctx"]) -> Scores:
-        """The chunk's second half, each token given all before it. Raises CheckpointError where that is no number."""
-        first, count = first_scored(self._ctx_size), self._ctx_size - 1
+    def score(self, chunk: Int[np.ndarray, " ctx"], first: int | None = None) -> Scores:
+        """The tokens after position `first`, each given all before it; None is the chunk's second half.
+
+        Raises CheckpointError where that is no number.
+        """
+        assert 2 <= len(chunk) <= self._ctx_size
+        first, count = first_scored(self._ctx_size) if first is None else first, len(chunk) - 1
         targets = np.where(np.arange(count) >= first, chunk[1:], -1).astype(np.int32)
         parts = []
         for start in range(0, count, self._tokens):

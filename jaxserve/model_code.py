@@ -3,16 +3,19 @@
 What goes wrong in such a file is somebody's next edit: every error names the file and the line.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import ConfigError
-from jaxserve.spec import Model
+
+if TYPE_CHECKING:
+    from jaxserve.spec import Model
 
 _PREFIX = "model_code."
 """Of the names that files get in sys.modules, so that none hides a module of its own name."""
@@ -21,12 +24,14 @@ _ARGUMENTS = {"param_specs": ("config",), "forward": ("params", "config", "token
 }
 
 
-def load_model_code(code: str) -> Model:
+def load_model_code(code: str) -> "Model":
     """The model of PATH.py[:NAME] or module[:NAME]. The code is executed, with its directory importable.
 
     NAME is an object of the file with Config, param_specs, forward and logits; without it the file itself has them.
     Raises ConfigError saying where: the file cannot be read or run, or lacks something.
     """
+    from jaxserve.spec import Model  # and with it JAX, which whoever asks for a digest does without
+
     source, name = _split(code)
     module = _run_file(Path(source).expanduser()) if _is_path(source) else _import(source, code)
     found: Any = module
@@ -46,6 +51,28 @@ def load_model_code(code: str) -> Model:
     for function, arguments in _ARGUMENTS.items():
         _check_arguments(getattr(model, function), function, arguments)
     return model
+
+
+def code_digest(code: str) -> str:
+    """A digest of the file that `load_model_code` would run; what that imports is not in it.
+
+    Raises ConfigError when there is no such file.
+    """
+    source, name = _split(code)
+    path = Path(source).expanduser()
+    if not _is_path(source):
+        _importable(Path.cwd())
+        try:
+            found = importlib.util.find_spec(source)
+        except ImportError:
+            found = None
+        if found is None or found.origin is None:
+            raise ConfigError(f"model_code: {code!r} is no file and no module")
+        path = Path(found.origin)
+    try:
+        return hashlib.blake2b(path.read_bytes() + b"\0" + name.encode(), digest_size=10).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"model_code: cannot read {path}: {error.strerror}") from error
 
 
 def place(error: BaseException) -> str:

@@ -25,17 +25,18 @@ RANKS = {
     "engine": 8,
     "client": 9,
     "text": 10,
-    "llm": 11, "bench": 11,
-    "server": 12, "profile": 12,
-    "cli": 13,
-    "__init__": 14,  # the public names
-    "__main__": 14,
+    "score": 11, "bench": 11,
+    "llm": 12, "server": 12, "profile": 12,
+    "batch_job": 13, "lm_eval": 13,
+    "cli": 14,
+    "__init__": 15,  # the public names
+    "__main__": 15,
 }  # fmt: skip
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
-    "perplexity", "client", "client.remote", "text", "server", "cli",
+    "perplexity", "client", "client.remote", "text", "score", "server", "batch_job", "cli",
 ]  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from running_engine import Running
 from running_server import Server
 
 from jaxserve import LLM, SamplingParams, attention, cli, loading
-from jaxserve.config import DeviceOptions, ModelOptions
+from jaxserve.batch_job.identity import describe, differences
+from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.hub import resolve_model
 from jaxserve.model_code import load_model_code
@@ -180,6 +181,23 @@ def test_an_edited_file_is_read_again_at_once(tmp_path):
     for eps in ("1e-5", "2e-5"):  # of the same length, and within a second
         file.write_text(TEMPLATE.replace("1e-5", eps))
         assert load_model_code(str(file)).example["rms_norm_eps"] == float(eps)
+
+
+def test_an_offline_job_depends_on_what_the_file_holds(made, tmp_path):
+    file, other = tmp_path / "mine.py", tmp_path / "renamed.py"
+
+    def described(code):
+        model = ModelOptions(model_code=None if code is None else str(code))
+        return describe("input", made[1], "name", EngineOptions(model=model), {})
+
+    file.write_text(TEMPLATE)
+    other.write_text(TEMPLATE)
+    before = described(file)
+    assert before == described(other) != described(None)
+    file.write_text(TEMPLATE.replace("jax.nn.silu", "jax.nn.gelu"))
+    assert [line.split(" was ")[0] for line in differences(before, described(file))] == ["model code"]
+    with pytest.raises(ConfigError, match="cannot read .*none.py"):
+        described(tmp_path / "none.py")
 
 
 def test_programs_of_foreign_code_are_known_by_what_they_compute():
