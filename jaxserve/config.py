@@ -21,6 +21,10 @@ class ModelOptions:
 
     model: str | None = None
     """Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served."""
+    model_code: str | None = None
+    """Python file of a model of your own, or a module's name, that computes the checkpoint; `my_model.py:NAME` takes an
+    object of it. Whatever the checkpoint's architecture is called. The file is executed: give none that you do not
+    trust."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

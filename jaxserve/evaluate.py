@@ -39,9 +39,9 @@ class TokenScores:
     same_top: Bool[Array, " T"]
 
 
-def check_models(paths: Sequence[Path], ctx_size: int) -> None:
+def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) -> None:
     """Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together."""
-    configs = [find_model(open_checkpoint(path).config)[1] for path in paths]
+    configs = [find_model(open_checkpoint(path).config, code)[1] for path in paths]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(

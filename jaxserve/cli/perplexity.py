@@ -142,7 +142,7 @@ def _open(
     from jaxserve.perplexity import Window, chunks, first_scored, windows
     from jaxserve.tokenizer import load_tokenizer
 
-    check_models([path] if reference is None else [path, reference], ctx_size)
+    check_models([path] if reference is None else [path, reference], ctx_size, models.model_code)
     tokenizer = load_tokenizer(path)
     if stride is None:
         cuts = [Window(chunk, first_scored(ctx_size)) for chunk in chunks(tokenizer, text, ctx_size, limit)]
