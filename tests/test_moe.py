@@ -13,13 +13,16 @@ import running_engine
 from safetensors.numpy import load_file, save_file
 from test_models import load
 
-from jaxserve import native, quant
+from jaxserve import dry_run, native, quant
 from jaxserve.config import DeviceOptions, ModelOptions
+
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import FORMATS, Blocks, dequantise, quantise
 from jaxserve.layers import moe
 from jaxserve.loading import load_model
 from jaxserve.models import find_model
+from jaxserve.random_weights import draw, stored_shape
+from jaxserve.weights import open_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
 FAMILIES = ("mixtral", "qwen3_moe")
@@ -139,6 +142,22 @@ def test_experts_that_are_not_served(family, change, message):
     hf = json.loads((GOLDENS / family / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         find_model(hf | change)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drawn_weights_and_shapes_are_a_checkpoints(kernels, family):
+    """`new-checkpoint` writes tensors of the names and shapes that are loaded, `check` traces what will be loaded."""
+    path = GOLDENS / family
+    model, config = find_model(json.loads((path / "config.json").read_text()))
+    checkpoint = open_checkpoint(path)
+    for spec in jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: hasattr(leaf, "axes")):
+        assert {checkpoint.shape(name) for name in spec.names} == {stored_shape(spec)}
+        assert draw(spec).shape == spec.shape
+    params = load_model(ModelOptions(dtype="float32"), DeviceOptions(attention="cpu"), path, lambda said: None).params
+    spec, up = model.param_specs(config)["blocks"][0]["up"], params["blocks"][0]["up"]
+    traced = dry_run.packed(spec, stored_shape(spec), np.float32, np.float32)
+    assert up.panels.shape == traced.panels.shape
+    assert (up.shape, up.outputs, up.stacked) == (traced.shape, traced.outputs, traced.stacked)
 
 
 def test_what_is_wrong_with_a_stack_is_told(tmp_path):

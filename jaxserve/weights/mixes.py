@@ -128,8 +128,8 @@ def _choice(
     elif name.startswith("blk."):
         layer, part = name.split(".")[1:3]
         rule: _Rule | None = {
-            "attn_v": mix.attn_v, "ffn_down": mix.ffn_down, "attn_output": mix.attn_output,
-            "ffn_down_exps": mix.ffn_down,
+            "attn_v": mix.attn_v, "attn_qkv": mix.attn_v, "ffn_down": mix.ffn_down, "ffn_down_exps": mix.ffn_down,
+            "attn_output": mix.attn_output,
         }.get(part)  # fmt: skip
         if experts == 8 and FORMATS[mix.base].quantised:
             rule = _beside_eight_experts(mix.base).get(part, rule)
