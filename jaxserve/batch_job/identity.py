@@ -13,7 +13,7 @@ from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
 from jaxserve.model_code import code_digest
 from jaxserve.request import EngineInfo
 
-# Options that change no answer: where checkpoint and model code lie, what is compiled when, and how much memory there is.
+# Options that change no answer: where checkpoint and model code lie, what is compiled when, how much memory there is.
 _WITHOUT_EFFECT = (
     *("model", "model_code", "revision", "max_model_len", "warmup", "compile_cache_dir"),
     *("memory_utilization", "num_kv_pages"),
