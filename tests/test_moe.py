@@ -15,7 +15,6 @@ from test_models import load
 
 from jaxserve import dry_run, native, quant
 from jaxserve.config import DeviceOptions, ModelOptions
-
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import FORMATS, Blocks, dequantise, quantise
 from jaxserve.layers import moe
