@@ -1,7 +1,7 @@
 """Brings a model to its device as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     """
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config, options.model_code)
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
     place = jax.local_devices()[0]
     name, reason, kernel = attention.choose(device.attention, place.platform, progress)
     progress(f"attention: {name} ({reason})")
@@ -82,7 +84,8 @@ def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[P
     def leaf(spec: ParamSpec) -> Any:
         stored = checkpoint.shape(spec.name) if spec.matrix and packs and spec.name in checkpoint.names() else ()
         if len(stored) == 2:
-            return packed(spec, stored, dtype, dtype)
+            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+            return packed(spec, (outputs, stored[1]), dtype, dtype)
         return jax.ShapeDtypeStruct(spec.shape, dtype)
 
     return leaf

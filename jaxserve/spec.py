@@ -4,6 +4,7 @@ A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward
 `unused(name)` and `EXAMPLE` as well. `Model` is that module seen as a type.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,6 +31,8 @@ class ParamSpec:
     name: str
     matrix: bool = False
     """Only `linear`, `linear_f32` and `embed` touch it: it may be kept in another layout, or quantised."""
+    rows: tuple[int, int] | None = None
+    """Which rows of the checkpoint's tensor it is, [begin, end), where that holds several weights; None: all."""
 
 
 def weight(config: Any, axes: str, name: str) -> ParamSpec:
@@ -46,6 +49,20 @@ def matrix(config: Any, axes: str, name: str) -> ParamSpec:
     `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
     """
     return ParamSpec(*_sized(config, axes, name), name, matrix=True)
+
+
+def stacked(config: Any, name: str, **parts: str) -> dict[str, ParamSpec]:
+    """Matrices, by name and axes, that lie one below the other in one tensor [outputs of all, inputs] of a checkpoint.
+
+    `stacked(c, "model.layers.0.mlp.gate_up_proj.weight", gate="ffn width", up="ffn width")`
+    """
+    specs, begin = {}, 0
+    for part, names in parts.items():
+        axes, shape = _sized(config, names, name)
+        end = begin + math.prod(shape[:-1])
+        specs[part] = ParamSpec(axes, shape, name, matrix=True, rows=(begin, end))
+        begin = end
+    return specs
 
 
 def _sized(config: Any, axes: str, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

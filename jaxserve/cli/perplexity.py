@@ -150,6 +150,7 @@ def _open(
         cuts = windows(tokenizer, text, ctx_size, stride, limit)
     if reference is not None:
         _check_words(tokenizer, load_tokenizer(reference), set(itertools.chain(*(cut.tokens.tolist() for cut in cuts))))
+    models = replace(models, max_model_len=ctx_size)
     with reporting() as report:
         loaded = [load_model(models, device, path, report)]
         if reference is not None:

@@ -1,4 +1,4 @@
-"""A Parquet file of scored tokens, written as they come; the only user of pyarrow."""
+"""A Parquet file of scored tokens, written as they come."""
 
 from pathlib import Path
 from typing import Any

@@ -11,10 +11,14 @@ from jaxserve.spec import Model
 ARCHITECTURES = {
     "Gemma2ForCausalLM": "jaxserve.models.gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
+    "GraniteForCausalLM": "jaxserve.models.granite",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "Olmo2ForCausalLM": "jaxserve.models.olmo2",
+    "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
 
 

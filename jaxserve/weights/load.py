@@ -32,7 +32,7 @@ def load_params(
     not, to the leaf that `device_put` then gets.
 
     `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
-    Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
+    Two specs may name one tensor, or rows of it. `progress(done, total)` counts the checkpoint's bytes.
     Raises one CheckpointError with every tensor that is missing, unexpected, misshapen or of a dtype that is not
     float32, bfloat16 or float16; nothing is read in that case.
     """
@@ -40,17 +40,23 @@ def load_params(
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
     _check(specs, checkpoint, model.unused)
 
-    sizes = [checkpoint.nbytes(spec.name) for spec in specs]
+    sizes = [_nbytes(spec, checkpoint) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
         if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
-            host = pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
+            blocks = checkpoint.blocks(spec.name)
+            if blocks is not None:
+                host = pack(Blocks(blocks.format, _rows(blocks.rows, spec)), spec)
+            else:
+                host = pack(_rows(checkpoint.read(spec.name), spec), spec)
         else:
-            stored = checkpoint.read(spec.name)
+            stored = _rows(checkpoint.read(spec.name), spec)
             # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
-            host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
+            # A part of an array would keep all of it.
+            copy = spec.rows is not None or not stored.flags.writeable
+            host = stored.astype(dtype, copy=copy).reshape(spec.shape)
         # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
         array = jax.block_until_ready(device_put(host, spec))
         checkpoint.release(spec.name)
@@ -69,6 +75,19 @@ def load_params(
         pool.shutdown(cancel_futures=True)
 
 
+def _rows(stored: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """The spec's rows of a tensor: a view."""
+    return stored if spec.rows is None else stored[slice(*spec.rows)]
+
+
+def _nbytes(spec: ParamSpec, checkpoint: Checkpoint) -> int:
+    """What the spec's rows have in the checkpoint."""
+    nbytes = checkpoint.nbytes(spec.name)
+    if spec.rows is None:
+        return nbytes
+    return nbytes * (spec.rows[1] - spec.rows[0]) // checkpoint.shape(spec.name)[0]
+
+
 def check_params(model: Model, config: Any, checkpoint: Checkpoint) -> None:
     """Raises what `load_params` would raise, without reading a tensor."""
     specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
@@ -83,13 +102,18 @@ def ignored(name: str, tied: bool) -> bool:
 def _check(specs: list[ParamSpec], checkpoint: Checkpoint, unused: Callable[[str], bool]) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
+    ends: dict[str, int] = {}
+    for spec in specs:
+        if spec.rows is not None:
+            ends[spec.name] = max(spec.rows[1], ends.get(spec.name, 0))
     for spec in specs:
         if spec.name not in held:
             problems.add("missing tensor", spec.name)
             continue
         found = checkpoint.shape(spec.name)
-        if not splits(found, spec.shape):
-            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(spec.shape)}")
+        needed = spec.shape if spec.rows is None else (ends[spec.name], spec.shape[-1])
+        if not splits(found, needed):
+            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(needed)}")
         if checkpoint.dtype(spec.name) not in FLOATS:
             kinds = ", ".join(d.name for d in FLOATS)
             problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
