@@ -12,11 +12,12 @@ import numpy as np
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, ModelOptions
+from jaxserve.dry_run import packed, trace
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.models import find_model
 from jaxserve.spec import Model, Params, ParamSpec
-from jaxserve.weights import open_checkpoint
+from jaxserve.weights import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -46,16 +47,20 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     Raises ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
     checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config)
+    model, config = find_model(checkpoint.config, options.model_code)
     if options.max_model_len is not None and options.max_model_len < config.max_positions:
         config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
     place = jax.local_devices()[0]
     name, reason, kernel = attention.choose(device.attention, place.platform, progress)
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
-    ours = model.forward.__module__.startswith("jaxserve.")
+    ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
     dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
+
+    if options.model_code is not None:
+        progress(f"model code: {options.model_code}")
+        trace(model, config, dtype, _shapes(checkpoint, dtype, name == "cpu"))
 
     def report(done: int, total: int) -> None:
         progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
@@ -71,6 +76,19 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     )
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
     return Loaded(model, config, params, place, dtype, kv_dtype, name, kernel, programs)
+
+
+def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
+    """The shapes of the leaves that `load_params` will make."""
+
+    def leaf(spec: ParamSpec) -> Any:
+        stored = checkpoint.shape(spec.name) if spec.matrix and packs and spec.name in checkpoint.names() else ()
+        if len(stored) == 2:
+            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+            return packed(spec, (outputs, stored[1]), dtype, dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    return leaf
 
 
 def _packer(

@@ -1,7 +1,7 @@
 """What a model file may assume: how it names its weights, its cache and its attention. No engine, no mesh.
 
-A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`;
-`Model` is that module seen as a type.
+A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`; it may have
+`unused(name)` and `EXAMPLE` as well. `Model` is that module seen as a type.
 """
 
 import math
@@ -180,18 +180,28 @@ class Model:
     logits: Callable[[Params, Any, Float[Array, "S D"]], Float[Array, "S V"]]
     """logits(params, config, hidden [S, D]) -> float32 [S, V]"""
 
+    unused: Callable[[str], bool] = lambda name: False
+    """unused(tensor name) -> whether a checkpoint may hold this tensor although no spec names it: a mask, say."""
+    example: Mapping[str, Any] | None = None
+    """A config.json of few and small layers, for `jaxserve check` to compute with."""
+
     @classmethod
-    def of(cls, module: Any) -> "Model":
-        """The Model of a module. Raises ConfigError naming what the module lacks."""
+    def of(cls, module: Any, name: str | None = None) -> "Model":
+        """The Model of a module, or of any object that has what a model file has. Raises ConfigError for a lack."""
+        name = name or module.__name__.rsplit(".", 1)[-1]
         lacks = [n for n in ("Config", "param_specs", "forward", "logits") if not hasattr(module, n)]
+        if not lacks and not hasattr(module.Config, "from_hf"):
+            lacks = ["Config.from_hf"]
         if lacks:
-            raise ConfigError(f"model file {module.__name__} lacks {', '.join(lacks)}")
+            raise ConfigError(f"model file {name} lacks {', '.join(lacks)}")
         return cls(
-            module.__name__.rsplit(".", 1)[-1],
+            name,
             module.Config.from_hf,
             module.param_specs,
             module.forward,
             module.logits,
+            getattr(module, "unused", cls.unused),
+            getattr(module, "EXAMPLE", None),
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:

@@ -38,7 +38,7 @@ def load_params(
     """
     specs, tree = jax.tree.flatten(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
-    _check(specs, checkpoint)
+    _check(specs, checkpoint, model.unused)
 
     sizes = [_nbytes(spec, checkpoint) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
@@ -88,12 +88,18 @@ def _nbytes(spec: ParamSpec, checkpoint: Checkpoint) -> int:
     return nbytes * (spec.rows[1] - spec.rows[0]) // checkpoint.shape(spec.name)[0]
 
 
+def check_params(model: Model, config: Any, checkpoint: Checkpoint) -> None:
+    """Raises what `load_params` would raise, without reading a tensor."""
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    _check(specs, checkpoint, model.unused)
+
+
 def ignored(name: str, tied: bool) -> bool:
     """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
+def _check(specs: list[ParamSpec], checkpoint: Checkpoint, unused: Callable[[str], bool]) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
     ends: dict[str, int] = {}
@@ -113,7 +119,7 @@ def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
             problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
     tied = checkpoint.config.get("tie_word_embeddings") is not False
     for name in held.difference(spec.name for spec in specs):
-        if not ignored(name, tied):
+        if not ignored(name, tied) and not unused(name):
             problems.add("unexpected tensor", name)
     problems.raise_any()
 
