@@ -22,6 +22,7 @@ def load_params(
     *,
     dtype: Any,
     device_put: Callable[[Any, ParamSpec], Any],
+    divide: Callable[[np.ndarray, ParamSpec], Any] | None = None,
     pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
@@ -30,6 +31,9 @@ def load_params(
 
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
     not, to the leaf that `device_put` then gets.
+
+    `divide` takes the place of all that, for weights of several devices: it gets what the checkpoint has, which may be
+    a memory map that has not been read yet, and reads of it what it needs.
 
     `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
@@ -45,20 +49,24 @@ def load_params(
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
-        if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
-            host = pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
+        if divide is not None:
+            array = jax.block_until_ready(divide(checkpoint.read(spec.name), spec))
         else:
-            stored = checkpoint.read(spec.name)
-            # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
-            host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
-        # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
-        array = jax.block_until_ready(device_put(host, spec))
+            # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
+            array = jax.block_until_ready(device_put(whole(spec), spec))
         checkpoint.release(spec.name)
         with lock:
             done += nbytes
             if progress is not None:
                 progress(done, total)
         return array
+
+    def whole(spec: ParamSpec) -> Any:
+        if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
+            return pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
+        stored = checkpoint.read(spec.name)
+        # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
+        return stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
 
     if progress is not None:
         progress(0, total)
