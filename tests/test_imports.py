@@ -35,7 +35,7 @@ RANKS = {
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
-    "perplexity", "client", "client.remote", "text", "server", "cli",
+    "perplexity", "client", "client.remote", "client.routing", "text", "server", "cli",
 ]  # fmt: skip
 
 
