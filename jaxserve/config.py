@@ -86,7 +86,8 @@ class ScheduleOptions:
     max_num_seqs: int | None = None
     """Sequences computed at once, by each replica of a mesh. Default: 64 on CPU, 256 on TPU and GPU."""
     max_num_batched_tokens: int | None = None
-    """Token budget of a step. Default: 512 on CPU, 2048 on TPU and GPU."""
+    """Token budget of a step: while others are answered, no prompt takes more at once. Default: 2048 on TPU and GPU; on
+    CPU 512 for models below 0.1 B weights, less for larger ones, down to two a sequence."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """fcfs: first come, first served. priority: lower `priority` first, then first come."""
     enable_prefix_caching: bool = True

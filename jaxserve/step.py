@@ -4,6 +4,7 @@ Nothing here holds an array or asks for a device: a Partition says where things 
 for devices that this machine does not have.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import attention, sampling
-from jaxserve.batch import Layout, Shape
+from jaxserve.batch import Layout, Shape, StepInput
 from jaxserve.native.attention import untouched_cache
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
@@ -179,44 +180,62 @@ def _whole_step(
         layers, kernel = model.cache_spec(config).layers, partition.over_heads(programs.kernel)
         attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
-    with jax.named_scope("logits"):
-        last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
-        logits = partition.by_token(model.logits(weights, config, last))  # [S, V]
+    last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
+    slots = replace(state.slots, history=history)
+
+    def to_logits(hidden: jax.Array) -> jax.Array:
+        with jax.named_scope("logits"):
+            return partition.by_token(model.logits(weights, config, hidden))
+
+    sample = partial(_sample, partition, to_logits, programs.config.vocab, last, step, slots)
+    # Of a step of prompts most rows may be nobody's, and a row of logits can cost as much as a token's whole forward.
+    counts = [seqs] if layout.shape.single else [n for n in (seqs // 16, seqs // 4) if n >= 4] + [seqs]
+    enough = jnp.sum(step.distribution[2] > jnp.array(counts[:-1], jnp.int32))
+    sampled, logprobs = jax.lax.switch(enough, [partial(sample, n) for n in counts])
+    top = logprobs.top_ids.shape[1]
     with jax.named_scope("sample"):
-        slots = replace(state.slots, history=history)
-        rows = (logits, step.rows, step.slots)
-        sampled, logprobs = partition.whole(
-            partition.by_rows(partial(_sample, vocab=programs.config.vocab), rows, slots)
-        )
-        top = logprobs.top_ids.shape[-1]
         if layout.shape.single:
             prompt = sampling.no_logprobs(0, top)
         else:
 
-            def to_logits(hidden: jax.Array) -> jax.Array:
-                logits = partition.by_token(model.logits(weights, config, hidden))
-                return partition.whole(logits)[:, : programs.config.vocab]
+            def whole_logits(hidden: jax.Array) -> jax.Array:
+                return partition.whole(to_logits(hidden))[:, : programs.config.vocab]
 
-            prompt = sampling.prompt_logprobs(to_logits, hidden, step.targets, top)
+            prompt = sampling.prompt_logprobs(whole_logits, hidden, step.targets, top)
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = _remember(history, target, step.rows.position, sampled)
     return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
 
 
 def _sample(
-    rows: tuple[jax.Array, RowParams, jax.Array], slots: SlotState, *, vocab: int
+    partition: Partition,
+    to_logits: Callable[[jax.Array], jax.Array],
+    vocab: int,
+    last: jax.Array,
+    step: StepInput,
+    slots: SlotState,
+    count: int,
 ) -> tuple[jax.Array, TokenLogprobs]:
-    """The tokens of (logits [S, V], parameters, slot of each row), and log-probabilities where they are wanted."""
-    logits, params, slot = rows
-    logits = logits[:, :vocab]  # without what the vocabulary was filled up with to be divided
+    """Tokens [S] and log-probabilities of the first `count` rows of `last`, [S, D]; the others are zero."""
     top = min(MAX_TOP_LOGPROBS, vocab)
-    sampled = sampling.sample(logits, params, slot, slots)
-    logprobs = jax.lax.cond(
-        params.logprobs.any(),
-        lambda: sampling.token_logprobs(logits, jnp.where(params.logprobs, sampled, -1), top),
-        lambda: sampling.no_logprobs(logits.shape[0], top),
-    )
-    return sampled, logprobs
+
+    def choose(rows: tuple[jax.Array, RowParams, jax.Array], slots: SlotState) -> tuple[jax.Array, TokenLogprobs]:
+        logits, params, slot = rows
+        logits = logits[:, :vocab]  # without what the vocabulary was filled up with to be divided
+        sampled = sampling.sample(logits, params, slot, slots)
+        logprobs = jax.lax.cond(
+            params.logprobs.any(),
+            lambda: sampling.token_logprobs(logits, jnp.where(params.logprobs, sampled, -1), top),
+            lambda: sampling.no_logprobs(logits.shape[0], top),
+        )
+        return sampled, logprobs
+
+    rows = jax.tree.map(lambda a: a[:count], (step.rows, step.slots))
+    logits = to_logits(last[:count])  # [count, V]
+    with jax.named_scope("sample"):
+        found = partition.whole(partition.by_rows(choose, (logits, *rows), slots))
+    rest = last.shape[0] - count
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, rest)] + [(0, 0)] * (a.ndim - 1)), found)
 
 
 def _remember(history: jax.Array, slot: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:

@@ -151,7 +151,7 @@ int main() {
     product<jaxserve::bf16>(tokens, 1100, 32);
     product<jaxserve::f16>(tokens, 512, 17);
   }
-  for (const int64_t tokens : {1, 2, 3, 7}) {
+  for (const int64_t tokens : {1, 2, 3, 7, 11}) {
     for (const int64_t code : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39}) {
       jaxserve::with_format(code, [&](auto f) { blocks<decltype(f)>(tokens, 512); });
     }

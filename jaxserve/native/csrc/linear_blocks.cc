@@ -19,8 +19,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTile = 8;     // rows of x that pass by a block's codes together
-constexpr int kTiles = 8;    // tiles that one item of work takes: they stay in the second-level cache
+constexpr int kTile = 12;  // rows of x that pass by a block's codes together: as many as the registers hold
+constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
 
 // A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
 // row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
@@ -63,29 +63,36 @@ void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
   }
 }
 
+// whole[t] = the sum of run r's codes times the bytes of row t, less the codes' offset.
+template <class F, int tile, int r>
+inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, Ints (&whole)[tile]) {
+  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
+  constexpr int count = kGroups / F::runs;
+  for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? 0 : block.correction(x, r)[t]);
+  for_groups<F, r * count, (r + 1) * count>(codes, [&](int j, Bytes u) {
+    for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], u, block.values(x, t) + 4 * j);
+  });
+}
+
 // y[t][0..16) of one panel, for a tile of rows of x.
 template <class F, int tile>
 void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
-  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
   constexpr TileBlock block{tile, F::runs};
   Floats sums[tile];
   for (Floats& sum : sums) sum = splat16(0.0f);
-  const uint8_t *scales = panel + layout.scales(), *shared = panel + layout.shared();
+  SharedScales<F> shared{};
   for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
-    Bytes codes[kGroups];
-    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    const uint8_t* codes = panel + b * F::code_bytes;
+    if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
-    unpack_scales<F>(scales + b * F::scale_bytes, shared + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
+    Ints whole[tile];
     Floats products[tile];
-    for (int r = 0; r < F::runs; r++) {
-      Ints whole[tile];
-      for (int t = 0; t < tile; t++) whole[t] = splat_int(block.correction(x, r)[t]);
-      for (int j = r * kGroups / F::runs; j < (r + 1) * kGroups / F::runs; j++) {
-        for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], codes[j], block.values(x, t) + 4 * j);
-      }
-      for (int t = 0; t < tile; t++) {
-        products[t] = r == 0 ? mul(to_floats(whole[t]), scale[r]) : fma(to_floats(whole[t]), scale[r], products[t]);
-      }
+    sum_run<F, tile, 0>(codes, block, x, whole);
+    for (int t = 0; t < tile; t++) products[t] = mul(to_floats(whole[t]), scale[0]);
+    if constexpr (F::runs == 2) {
+      sum_run<F, tile, 1>(codes, block, x, whole);
+      for (int t = 0; t < tile; t++) products[t] = fma(to_floats(whole[t]), scale[1], products[t]);
     }
     for (int t = 0; t < tile; t++) {
       sums[t] = fma(products[t], splat16(block.scale(x)[t]), sums[t]);
@@ -97,8 +104,8 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
   for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
 }
 
-// Rows of x in a tile, when there are `tokens`: no more than needed, and at most kTile.
-int tile_of(int64_t tokens) { return tokens > 4 ? kTile : tokens > 2 ? 4 : static_cast<int>(tokens); }
+// Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
+int tile_of(int64_t left) { return left > 8 ? kTile : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left); }
 
 template <class F>
 void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
@@ -106,6 +113,7 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
     case 1: return multiply<F, 1>(panel, layout, x, y);
     case 2: return multiply<F, 2>(panel, layout, x, y);
     case 4: return multiply<F, 4>(panel, layout, x, y);
+    case 8: return multiply<F, 8>(panel, layout, x, y);
     default: return multiply<F, kTile>(panel, layout, x, y);
   }
 }
@@ -128,12 +136,12 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, int6
          int64_t outputs) {
   if (tokens == 0) return;
   const Panel<F> layout(depth);
-  const int tile = tile_of(tokens);
-  const int64_t tiles = (tokens + tile - 1) / tile, panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t tile_bytes = TileBlock{tile, F::runs}.bytes() * layout.blocks;
-  std::vector<uint8_t> rows(tiles * tile_bytes);
+  const int64_t tiles = (tokens + kTile - 1) / kTile, panels = (outputs + kPanel - 1) / kPanel;
+  const auto size = [&](int64_t i) { return tile_of(tokens - i * kTile); };
+  const int64_t tile_bytes = TileBlock{kTile, F::runs}.bytes() * layout.blocks;  // the last may need less
+  std::vector<uint8_t> rows((tiles - 1) * tile_bytes + TileBlock{size(tiles - 1), F::runs}.bytes() * layout.blocks);
   const auto make = [&](int64_t i) {
-    make_tile<F>(x, tokens, depth, i * tile, tile, rows.data() + i * tile_bytes);
+    make_tile<F>(x, tokens, depth, i * kTile, size(i), rows.data() + i * tile_bytes);
   };
   const int64_t many = 16 * 1024;  // values worth a second thread
   if (tokens * depth > many) {
@@ -149,9 +157,9 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, int6
       const int64_t count = std::min<int64_t>(kPanel, outputs - p * kPanel);
       for (int64_t i = chunk; i < std::min(tiles, chunk + kTiles); i++) {
         float sums[kTile * kPanel];
-        multiply_tile<F>(tile, w + p * layout.bytes(), layout, rows.data() + i * tile_bytes, sums);
-        for (int64_t t = 0; t < std::min<int64_t>(tile, tokens - i * tile); t++) {
-          std::copy_n(sums + t * kPanel, count, y + (i * tile + t) * outputs + p * kPanel);
+        multiply_tile<F>(size(i), w + p * layout.bytes(), layout, rows.data() + i * tile_bytes, sums);
+        for (int64_t t = 0; t < std::min<int64_t>(kTile, tokens - i * kTile); t++) {
+          std::copy_n(sums + t * kPanel, count, y + (i * kTile + t) * outputs + p * kPanel);
         }
       }
     }
@@ -165,13 +173,12 @@ void row_of(const uint8_t* w, int64_t n, int64_t depth, float* to) {
   const uint8_t* panel = w + n / kPanel * layout.bytes();
   const int lane = static_cast<int>(n % kPanel);
   for (int64_t b = 0; b < layout.blocks; b++, to += kRun) {
-    Bytes codes[kGroups];
-    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    SharedScales<F> shared{};
+    shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
-    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes,
-                     panel + layout.shared() + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
     uint8_t bytes[kGroups][64];
-    std::memcpy(bytes, codes, sizeof(bytes));
+    for_groups<F, 0, kGroups>(panel + b * F::code_bytes, [&](int j, Bytes u) { std::memcpy(bytes[j], &u, 64); });
     for (int r = 0; r < F::runs; r++) {
       float scales[kPanel], minima[kPanel] = {};
       store16(scales, scale[r]);
