@@ -111,7 +111,7 @@ def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: Devic
     """Raises ConfigError for plain weights that are more than their devices' memory."""
     device = partition.mesh.devices.flat[0]
     total, weights = device_memory(device, shape.devices), partition.bytes_of(specs, dtype)
-    share = memory_share(options, device.platform)
+    share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:
         raise ConfigError(
             f"weights of {weights / 2**30:.2f} GiB a device, {dtype.name}, do not fit: {share:.0%} of its "
