@@ -39,9 +39,9 @@ class TokenScores:
     same_top: Bool[Array, " T"]
 
 
-def check_models(paths: Sequence[Path], ctx_size: int) -> None:
+def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) -> None:
     """Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together."""
-    configs = [find_model(open_checkpoint(path).config)[1] for path in paths]
+    configs = [find_model(open_checkpoint(path).config, code)[1] for path in paths]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(
@@ -81,9 +81,13 @@ class Evaluator:
             donate=1,
         )
 
-    def score(self, chunk: Int[np.ndarray, " ctx"]) -> Scores:
-        """The chunk's second half, each token given all before it. Raises CheckpointError where that is no number."""
-        first, count = first_scored(self._ctx_size), self._ctx_size - 1
+    def score(self, chunk: Int[np.ndarray, " ctx"], first: int | None = None) -> Scores:
+        """The tokens after position `first`, each given all before it; None is the chunk's second half.
+
+        Raises CheckpointError where that is no number.
+        """
+        assert 2 <= len(chunk) <= self._ctx_size
+        first, count = first_scored(self._ctx_size) if first is None else first, len(chunk) - 1
         targets = np.where(np.arange(count) >= first, chunk[1:], -1).astype(np.int32)
         parts = []
         for start in range(0, count, self._tokens):

@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
+from jaxserve.dry_run import packed, trace
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory, peak_memory
 from jaxserve.models import find_model
 from jaxserve.sharding import Partition, meshes
 from jaxserve.spec import Model, Params, ParamSpec
-from jaxserve.weights import open_checkpoint
+from jaxserve.weights import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -60,7 +61,9 @@ def load_model(
     CheckpointError for damaged weights.
     """
     checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config)
+    model, config = find_model(checkpoint.config, options.model_code)
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
     shape = MeshShape.parse(device.mesh or "1")
     partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
     place = partition.mesh.devices.flat[0]
@@ -68,10 +71,13 @@ def load_model(
     name, reason, kernel = attention.choose(device.attention, place.platform, progress, devices=devices)
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
-    ours = model.forward.__module__.startswith("jaxserve.")
+    ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
     dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
 
+    if options.model_code is not None:
+        progress(f"model code: {options.model_code}")
+        trace(model, config, dtype, _shapes(checkpoint, dtype, name == "cpu"))
     pack = _packer(options, dtype, name == "cpu")
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
@@ -131,6 +137,19 @@ def device_memory(device: jax.Device, sharers: int) -> int | None:
 def memory_share(options: DeviceOptions, platform: str) -> float:
     """The share of a device's memory that may be used."""
     return options.memory_utilization or (0.5 if platform == "cpu" else 0.9)
+
+
+def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
+    """The shapes of the leaves that `load_params` will make."""
+
+    def leaf(spec: ParamSpec) -> Any:
+        stored = checkpoint.shape(spec.name) if spec.matrix and packs and spec.name in checkpoint.names() else ()
+        if len(stored) == 2:
+            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+            return packed(spec, (outputs, stored[1]), dtype, dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    return leaf
 
 
 def _packer(

@@ -47,9 +47,7 @@ class Launched:
     def __init__(self, plan: Plan, output: StepOutput):
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
-        self._prompt = output.prompt_logprobs.logprob.size > 0 and any(
-            r.sequence.prompt_logprobs is not None for r in plan.rows
-        )
+        self._prompt = any(row.scored for row in plan.rows)
         output.tokens.copy_to_host_async()
         for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
             if wanted:
@@ -67,9 +65,9 @@ class Launched:
             host, at = jax.tree.map(np.asarray, self._output.prompt_logprobs), 0
             for i, row in enumerate(self._plan.rows):
                 top = row.sequence.request.params.prompt_logprobs
-                if row.sequence.prompt_logprobs is not None and top is not None:
-                    wanted = max(0, min(row.count, row.sequence.num_prompt - 1 - row.start))
-                    sampled.prompt_logprobs[i] = [_logprobs(host, at + j, top) for j in range(wanted)]
+                if top is not None and (scored := row.scored):
+                    first = at - 1 - row.start  # what a token says is of the one after it
+                    sampled.prompt_logprobs[i] = [_logprobs(host, first + position, top) for position in scored]
                 at += row.count
         return sampled
 
@@ -313,7 +311,8 @@ class Runner:
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
         _, history, ids, values, stops = no_binding(self.sizes)
-        history[: len(sequence.tokens)] = sequence.tokens
+        tokens = sequence.tokens[: len(history)]  # the last one of a prompt that is only scored may have no place
+        history[: len(tokens)] = tokens
         bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())

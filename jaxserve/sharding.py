@@ -131,6 +131,14 @@ class Partition:
             places = np.arange(-(-size // shards) * shards)
             self._places[axis] = np.where(places < size, places, -1)
         self._places |= {"heads": np.array(heads.query), "kv_heads": np.array(heads.kv)}
+        for spec in specs:
+            for axis in spec.axes if spec.together else ():
+                copies = np.bincount(self._places[axis] + 1, minlength=sizes[axis] + 1)  # of -1, of each that there is
+                if copies[0] or (copies[1:] != copies[1]).any():
+                    raise ConfigError(
+                        f"{spec.name}: a norm over all {axis} together, so none can be added to divide {sizes[axis]} of "
+                        f"them over {self.mesh.size} devices; give a number that divides them"
+                    )
         grown = {axis: len(places) for axis, places in self._places.items() if len(places) != sizes[axis]}
         self.config = replace(config, **grown)
 

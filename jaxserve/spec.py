@@ -1,9 +1,10 @@
 """What a model file may assume: how it names its weights, its cache and its attention. No engine, no mesh.
 
-A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`;
-`Model` is that module seen as a type.
+A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`; it may have
+`unused(name)` and `EXAMPLE` as well. `Model` is that module seen as a type.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,14 +31,18 @@ class ParamSpec:
     name: str
     matrix: bool = False
     """Only `linear`, `linear_f32` and `embed` touch it: it may be kept in another layout, or quantised."""
+    rows: tuple[int, int] | None = None
+    """Which rows of the checkpoint's tensor it is, [begin, end), where that holds several weights; None: all."""
+    together: bool = False
+    """A norm takes the mean over all its axes at once: zeros that fill one up for a mesh would change what it gives."""
 
 
-def weight(config: Any, axes: str, name: str) -> ParamSpec:
+def weight(config: Any, axes: str, name: str, *, together: bool = False) -> ParamSpec:
     """A ParamSpec whose axis names are the config's field names, so shape and sharding cannot disagree.
 
     `weight(c, "width", "model.layers.0.input_layernorm.weight")`
     """
-    return ParamSpec(*_sized(config, axes, name), name)
+    return ParamSpec(*_sized(config, axes, name), name, together=together)
 
 
 def matrix(config: Any, axes: str, name: str) -> ParamSpec:
@@ -46,6 +51,20 @@ def matrix(config: Any, axes: str, name: str) -> ParamSpec:
     `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
     """
     return ParamSpec(*_sized(config, axes, name), name, matrix=True)
+
+
+def stacked(config: Any, name: str, **parts: str) -> dict[str, ParamSpec]:
+    """Matrices, by name and axes, that lie one below the other in one tensor [outputs of all, inputs] of a checkpoint.
+
+    `stacked(c, "model.layers.0.mlp.gate_up_proj.weight", gate="ffn width", up="ffn width")`
+    """
+    specs, begin = {}, 0
+    for part, names in parts.items():
+        axes, shape = _sized(config, names, name)
+        end = begin + math.prod(shape[:-1])
+        specs[part] = ParamSpec(axes, shape, name, matrix=True, rows=(begin, end))
+        begin = end
+    return specs
 
 
 def _sized(config: Any, axes: str, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -163,18 +182,28 @@ class Model:
     logits: Callable[[Params, Any, Float[Array, "S D"]], Float[Array, "S V"]]
     """logits(params, config, hidden [S, D]) -> float32 [S, V]"""
 
+    unused: Callable[[str], bool] = lambda name: False
+    """unused(tensor name) -> whether a checkpoint may hold this tensor although no spec names it: a mask, say."""
+    example: Mapping[str, Any] | None = None
+    """A config.json of few and small layers, for `jaxserve check` to compute with."""
+
     @classmethod
-    def of(cls, module: Any) -> "Model":
-        """The Model of a module. Raises ConfigError naming what the module lacks."""
+    def of(cls, module: Any, name: str | None = None) -> "Model":
+        """The Model of a module, or of any object that has what a model file has. Raises ConfigError for a lack."""
+        name = name or module.__name__.rsplit(".", 1)[-1]
         lacks = [n for n in ("Config", "param_specs", "forward", "logits") if not hasattr(module, n)]
+        if not lacks and not hasattr(module.Config, "from_hf"):
+            lacks = ["Config.from_hf"]
         if lacks:
-            raise ConfigError(f"model file {module.__name__} lacks {', '.join(lacks)}")
+            raise ConfigError(f"model file {name} lacks {', '.join(lacks)}")
         return cls(
-            module.__name__.rsplit(".", 1)[-1],
+            name,
             module.Config.from_hf,
             module.param_specs,
             module.forward,
             module.logits,
+            getattr(module, "unused", cls.unused),
+            getattr(module, "EXAMPLE", None),
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:

@@ -47,6 +47,16 @@ def model_tensors(architecture: str = "llama", *, tied: bool = False) -> dict[st
             block |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
         if architecture in ("qwen3", "gemma3"):
             block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+        if architecture == "olmo2":
+            block = {
+                name: shape for name, shape in block.items() if name not in ("attn_norm.weight", "ffn_norm.weight")
+            }
+            block |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
+            block |= {"attn_q_norm.weight": (q,), "attn_k_norm.weight": (kv,)}
+        if architecture == "phi3":
+            block |= {"attn_qkv.weight": (q + 2 * kv, WIDTH), "ffn_up.weight": (2 * FFN, WIDTH)}
+            parts = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight")
+            block = {name: shape for name, shape in block.items() if name not in parts}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 

@@ -15,27 +15,29 @@ RANKS = {
     "errors": -1,
     "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0,
     "spec": 1, "native": 1, "gguf": 1,
-    "quant": 2, "compile_cache": 2,
-    "layers": 3, "sharding": 3,
+    "quant": 2, "compile_cache": 2, "model_code": 2,
+    "layers": 3, "sharding": 3, "dry_run": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
-    "scheduler": 5, "loading": 5, "perplexity": 5,
-    "batch": 6,
+    "embedded": 4,
+    "scheduler": 5, "loading": 5, "perplexity": 5, "random_weights": 5,
+    "batch": 6, "conformance": 6,
     "step": 7, "evaluate": 7,
     "runner": 8,
     "engine": 9,
     "client": 10,
     "text": 11,
-    "llm": 12, "bench": 12,
-    "server": 13, "profile": 13,
-    "cli": 14,
-    "__init__": 15,  # the public names
-    "__main__": 15,
+    "score": 12, "bench": 12,
+    "llm": 13, "server": 13, "profile": 13,
+    "batch_job": 14, "lm_eval": 14,
+    "cli": 15,
+    "__init__": 16,  # the public names
+    "__main__": 16,
 }  # fmt: skip
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
-    "perplexity", "client", "client.remote", "client.routing", "text", "server", "cli",
+    "perplexity", "client", "client.remote", "client.routing", "text", "score", "server", "batch_job", "cli",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`jaxserve perplexity`: how well a model predicts a text, and how far it is from a reference; llama.cpp's figures."""
 
+import itertools
 import json
 import math
 import sys
@@ -17,10 +18,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.hub import resolve_model
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jaxserve.evaluate import Evaluator
-    from jaxserve.perplexity import Comparison, Estimate, Scores
+    from jaxserve.perplexity import Comparison, Estimate, Scores, Window
     from jaxserve.tokenizer import Tokenizer
 
 _COLUMNS = {"PPL": 24, "ln(PPL / reference PPL)": 26, "KL divergence": 24, "RMS Δp %": 20, "same top %": 20}
@@ -51,6 +50,7 @@ def perplexity(
     *,
     ctx_size: Annotated[int, Parameter(alias="-c")] = 512,
     chunks: int | None = None,
+    stride: int | None = None,
     kl_divergence: str | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     config: cli.ConfigFile = None,
@@ -60,7 +60,8 @@ def perplexity(
     """Measure the perplexity of a text, as llama-perplexity does, and what quantising a model has changed.
 
     The text is cut into chunks of --ctx-size tokens; each begins with BOS where the model wants it, and of each the
-    second half is scored. The running estimate is printed as chunks finish.
+    second half is scored. With --stride a window of --ctx-size tokens slides over the text, and every token is scored
+    once, as in Hugging Face's guide to perplexity. The running estimate is printed as chunks finish.
 
     Parameters
     ----------
@@ -71,7 +72,9 @@ def perplexity(
     ctx_size
         Tokens of a chunk.
     chunks
-        Most chunks to compute. Default: all.
+        Most chunks or windows to compute. Default: all.
+    stride
+        Tokens from one window to the next. The fewer, the more context each token has, and the longer it takes.
     kl_divergence
         A reference, named as MODEL is: the model before it was quantised. Compares both models' distributions over the
         whole vocabulary. --revision and --quantization are for MODEL only, all other options for both.
@@ -82,29 +85,30 @@ def perplexity(
     """
     path = resolve_model(model, models.revision)
     reference = None if kl_divergence is None else resolve_model(kl_divergence)
-    evaluator, cuts = _open(path, reference, _read(text), ctx_size, chunks, models, device)
+    evaluator, cuts = _open(path, reference, _read(text), ctx_size, chunks, stride, models, device)
 
     from jaxserve import perplexity as rules
 
     out = sys.stderr if as_json else sys.stdout  # whoever reads JSON wants the result alone
-    print(f"{len(cuts)} chunks of {ctx_size} tokens", file=sys.stderr)
+    print(f"{len(cuts)} {'windows' if stride else 'chunks'} of {ctx_size} tokens", file=sys.stderr)
     if reference is not None:
         print("chunk" + "".join(name.rjust(width) for name, width in _COLUMNS.items()), file=out)
-    parts: list[Scores] = []
-    comparison = None
-    for chunk in cuts:
-        parts.append(evaluator.score(chunk))
-        scores = rules.Scores.join(parts)
-        ppl = rules.perplexity(scores.nll)
+    running, comparison = rules.Running(), None
+    parts: list[Scores] = []  # kept for a comparison only, whose percentiles need all of them
+    for done, (tokens, first) in enumerate(cuts, start=1):
+        scores = evaluator.score(tokens, first)
+        running.add(scores.nll)
+        ppl = running.perplexity()
         if reference is None:
-            print(f"[{len(parts)}]{ppl.value:.4f},", end="", file=out, flush=True)
+            print(f"[{done}]{ppl.value:.4f},", end="", file=out, flush=True)
         else:
-            comparison = rules.compare(scores)
-            print(_row(len(parts), ppl, comparison), file=out, flush=True)
+            parts.append(scores)
+            comparison = rules.compare(rules.Scores.join(parts))
+            print(_row(done, ppl, comparison), file=out, flush=True)
     print(file=out)
     if as_json:
         about = {"model": str(path), "reference": None if reference is None else str(reference), "text": str(text)}
-        counts = {"ctx_size": ctx_size, "chunks": len(cuts), "scored_tokens": len(scores.nll)}
+        counts = {"ctx_size": ctx_size, "stride": stride, "chunks": len(cuts), "scored_tokens": running.count}
         figures = {"ppl": ppl, **(comparison._asdict() if comparison else {})}
         print(json.dumps(about | counts | _plain(figures), indent=2, allow_nan=False))
         return 0
@@ -129,20 +133,25 @@ def _open(
     text: str,
     ctx_size: int,
     limit: int | None,
+    stride: int | None,
     models: ModelFlags,
     device: DeviceFlags,
-) -> "tuple[Evaluator, np.ndarray]":
-    """What scores, and the chunks for it [C, ctx]. All that can be refused without the weights is refused first."""
+) -> "tuple[Evaluator, list[Window]]":
+    """What scores, and the windows for it. All that can be refused without the weights is refused first."""
     from jaxserve.evaluate import Evaluator, check_models
     from jaxserve.loading import load_model
-    from jaxserve.perplexity import chunks
+    from jaxserve.perplexity import Window, chunks, first_scored, windows
     from jaxserve.tokenizer import load_tokenizer
 
-    check_models([path] if reference is None else [path, reference], ctx_size)
+    check_models([path] if reference is None else [path, reference], ctx_size, models.model_code)
     tokenizer = load_tokenizer(path)
-    cuts = chunks(tokenizer, text, ctx_size, limit)
+    if stride is None:
+        cuts = [Window(chunk, first_scored(ctx_size)) for chunk in chunks(tokenizer, text, ctx_size, limit)]
+    else:
+        cuts = windows(tokenizer, text, ctx_size, stride, limit)
     if reference is not None:
-        _check_words(tokenizer, load_tokenizer(reference), set(cuts.flat))
+        _check_words(tokenizer, load_tokenizer(reference), set(itertools.chain(*(cut.tokens.tolist() for cut in cuts))))
+    models = replace(models, max_model_len=ctx_size)
     with reporting() as report:
         loaded = [load_model(models, device, path, report)]
         if reference is not None:

@@ -15,7 +15,9 @@ from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.gguf import (
     ARCHITECTURES,
     GEMMA,
+    INTERLEAVED,
     ROPE_FREQS,
+    ROPE_LISTS,
     TOP_NAMES,
     halves_from_pairs,
     layer_names,
@@ -30,7 +32,7 @@ _TOP = {hf: gguf for gguf, hf in TOP_NAMES.items()}
 _LAYER = "model.layers."
 # Tables that follow from the config, which older checkpoints hold.
 _COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
-# What Gemma's config.json may leave out.
+# What a config.json may leave out.
 _GEMMA = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
@@ -39,6 +41,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA
     | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": _GEMMA | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "granite": {"max_position_embeddings": 2048}
+    | dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+}
+# Of Granite.
+_MULTIPLIERS = {
+    "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 
 
@@ -86,10 +100,10 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if config.get("head_dim"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if architecture == "llama":
+    if architecture in INTERLEAVED:
         found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim}
-    if architecture in GEMMA:
-        found |= _gemma(config, architecture)
+    if architecture in _OWN_KEYS:
+        found |= _OWN_KEYS[architecture](config)
     elif config.get("sliding_window") and (architecture == "llama" or config.get("use_sliding_window")):
         if architecture != "llama":
             raise ConfigError(f"sliding windows of {architecture} have no key in GGUF; its checkpoint stays as it is")
@@ -106,10 +120,11 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     GGUF name or a dtype that is not read."""
     architecture = _architecture(checkpoint.config)
     config = _DEFAULTS.get(architecture, {}) | checkpoint.config
-    llama = architecture == "llama"
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads} if llama else {}
+    interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads}
+    if architecture not in INTERLEAVED:
+        interleaved = {}
     problems = Problems(checkpoint.path)
     found: dict[str, SourceTensor] = {}
     for name in sorted(checkpoint.names(), key=lambda name: _place(name, architecture)):
@@ -137,6 +152,9 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     if _scaling_kind(config) == "llama3":
         factors = _llama3_factors(config, head_dim)
         found = {ROPE_FREQS: SourceTensor(FORMATS["F32"], factors.shape, _bytes_of(factors))} | found
+    if _scaling_kind(config) == "longrope":
+        lists = {name: np.array(_scaling(config)[key], np.float32) for key, name in ROPE_LISTS.items()}
+        found = {n: SourceTensor(FORMATS["F32"], d.shape, _bytes_of(d)) for n, d in lists.items()} | found
     return found
 
 
@@ -167,6 +185,67 @@ def _gemma(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         if sliding != tuple((i + 1) % GEMMA[architecture] != 0 for i in range(len(sliding))):
             found["attention.sliding_window_pattern"] = np.array(sliding)
     return found
+
+
+def _phi3(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu")
+    _usual_head_dim(config, "phi3")
+    scaling = _scaling(config)
+    part = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    dims = int(part * (config["hidden_size"] // config["num_attention_heads"]))
+    original = config["original_max_position_embeddings"]
+    found = {
+        "rope.dimension_count": dims,
+        "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.get("sliding_window") or 0,  # 0, as llama.cpp writes it
+    }
+    if _scaling_kind(config) == "longrope":
+        for key in ROPE_LISTS:
+            if len(scaling[key]) != dims // 2:
+                raise ConfigError(f"{key} has {len(scaling[key])} numbers for {dims} dimensions that rotate in pairs")
+        stretch = max(scaling.get("factor") or config["max_position_embeddings"] / original, 1.0)
+        magnitude = scaling.get("attention_factor") or math.sqrt(1 + math.log(stretch) / math.log(original))
+        found["rope.scaling.attn_factor"] = float(magnitude)
+    return found
+
+
+def _olmo2(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
+    _usual_head_dim(config, "olmo2")
+    return {}
+
+
+def _granite(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu")
+    return {key: float(config[hf]) for key, hf in _MULTIPLIERS.items()}
+
+
+def _smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise ConfigError("sliding windows of smollm3 have no key in GGUF; its checkpoint stays as it is")
+    layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
+    if len(rotated) < layers or any(bool(rotated[i]) != ((i + 1) % 4 != 0) for i in range(layers)):
+        raise ConfigError("which layers of smollm3 have rope has no key in GGUF, where all but every fourth have it")
+    return {}
+
+
+def _usual_head_dim(config: Mapping[str, Any], architecture: str) -> None:
+    given, usual = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
+    if given not in (None, usual):
+        raise ConfigError(f"head_dim={given} of {architecture} cannot be written as GGUF; there it is {usual}")
+
+
+_OWN_KEYS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma2": lambda config: _gemma(config, "gemma2"),
+    "gemma3": lambda config: _gemma(config, "gemma3"),
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "smollm3": _smollm3,
+}
+"""By architecture, its own hyperparameters. Each raises ConfigError for what llama.cpp would compute otherwise."""
 
 
 def gguf_name(name: str, architecture: str) -> str | None:
@@ -207,6 +286,10 @@ def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _scaling_kind(config: Mapping[str, Any]) -> str:
     scaling = _scaling(config)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if _architecture(config) == "phi3":
+        if kind not in ("default", "longrope", "su"):
+            raise ConfigError(f"rope scaling {kind!r} of phi3 is not served; served are default and longrope")
+        return "longrope" if kind == "su" else str(kind)
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(f"rope scaling {kind!r} is not served; served are default, linear and llama3")
     if kind == "llama3" and _architecture(config) != "llama":

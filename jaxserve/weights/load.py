@@ -36,21 +36,21 @@ def load_params(
     a memory map that has not been read yet, and reads of it what it needs.
 
     `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
-    Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
+    Two specs may name one tensor, or rows of it. `progress(done, total)` counts the checkpoint's bytes.
     Raises one CheckpointError with every tensor that is missing, unexpected, misshapen or of a dtype that is not
     float32, bfloat16 or float16; nothing is read in that case.
     """
     specs, tree = jax.tree.flatten(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
-    _check(specs, checkpoint)
+    _check(specs, checkpoint, model.unused)
 
-    sizes = [checkpoint.nbytes(spec.name) for spec in specs]
+    sizes = [_nbytes(spec, checkpoint) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
         if divide is not None:
-            array = jax.block_until_ready(divide(checkpoint.read(spec.name), spec))
+            array = jax.block_until_ready(divide(_rows(checkpoint.read(spec.name), spec), spec))
         else:
             # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
             array = jax.block_until_ready(device_put(whole(spec), spec))
@@ -63,10 +63,15 @@ def load_params(
 
     def whole(spec: ParamSpec) -> Any:
         if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
-            return pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
-        stored = checkpoint.read(spec.name)
+            blocks = checkpoint.blocks(spec.name)
+            if blocks is not None:
+                return pack(Blocks(blocks.format, _rows(blocks.rows, spec)), spec)
+            return pack(_rows(checkpoint.read(spec.name), spec), spec)
+        stored = _rows(checkpoint.read(spec.name), spec)
         # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
-        return stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
+        # A part of an array would keep all of it.
+        copy = spec.rows is not None or not stored.flags.writeable
+        return stored.astype(dtype, copy=copy).reshape(spec.shape)
 
     if progress is not None:
         progress(0, total)
@@ -77,27 +82,51 @@ def load_params(
         pool.shutdown(cancel_futures=True)
 
 
+def _rows(stored: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """The spec's rows of a tensor: a view."""
+    return stored if spec.rows is None else stored[slice(*spec.rows)]
+
+
+def _nbytes(spec: ParamSpec, checkpoint: Checkpoint) -> int:
+    """What the spec's rows have in the checkpoint."""
+    nbytes = checkpoint.nbytes(spec.name)
+    if spec.rows is None:
+        return nbytes
+    return nbytes * (spec.rows[1] - spec.rows[0]) // checkpoint.shape(spec.name)[0]
+
+
+def check_params(model: Model, config: Any, checkpoint: Checkpoint) -> None:
+    """Raises what `load_params` would raise, without reading a tensor."""
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    _check(specs, checkpoint, model.unused)
+
+
 def ignored(name: str, tied: bool) -> bool:
     """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
+def _check(specs: list[ParamSpec], checkpoint: Checkpoint, unused: Callable[[str], bool]) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
+    ends: dict[str, int] = {}
+    for spec in specs:
+        if spec.rows is not None:
+            ends[spec.name] = max(spec.rows[1], ends.get(spec.name, 0))
     for spec in specs:
         if spec.name not in held:
             problems.add("missing tensor", spec.name)
             continue
         found = checkpoint.shape(spec.name)
-        if not splits(found, spec.shape):
-            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(spec.shape)}")
+        needed = spec.shape if spec.rows is None else (ends[spec.name], spec.shape[-1])
+        if not splits(found, needed):
+            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(needed)}")
         if checkpoint.dtype(spec.name) not in FLOATS:
             kinds = ", ".join(d.name for d in FLOATS)
             problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
     tied = checkpoint.config.get("tie_word_embeddings") is not False
     for name in held.difference(spec.name for spec in specs):
-        if not ignored(name, tied):
+        if not ignored(name, tied) and not unused(name):
             problems.add("unexpected tensor", name)
     problems.raise_any()
 

@@ -122,7 +122,7 @@ def _choice(
     elif name.startswith("blk."):
         layer, part = name.split(".")[1:3]
         rule: _Rule | None = {
-            "attn_v": mix.attn_v, "ffn_down": mix.ffn_down, "attn_output": mix.attn_output,
+            "attn_v": mix.attn_v, "attn_qkv": mix.attn_v, "ffn_down": mix.ffn_down, "attn_output": mix.attn_output,
         }.get(part)  # fmt: skip
         wanted = (rule and rule(int(layer), layers, sharing)) or mix.base
     found = wanted
