@@ -126,9 +126,11 @@ def specs_of(model: Model, config: Any) -> Any:
 
 
 def packed(spec: ParamSpec, stored: tuple[int, ...], kind: Any, dtype: Any) -> quant.Packed:
-    """The shapes of a matrix that is stored as [outputs, inputs] when the CPU's kernels have it."""
-    panels = jax.ShapeDtypeStruct((-(-stored[0] // PANEL), math.prod(stored[1:]), PANEL), kind)
-    return quant.Packed(panels, spec.shape, stored[0], np.dtype(dtype))  # type: ignore[arg-type]  # a tree of shapes
+    """The shapes of a matrix that is stored as [outputs, inputs], or of a stack, when the CPU's kernels have it."""
+    count = (len(spec.names),) if spec.spread else ()
+    panels = jax.ShapeDtypeStruct((*count, -(-stored[0] // PANEL), math.prod(stored[1:]), PANEL), kind)
+    shapes: Any = panels  # a tree of them is a tree of arrays to whoever traces
+    return quant.Packed(shapes, spec.shape, stored[0], np.dtype(dtype), stacked=spec.spread)
 
 
 class _Misfit(Exception):

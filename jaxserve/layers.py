@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.native.norm import rms_norm as native_rms_norm
-from jaxserve.quant import linear
+from jaxserve.quant import grouped_linear, linear, linear_f32
 
 
 @jax.named_scope("norm")
@@ -145,6 +145,39 @@ def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 def geglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same with GELU (Shazeer 2020) in its tanh form: down(gelu(gate x) * up x)."""
     return project(p, "down", jax.nn.gelu(project(p, "gate", x), approximate=True) * project(p, "up", x))
+
+
+@jax.named_scope("moe")
+def moe(p: Mapping[str, Any], x: Float[Array, "T D"], used: int, *, renormalise: bool = True) -> Float[Array, "T D"]:
+    """Mixture of experts (Shazeer et al. 2017) of the block's router [E, D] and gate, up [E, F, D] and down [E, D, F].
+
+    Each token goes through the `used` experts whose router logits are largest, all SwiGLU, and none is dropped; their
+    sum is weighted by the softmax of the logits, over those alone where `renormalise`, else over all. Routing and sum
+    are float32. A token's result does not depend on the others: every sum has an order of its own.
+    """
+    logits = linear_f32(x, p["router"])  # [T, E]
+    best, experts = jax.lax.top_k(logits, used)  # [T, U], the largest first
+    powers = jnp.exp(best - best[:, :1])
+    total = _sum_in_halves(powers if renormalise else jnp.exp(logits - best[:, :1]))
+    weights = powers / total[:, None]  # [T, U]
+
+    chosen = experts.reshape(-1)  # [T * U]
+    order = jnp.argsort(chosen, stable=True)  # expert after expert
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(logits.shape[1])[None, :], axis=0, dtype=jnp.int32)  # [E]
+    rows = x[order // used]
+    hidden = jax.nn.silu(grouped_linear(rows, p["gate"], sizes)) * grouped_linear(rows, p["up"], sizes)
+    out = grouped_linear(hidden, p["down"], sizes)[jnp.argsort(order)]  # [T * U, D], token after token
+    out = out.reshape(*experts.shape, -1).astype(jnp.float32) * weights[:, :, None]
+    return _sum_in_halves(out).astype(x.dtype)
+
+
+def _sum_in_halves(x: Float[Array, "T N ..."]) -> Float[Array, "T ..."]:
+    """The sum over the second axis, always in the same order; XLA's own takes one that the other axes change."""
+    while (n := x.shape[1]) > 1:
+        half = n // 2
+        pairs = x[:, :half] + x[:, half : 2 * half]
+        x = pairs if n % 2 == 0 else jnp.concatenate([pairs, x[:, -1:]], axis=1)
+    return x[:, 0]
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -143,7 +143,8 @@ def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[P
     """The shapes of the leaves that `load_params` will make."""
 
     def leaf(spec: ParamSpec) -> Any:
-        stored = checkpoint.shape(spec.name) if spec.matrix and packs and spec.name in checkpoint.names() else ()
+        first = spec.names[0]
+        stored = checkpoint.shape(first) if spec.matrix and packs and first in checkpoint.names() else ()
         if len(stored) == 2:
             outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
             return packed(spec, (outputs, stored[1]), dtype, dtype)
@@ -165,13 +166,13 @@ def _packer(
         return None
 
     def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
+        if options.quantization is not None and not spec.precise:
             if isinstance(w, Blocks):
                 raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
             w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
         if options.dtype != "auto" and not isinstance(w, Blocks):
             w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
+        return quant.pack(w, spec.tensor_shape, dtype)
 
     return pack
 

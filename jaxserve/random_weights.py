@@ -42,11 +42,15 @@ def draw_params(specs: Any, seed: int = 0) -> Any:
 
 
 def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape that a checkpoint most likely has: of a matrix [outputs, inputs], where the width is one of the two."""
-    if not spec.matrix or len(spec.shape) < 3:
-        return spec.shape
-    outputs = 1 if spec.axes[0] == "width" else len(spec.shape) - 1
-    return math.prod(spec.shape[:outputs]), math.prod(spec.shape[outputs:])
+    """The shape that a checkpoint most likely has: of a matrix [outputs, inputs], where the width is one of the two.
+
+    Of several tensors, that of each.
+    """
+    shape = spec.tensor_shape
+    if not spec.matrix or len(shape) < 3:
+        return shape
+    outputs = 1 if spec.axes[-len(shape)] == "width" else len(shape) - 1
+    return math.prod(shape[:outputs]), math.prod(shape[outputs:])
 
 
 def write_checkpoint(model: Model, hf: Mapping[str, Any], path: Path, seed: int = 0) -> int:
@@ -69,7 +73,11 @@ def write_checkpoint(model: Model, hf: Mapping[str, Any], path: Path, seed: int 
         raise ConfigError(f"{path} exists already; name another directory, or remove it") from error
     except OSError as error:
         raise ConfigError(f"cannot make {path}: {error.strerror}") from error
-    tensors = {spec.name: draw(spec, seed).reshape(stored_shape(spec)) for spec in specs}
+    tensors = {
+        name: tensor
+        for spec in specs
+        for name, tensor in zip(spec.names, draw(spec, seed).reshape(len(spec.names), *stored_shape(spec)), strict=True)
+    }
     (path / "config.json").write_text(json.dumps(dict(hf), indent=2) + "\n")
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     for name in _TEXT_FILES:

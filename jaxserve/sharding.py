@@ -125,7 +125,7 @@ class Partition:
             raise ConfigError(f"{model.name} has no experts to divide; give mesh model={self.mesh.size}")
         heads = place_heads(sizes["heads"], sizes["kv_heads"], self.mesh.size)
         for axis, size in sizes.items():
-            shards = self._shards(axis)
+            shards = self._shards(RULES[axis])
             if axis == "experts" and size % shards:
                 raise ConfigError(f"{size} experts cannot be divided over expert={shards}; give a divisor of {size}")
             places = np.arange(-(-size // shards) * shards)
@@ -136,14 +136,14 @@ class Partition:
                 copies = np.bincount(self._places[axis] + 1, minlength=sizes[axis] + 1)  # of -1, of each that there is
                 if copies[0] or (copies[1:] != copies[1]).any():
                     raise ConfigError(
-                        f"{spec.name}: a norm over all {axis} together, so none can be added to divide {sizes[axis]} of "
-                        f"them over {self.mesh.size} devices; give a number that divides them"
+                        f"{spec.name}: a norm over all {axis} together, so none can be added to divide the "
+                        f"{sizes[axis]} over {self.mesh.size} devices; give a number that divides them"
                     )
         grown = {axis: len(places) for axis, places in self._places.items() if len(places) != sizes[axis]}
         self.config = replace(config, **grown)
 
-    def _shards(self, axis: str) -> int:
-        return int(np.prod([self.mesh.shape[name] for name in RULES[axis]], dtype=int))
+    def _shards(self, names: Sequence[str]) -> int:
+        return int(np.prod([self.mesh.shape[name] for name in names], dtype=int))
 
     @property
     def everywhere(self) -> Sharding:
@@ -157,28 +157,29 @@ class Partition:
 
     def of(self, spec: ParamSpec) -> Sharding:
         """Of a weight."""
-        return self._sharding(P(*(RULES[axis] or None for axis in spec.axes)) if self.mesh.size > 1 else P())
+        return self._sharding(P(*(names or None for names in _mesh_axes(spec))) if self.mesh.size > 1 else P())
 
     def _sharding(self, spec: P) -> Sharding:
         if self.mesh.size == 1:
             return SingleDeviceSharding(self.mesh.devices.item())
         return NamedSharding(self.mesh, spec)
 
-    def put(self, stored: np.ndarray, spec: ParamSpec, dtype: Any) -> jax.Array:
-        """A weight of the host, which may be a memory map, on its devices: only the parts that they hold are read.
+    def put(self, tensors: Sequence[np.ndarray], spec: ParamSpec, dtype: Any) -> jax.Array:
+        """A weight of the host on its devices, from the tensors that hold it, of which only what they need is read.
 
         Places without a head, a feature or a token are zeros, which change no result: they meet zeros again on their
         way back to the residual stream, and no one asks for such a token.
         """
-        stored = stored.reshape(spec.shape)
+        stored = [tensor.reshape(spec.tensor_shape) for tensor in tensors]
         places = [self._places[axis] for axis in spec.axes]
         shape, sharding = tuple(map(len, places)), self.of(spec)
         blocks: dict[Any, np.ndarray] = {}
         arrays = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+            bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index or (), shape, strict=True))
             if bounds not in blocks:
-                blocks[bounds] = _block(stored, [p[a:b] for p, (a, b) in zip(places, bounds, strict=True)], dtype)
+                part = [p[a:b] for p, (a, b) in zip(places, bounds, strict=True)]
+                blocks[bounds] = _stack(stored, part, dtype) if spec.spread else _block(stored[0], part, dtype)
             arrays.append(jax.device_put(blocks[bounds], device))
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -257,7 +258,18 @@ class Partition:
     def _elements(self, spec: ParamSpec) -> int:
         if self.mesh.size == 1:
             return int(np.prod(spec.shape))
-        return int(np.prod([len(self._places[axis]) // self._shards(axis) for axis in spec.axes]))
+        sizes = [len(self._places[axis]) for axis in spec.axes]
+        return int(np.prod([n // self._shards(names) for n, names in zip(sizes, _mesh_axes(spec), strict=True)]))
+
+
+def _mesh_axes(spec: ParamSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that divide each axis of a weight; the first one that can be has them."""
+    taken: set[str] = set()
+    found = []
+    for axis in spec.axes:
+        found.append(tuple(name for name in RULES[axis] if name not in taken))
+        taken |= set(found[-1])
+    return found
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -275,6 +287,11 @@ def _block(stored: np.ndarray, places: Sequence[np.ndarray], dtype: Any) -> np.n
         to = tuple(slice(start, start + length) for start, _, length in runs)
         block[to] = stored[tuple(slice(source, source + length) for _, source, length in runs)]
     return block
+
+
+def _stack(stored: Sequence[np.ndarray], places: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    """The same where each element of the first axis is an array of its own."""
+    return np.stack([_block(stored[source], places[1:], dtype) for source in places[0]])
 
 
 def _runs(places: np.ndarray) -> list[tuple[int, int, int]]:

@@ -29,12 +29,30 @@ class ParamSpec:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     name: str
+    """With a `*` where as many tensors as the first axis is long have their number in it."""
     matrix: bool = False
-    """Only `linear`, `linear_f32` and `embed` touch it: it may be kept in another layout, or quantised."""
+    """Only the products of quant.py and its `embed` touch it: it may be kept in another layout, or quantised."""
     rows: tuple[int, int] | None = None
     """Which rows of the checkpoint's tensor it is, [begin, end), where that holds several weights; None: all."""
     together: bool = False
     """A norm takes the mean over all its axes at once: zeros that fill one up for a mesh would change what it gives."""
+    precise: bool = False
+    """Few numbers of which every digit counts: quantised only if the checkpoint says so."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether it is several tensors of the checkpoint."""
+        return "*" in self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those tensors, in their order."""
+        return tuple(self.name.replace("*", str(i)) for i in range(self.shape[0])) if self.spread else (self.name,)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each of them."""
+        return self.shape[1:] if self.spread else self.shape
 
 
 def weight(config: Any, axes: str, name: str, *, together: bool = False) -> ParamSpec:
@@ -45,12 +63,13 @@ def weight(config: Any, axes: str, name: str, *, together: bool = False) -> Para
     return ParamSpec(*_sized(config, axes, name), name, together=together)
 
 
-def matrix(config: Any, axes: str, name: str) -> ParamSpec:
-    """The same for a weight [outputs, inputs] that nothing but `linear`, `linear_f32` and `embed` of quant.py touches.
+def matrix(config: Any, axes: str, name: str, *, precise: bool = False) -> ParamSpec:
+    """The same for a weight [outputs, inputs] that nothing but the products of quant.py and its `embed` touch.
 
-    `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
+    `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`, and for experts, which are tensors of
+    their own, `matrix(c, "experts expert_ffn width", "model.layers.0.mlp.experts.*.up_proj.weight")`
     """
-    return ParamSpec(*_sized(config, axes, name), name, matrix=True)
+    return ParamSpec(*_sized(config, axes, name), name, matrix=True, precise=precise)
 
 
 def stacked(config: Any, name: str, **parts: str) -> dict[str, ParamSpec]:
@@ -80,6 +99,20 @@ def only_served(hf: Mapping[str, Any], **served: Any) -> None:
     for key, value in served.items():
         if hf.get(key, value) not in (value, None):
             raise ConfigError(f"config.json has {key}={hf[key]!r}; this model file serves {value!r} only")
+
+
+def expert_counts(hf: Mapping[str, Any]) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token goes through.
+
+    Raises ConfigError for more of the latter, or for none.
+    """
+    key = next((key for key in ("num_local_experts", "num_experts") if key in hf), "num_experts")
+    experts, used = hf[key], hf["num_experts_per_tok"]
+    if not 0 < used <= experts:
+        raise ConfigError(
+            f"config.json has {key}={experts!r} and num_experts_per_tok={used!r}; served is 1 up to {key}"
+        )
+    return experts, used
 
 
 def cap_of(hf: Mapping[str, Any], key: str, default: float | None = None) -> float | None:

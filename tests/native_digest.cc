@@ -88,7 +88,7 @@ void blocks(int64_t tokens, int64_t depth) {
   }
   const int tile = jaxserve::tile_of(tokens);
   std::vector<uint8_t> rows(jaxserve::TileBlock{tile, F::runs}.bytes() * layout.blocks);
-  jaxserve::make_tile<F>(x.data(), tokens, depth, 0, tile, rows.data());
+  jaxserve::make_tile<F>(x.data(), tokens, depth, tile, rows.data());
   std::vector<float> y(tile * jaxserve::kPanel), row(depth);
   jaxserve::multiply_tile<F>(tile, panel.data(), layout, rows.data(), y.data());
   jaxserve::row_of<F>(panel.data(), 5, depth, row.data());

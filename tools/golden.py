@@ -347,6 +347,55 @@ GOLDENS = [
             **{f"window {w}": {"sliding_window": w} for w in (8, 10)},
         },
     ),
+    Golden(
+        "mixtral",
+        "mixtral",
+        seed=14,
+        prompt_tokens=40,
+        config=shape(48, 40, 2, heads=4, kv_heads=2, vocab=160, sliding_window=9, rms_norm_eps=1e-5)
+        | {"num_local_experts": 5, "num_experts_per_tok": 2}
+        | rope(10000.0),
+        classic_lacks=("head_dim",),
+        mistakes={
+            "one expert": {"num_experts_per_tok": 1},
+            "three experts": {"num_experts_per_tok": 3},
+            "no window": {"sliding_window": None},
+        },
+    ),
+    Golden(
+        "qwen3_moe",
+        "qwen3_moe",
+        seed=15,
+        prompt_tokens=40,
+        config=shape(48, 56, 3, heads=4, kv_heads=2, vocab=160, head_dim=16, rms_norm_eps=1e-6)
+        | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        | {"mlp_only_layers": [1]}
+        | rope(10000.0),
+        dtype=torch.bfloat16,
+        classic={"num_experts": 8},  # the key's name before it was Mixtral's
+        classic_lacks=("num_local_experts",),
+        mistakes={
+            "two experts": {"num_experts_per_tok": 2},
+            "weights not normalised": {"norm_topk_prob": False},
+            "theta": rope(500.0),
+        },
+    ),
+    Golden(
+        "qwen3_moe_step",
+        "qwen3_moe",
+        seed=19,
+        prompt_tokens=40,
+        config=shape(40, 48, 2, heads=4, kv_heads=1, vocab=168, tie_word_embeddings=True, rms_norm_eps=1e-6)
+        | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False}
+        | {"attention_bias": True, "decoder_sparse_step": 2}
+        | rope(10000.0),
+        classic_lacks=("norm_topk_prob", "mlp_only_layers"),
+        mistakes={
+            "one expert": {"num_experts_per_tok": 1},
+            "weights normalised": {"norm_topk_prob": True},
+            "theta": rope(500.0),
+        },
+    ),
 ]
 
 
@@ -537,7 +586,9 @@ is not to be used; the `layer_types` of `qwen3_f16` overrule its `max_window_lay
 logits, `gemma3_untied` logits; `gemma3` has one global layer, the sixth, whose rope alone is stretched. `phi3` rotates
 three quarters of a head and is stretched by its short list, `phi3_long` by its long one: its prompts are longer than
 the original context, and for shorter ones transformers takes the other list. `granite` has biases on all seven
-projections; the third layer of `smollm3` has no rope.
+projections; the third layer of `smollm3` has no rope. `mixtral` has 5 experts, of which a token goes through 2;
+`qwen3_moe` 8 and 3, and none in its second layer; `qwen3_moe_step` 6 and 2 in its second layer only, and does not
+normalise their weights.
 
 The weakest mistake is the wrong model that comes closest: the largest difference that it makes to any logit. Float32
 rounding is below 1e-4.

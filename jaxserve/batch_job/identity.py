@@ -13,7 +13,8 @@ from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
 from jaxserve.model_code import code_digest
 from jaxserve.request import EngineInfo
 
-# Options that change no answer: where checkpoint and model code lie, what is compiled when, and how much memory there is.
+# Options that change no answer: where the checkpoint and a model's code lie, what is compiled when, and how much memory
+# there is.
 _WITHOUT_EFFECT = (
     *("model", "model_code", "revision", "max_model_len", "warmup", "compile_cache_dir"),
     *("memory_utilization", "num_kv_pages"),
@@ -31,8 +32,8 @@ def describe(
     sections: tuple[tuple[type, Any], ...] = ((ModelOptions, options.model), (DeviceOptions, options.device))
     for section, given in sections:
         found |= {f.name: str(getattr(given, f.name)) for f in fields(section) if f.name not in _WITHOUT_EFFECT}
-    if options.model.model_code is not None:
-        found["model code"] = code_digest(options.model.model_code)
+    code = options.model.model_code
+    found["model code"] = "of jaxserve" if code is None else code_digest(code)
     return found | {name: str(value) for name, value in settings.items()}
 
 

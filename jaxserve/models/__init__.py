@@ -14,10 +14,12 @@ ARCHITECTURES = {
     "GraniteForCausalLM": "jaxserve.models.granite",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "MixtralForCausalLM": "jaxserve.models.mixtral",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2",
     "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
 

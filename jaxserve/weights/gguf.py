@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import Blocks, dequantise
-from jaxserve.gguf import GgufFile
+from jaxserve.gguf import GgufFile, TensorInfo
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
@@ -24,7 +26,8 @@ ARCHITECTURES = {
     "granite": "GraniteForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
-"""general.architecture to the name that jaxserve.models knows; `llama` with a sliding window is Mistral."""
+"""general.architecture to the name that jaxserve.models knows; `llama` with experts is Mixtral, with a sliding window
+alone Mistral."""
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -44,7 +47,19 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Under blk.N and model.layers.N, before .weight or .bias."""
+"""Under blk.N and model.layers.N, before .weight or .bias. A `*` stands for a tensor's place in a stack."""
+_MIXTRAL_NAMES = LAYER_NAMES | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+}
+_QWEN3_MOE_NAMES = LAYER_NAMES | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+}
 _GEMMA_NAMES = LAYER_NAMES | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -52,7 +67,10 @@ _GEMMA_NAMES = LAYER_NAMES | {
 }
 _OLMO2_NAMES = {name: hf for name, hf in _GEMMA_NAMES.items() if name not in ("attn_norm", "ffn_norm")}
 _PHI3_NAMES = LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-_NAMES = {"gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "olmo2": _OLMO2_NAMES, "phi3": _PHI3_NAMES}
+_NAMES = {
+    "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "olmo2": _OLMO2_NAMES, "phi3": _PHI3_NAMES,
+    "llama": _MIXTRAL_NAMES, "qwen3moe": _QWEN3_MOE_NAMES,
+}  # fmt: skip
 
 GEMMA = {"gemma2": 2, "gemma3": 6}
 """Gemma's architectures: every how manyth layer has no sliding window where the file does not say. Their norm weights
@@ -80,8 +98,30 @@ _IDLE = (
 )
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where one of Hugging Face's tensors is: a tensor of the file, or one of the matrices that it stacks."""
+
+    name: str
+    info: TensorInfo
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape if self.index is None else self.info.shape[1:]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many equal parts of the tensor."""
+        return (0, 1) if self.index is None else (self.index, self.info.shape[0])
+
+    def rows(self, raw: np.ndarray) -> np.ndarray:
+        """Its own of all the tensor's."""
+        return raw if self.index is None else raw.reshape(self.info.shape[0], -1, raw.shape[1])[self.index]
+
+
 class GgufCheckpoint:
-    """jaxserve.weights.Checkpoint over one GGUF file or split.
+    """jaxserve.weights.Checkpoint over one GGUF file or split. A stack of experts is as many tensors.
 
     Tensors that no name of Hugging Face's belongs to keep their own, so that whoever asks for names meets them.
     """
@@ -91,35 +131,41 @@ class GgufCheckpoint:
         self.path = path
         self.file = GgufFile(path)
         self.config = make_config(self.file)
-        self._sources: dict[str, str] = {}
+        self._sources: dict[str, _Source] = {}
         self._architecture = self.file.metadata["general.architecture"]
         in_config = {"llama": (ROPE_FREQS,), "phi3": tuple(ROPE_LISTS.values())}.get(self._architecture, ())
-        for name in self.file.tensors:
+        for name, info in self.file.tensors.items():
             if name in in_config:
                 continue
             hf = hf_name(name, self._architecture)
-            if hf in self._sources:
-                raise CheckpointError(f"{path}: tensors {self._sources[hf]!r} and {name!r} are both {hf}")
-            self._sources[hf] = name
+            found = {hf: _Source(name, info)}
+            if "*" in hf:
+                if len(info.shape) != 3:
+                    raise CheckpointError(f"{path}: {name} is {list(info.shape)}, not a stack of matrices")
+                found = {hf.replace("*", str(i)): _Source(name, info, i) for i in range(info.shape[0])}
+            for hf, source in found.items():
+                if hf in self._sources:
+                    raise CheckpointError(f"{path}: tensors {self._sources[hf].name!r} and {name!r} are both {hf}")
+                self._sources[hf] = source
 
     def names(self) -> frozenset[str]:
         return frozenset(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file.tensors[self._sources[name]].shape
+        return self._sources[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that `read` gives: float32 for a quantised tensor, and for a norm with its 1 added."""
         if self._one_added(name):
             return np.dtype(np.float32)
-        return _DTYPES.get(self.file.tensors[self._sources[name]].format.name, np.dtype(np.float32))
+        return _DTYPES.get(self._sources[name].info.format.name, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
         """A tensor of plain numbers as it is, a quantised one dequantised to float32."""
-        info, raw = self.file.tensors[self._sources[name]], self.file.raw(self._sources[name])
-        order = self._row_order(name)
+        source, order = self._sources[name], self._row_order(name)
+        info, raw = source.info, source.rows(self.file.raw(source.name))
         if not info.format.quantised:
-            dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(info.shape)
+            dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(source.shape)
             if self._one_added(name):
                 return dense.astype(np.float32) - np.float32(1)
             return dense if order is None else dense[order]
@@ -129,32 +175,32 @@ class GgufCheckpoint:
             for begin in range(0, len(raw), step):
                 rows = slice(begin, begin + step)
                 out[rows] = dequantise(info.format, raw[rows if order is None else order[rows]])
-        return out.reshape(info.shape)
+        return out.reshape(source.shape)
 
     def blocks(self, name: str) -> Blocks | None:
         """A quantised tensor as it is stored; None for any other.
 
         The rows are a read-only view of the map, or an array of their own where their order had to change.
         """
-        source = self._sources[name]
-        kind, order = self.file.tensors[source].format, self._row_order(name)
-        if not kind.quantised:
+        source, order = self._sources[name], self._row_order(name)
+        if not source.info.format.quantised:
             return None
-        raw = self.file.raw(source)
-        return Blocks(kind, raw if order is None else raw[order])
+        raw = source.rows(self.file.raw(source.name))
+        return Blocks(source.info.format, raw if order is None else raw[order])
 
     def release(self, name: str) -> None:
-        self.file.release(self._sources[name])
+        source = self._sources[name]
+        self.file.release(source.name, source.part)
 
     def nbytes(self, name: str) -> int:
-        return self.file.tensors[self._sources[name]].nbytes
+        return self._sources[name].info.nbytes // self._sources[name].part[1]
 
     def _one_added(self, name: str) -> bool:
         return self.config["model_type"] in GEMMA and name.endswith("norm.weight")
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row is each row of `name`; None where they agree."""
-        source, head_dim = self._sources[name], self.config["head_dim"]
+        source, head_dim = self._sources[name].name, self.config["head_dim"]
         part = _LAYER.fullmatch(source)
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part[2] if part else "")
         if heads is None or self._architecture not in INTERLEAVED:
@@ -233,12 +279,20 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         "mlp_bias": _has_biases(file, "ffn_gate", "ffn_up", "ffn_down"),
     }
     if architecture == "llama":
-        if window := keys.whole("attention.sliding_window", 0):
+        window, experts = keys.whole("attention.sliding_window", 0), keys.whole("expert_count", 0)
+        if window and not experts:
             config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+        if experts:
+            config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | _experts(keys, experts)
+            config["sliding_window"] = window or None
         if ROPE_FREQS in file.tensors:
             if config["rope_scaling"] is not None:
                 raise ConfigError(f"{file.path}: both {ROPE_FREQS} and linear rope scaling; served is one of them")
             config["rope_scaling"] = _llama3_scaling(file, config)
+    if architecture == "qwen3moe":
+        config |= _experts(keys, keys.whole("expert_count"))
+        share = config["intermediate_size"] // config["num_experts_per_tok"] or None
+        config["moe_intermediate_size"] = keys.whole("expert_feed_forward_length", share)
     if architecture in GEMMA:
         config |= _gemma(keys, architecture, config)
     if architecture == "phi3":
@@ -247,6 +301,15 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         config |= _granite(keys, config)
     keys.all_taken()
     return config
+
+
+def _experts(keys: "_Keys", count: int) -> dict[str, Any]:
+    """What both architectures with experts say of them; that weights are normalised neither can deny."""
+    return {
+        "num_local_experts": count,
+        "num_experts_per_tok": keys.whole("expert_used_count"),
+        "norm_topk_prob": True,
+    }
 
 
 def _gemma(keys: "_Keys", architecture: str, config: dict[str, Any]) -> dict[str, Any]:

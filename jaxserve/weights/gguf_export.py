@@ -1,7 +1,8 @@
 """A checkpoint directory in GGUF's terms, the way back of weights/gguf.py: hyperparameters, tensor names, row order."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, Format
 from jaxserve.gguf import GgufFile
-from jaxserve.spec import only_served, sliding_layers
+from jaxserve.spec import expert_counts, only_served, sliding_layers
 from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.gguf import (
     ARCHITECTURES,
@@ -26,7 +27,10 @@ from jaxserve.weights.gguf import (
 )
 from jaxserve.weights.problems import Problems
 
-_FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {"MistralForCausalLM": "llama"}
+_FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {
+    "MistralForCausalLM": "llama", "MixtralForCausalLM": "llama",
+}  # fmt: skip
+_EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<number>0|[1-9]\d*)(?P<after>\..*)", re.DOTALL)
 _FORMATS = dict(zip(FLOATS, (FORMATS["F32"], FORMATS["BF16"], FORMATS["F16"]), strict=True))
 _TOP = {hf: gguf for gguf, hf in TOP_NAMES.items()}
 _LAYER = "model.layers."
@@ -108,6 +112,8 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         if architecture != "llama":
             raise ConfigError(f"sliding windows of {architecture} have no key in GGUF; its checkpoint stays as it is")
         found["attention.sliding_window"] = config["sliding_window"]
+    if "num_experts_per_tok" in config:
+        found |= _experts(config, architecture)
     if _scaling_kind(config) == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_scaling(config)["factor"])}
     return {"general.architecture": architecture, "general.type": "model"} | {
@@ -127,15 +133,22 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
         interleaved = {}
     problems = Problems(checkpoint.path)
     found: dict[str, SourceTensor] = {}
-    for name in sorted(checkpoint.names(), key=lambda name: _place(name, architecture)):
+    groups = _stacks(checkpoint.names())
+    for name in sorted(groups, key=lambda name: _place(name, architecture)):
         if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
-        theirs = gguf_name(name, architecture)
-        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        theirs, members = gguf_name(name, architecture), groups[name]
+        shape, dtype = checkpoint.shape(members[0]), checkpoint.dtype(members[0])
         if theirs is None:
             problems.add("tensor without a name in GGUF", name)
         elif dtype not in _FORMATS:
             problems.add("unsupported dtype", f"{name} is {dtype}")
+        elif "*" in name:
+            if len(members) != expert_counts(config)[0] or any(
+                (checkpoint.shape(member), checkpoint.dtype(member)) != (shape, dtype) for member in members
+            ):
+                problems.add("experts that do not make a stack", name)
+            found[theirs] = SourceTensor(_FORMATS[dtype], (len(members), *shape), _stack_reader(checkpoint, members))
         else:
             part = theirs.split(".")[2] if theirs.startswith("blk.") else ""
             order = None
@@ -144,6 +157,9 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
                     problems.add("wrong shape", f"{name} is {list(shape)} for {interleaved[part]} heads of {head_dim}")
                     continue
                 order = np.argsort(halves_from_pairs(interleaved[part], head_dim))
+            if theirs.endswith("ffn_gate_inp.weight"):  # a router, of which llama.cpp keeps every digit
+                found[theirs] = SourceTensor(FORMATS["F32"], shape, _as_float32(checkpoint, name))
+                continue
             if architecture in GEMMA and theirs.endswith("norm.weight"):
                 found[theirs] = SourceTensor(FORMATS["F32"], shape, _one_added(checkpoint, name))
                 continue
@@ -156,6 +172,35 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
         lists = {name: np.array(_scaling(config)[key], np.float32) for key, name in ROPE_LISTS.items()}
         found = {n: SourceTensor(FORMATS["F32"], d.shape, _bytes_of(d)) for n, d in lists.items()} | found
     return found
+
+
+def _stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what they are written as: those of a layer's experts, in their order, by one name with a `*`."""
+    found: dict[str, list[str]] = {}
+    stacks: dict[str, dict[int, str]] = {}
+    for name in names:
+        if expert := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{expert['before']}*{expert['after']}", {})[int(expert["number"])] = name
+        else:
+            found[name] = [name]
+    for stack, members in stacks.items():
+        if sorted(members) == list(range(len(members))):
+            found[stack] = [members[i] for i in range(len(members))]
+        else:  # which have no name as they are
+            found |= {name: [name] for name in members.values()}
+    return found
+
+
+def _experts(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The keys of a model with experts. Raises ConfigError for what llama.cpp would compute otherwise."""
+    experts, used = expert_counts(config)
+    found = {"expert_count": experts, "expert_used_count": used}
+    if architecture == "llama":
+        return found
+    if not config.get("norm_topk_prob"):
+        raise ConfigError("experts' weights that are not normalised (norm_topk_prob) have no key in GGUF's qwen3moe")
+    only_served(config, decoder_sparse_step=1, mlp_only_layers=[])
+    return found | {"expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
 def _gemma(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
@@ -322,6 +367,25 @@ def _reader(checkpoint: Checkpoint, name: str, order: np.ndarray | None) -> Call
         return _as_bytes(whole[rows] if order is None else whole[order[rows]])
 
     return raw
+
+
+def _stack_reader(checkpoint: Checkpoint, names: Sequence[str]) -> Callable[[slice], np.ndarray]:
+    """Rows of matrices of one shape that follow one another."""
+    each = checkpoint.shape(names[0])[0]
+
+    def raw(rows: slice) -> np.ndarray:
+        first, last = rows.start // each, (rows.stop - 1) // each
+        parts = [
+            checkpoint.read(names[i])[max(rows.start - i * each, 0) : rows.stop - i * each]
+            for i in range(first, last + 1)
+        ]
+        return _as_bytes(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+    return raw
+
+
+def _as_float32(checkpoint: Checkpoint, name: str) -> Callable[[slice], np.ndarray]:
+    return lambda rows: _as_bytes(checkpoint.read(name)[rows].astype(np.float32))
 
 
 def _one_added(checkpoint: Checkpoint, name: str) -> Callable[[slice], np.ndarray]:
