@@ -20,7 +20,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory, peak_memory
 from jaxserve.models import find_model
-from jaxserve.sharding import Partition, meshes
+from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.weights import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
@@ -116,7 +116,8 @@ def _only_mesh(shape: MeshShape) -> Mesh:
 def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
     """Raises ConfigError for plain weights that are more than their devices' memory."""
     device = partition.mesh.devices.flat[0]
-    total, weights = device_memory(device, shape.devices), partition.bytes_of(specs, dtype)
+    total = device_memory(device, shape.devices)
+    weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:
         raise ConfigError(

@@ -155,9 +155,13 @@ class Partition:
         """Of a KV cache [pages, page_size, row], whose row [k0|v0|k1|v1|...] is cut between heads."""
         return self._sharding(P(None, None, EVERY))
 
-    def of(self, spec: ParamSpec) -> Sharding:
-        """Of a weight."""
-        return self._sharding(P(*(names or None for names in _mesh_axes(spec))) if self.mesh.size > 1 else P())
+    def leaf(self, spec: ParamSpec, dtype: Any) -> jax.ShapeDtypeStruct:
+        """A weight's shape on the mesh, and where it lies."""
+        if self.mesh.size == 1:
+            return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=self.everywhere)
+        shape = tuple(len(self._places[axis]) for axis in spec.axes)
+        sharding = self._sharding(P(*(names or None for names in _mesh_axes(spec))))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def _sharding(self, spec: P) -> Sharding:
         if self.mesh.size == 1:
@@ -172,7 +176,8 @@ class Partition:
         """
         stored = [tensor.reshape(spec.tensor_shape) for tensor in tensors]
         places = [self._places[axis] for axis in spec.axes]
-        shape, sharding = tuple(map(len, places)), self.of(spec)
+        leaf = self.leaf(spec, dtype)
+        shape, sharding = leaf.shape, leaf.sharding
         blocks: dict[Any, np.ndarray] = {}
         arrays = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -249,17 +254,6 @@ class Partition:
         if self.mesh.size == 1:
             return contextlib.nullcontext()
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
-
-    def bytes_of(self, specs: Any, dtype: Any) -> int:
-        """Bytes that a tree of ParamSpecs has on each device."""
-        leaves = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
-        return sum(self._elements(spec) for spec in leaves) * np.dtype(dtype).itemsize
-
-    def _elements(self, spec: ParamSpec) -> int:
-        if self.mesh.size == 1:
-            return int(np.prod(spec.shape))
-        sizes = [len(self._places[axis]) for axis in spec.axes]
-        return int(np.prod([n // self._shards(names) for n, names in zip(sizes, _mesh_axes(spec), strict=True)]))
 
 
 def _mesh_axes(spec: ParamSpec) -> list[tuple[str, ...]]:

@@ -267,8 +267,8 @@ def test_a_norm_over_all_heads_bears_copies_of_each():
 def test_experts_are_divided_in_groups_and_all_else_over_every_device():
     mesh = meshes(MeshShape.parse("model=2,expert=3"), jax.local_devices())[0]
     partition = Partition(mesh, model_of("heads", "kv_heads", "experts head_dim"), Odd())
-    sharding = partition.of(ParamSpec(("experts", "head_dim"), (6, 2), "w"))
-    assert sharding.shard_shape((6, 2)) == (2, 2)
+    leaf = partition.leaf(ParamSpec(("experts", "head_dim"), (6, 2), "w"), np.float32)
+    assert leaf.shape == (6, 2) and leaf.sharding.shard_shape(leaf.shape) == (2, 2)
     assert partition.config.kv_heads == 6 and partition.config.experts == 6
 
 
