@@ -32,7 +32,7 @@ from jaxserve.metrics import EngineMetrics
 from jaxserve.models import find_model
 from jaxserve.runner import Runner
 from jaxserve.sharding import Partition, bytes_per_device, meshes
-from jaxserve.spec import Model, ParamSpec
+from jaxserve.spec import Model, ParamSpec, weight
 
 GOLDENS = Path(__file__).parent / "goldens"
 # Query and kv heads: 4 4 (and a vocabulary that is prime), 7 1, and 4 2 for all others but OLMo 2: 6 2.
@@ -49,7 +49,7 @@ FAMILIES = {
     "granite": ("1x3",),
     "smollm3": ("1x3",),
     "olmo2": ("1x2",),
-    "mixtral": ("1x3", "expert=2,model=2"),
+    "mixtral": ("1x3", "expert=5"),
     "qwen3_moe": ("1x3", "expert=2,model=2"),
 }
 PROMPTS = [(3, 5, 7, 9, 11, 2, 4), (8, 1, 6)]
@@ -231,9 +231,7 @@ class Odd:
 
 
 def model_of(*axes):
-    specs = [
-        ParamSpec(tuple(a.split()), tuple(getattr(Odd(), n) for n in a.split()), f"w{i}") for i, a in enumerate(axes)
-    ]
+    specs = [weight(Odd(), a.rstrip("+"), f"w{i}", together=a.endswith("+")) for i, a in enumerate(axes)]
     return Model("odd", Odd, lambda config: specs, lambda *a: None, lambda *a: None)
 
 
