@@ -19,7 +19,7 @@ PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "reference"}
 
 
 def choose(
-    name: str, platform: str, progress: Callable[[str], None] = lambda message: None
+    name: str, platform: str, progress: Callable[[str], None] = lambda message: None, *, devices: int = 1
 ) -> tuple[str, str, RaggedPagedAttention]:
     """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had."""
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
@@ -29,6 +29,11 @@ def choose(
     if chosen == "cpu":
         if platform != "cpu":
             raise ConfigError(f"attention='cpu' does not run on {platform}; use auto")
+        if devices > 1:
+            if name != "auto":
+                raise ConfigError(f"attention='cpu' runs on one device, not on {devices}; use auto")
+            reason = "plain XLA: the C++ kernels run on one device, not on a mesh"
+            return "reference", reason, import_module(KERNELS["reference"]).ragged_paged_attention
         try:
             native.load(progress)
         except BuildError as error:

@@ -14,6 +14,50 @@ from jaxserve.errors import ConfigError
 
 DEFAULT_MODEL_NAME = "jaxserve-tiny"
 
+_MESH_CURE = "give MODEL (4), DATAxMODEL (2x4) or names (data=2,model=4)"
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices there are along each axis: `data` replicas of the engine, each of `expert` * `model` devices."""
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """From "4" (model), "2x4" (data, model) or "data=2,model=4,expert=2". Raises ConfigError for anything else."""
+        if "=" in text:
+            pairs = [part.split("=", 1) if "=" in part else (part, "") for part in text.split(",")]
+            names = [name.strip() for name, _ in pairs]
+            known = [f.name for f in fields(cls)]
+            if bad := [name for name in names if name not in known]:
+                raise ConfigError(f"mesh {text!r}: unknown axis {bad[0]!r}; axes are {', '.join(known)}")
+            if len(set(names)) != len(names):
+                raise ConfigError(f"mesh {text!r} names an axis twice; {_MESH_CURE}")
+        else:
+            sizes = text.split("x")
+            pairs = list(zip(("data", "model")[-len(sizes) :], sizes, strict=False)) if len(sizes) <= 2 else [("", "")]
+            names = [name for name, _ in pairs]
+        counts = [size.strip() for _, size in pairs]
+        if not all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in counts):
+            raise ConfigError(f"mesh {text!r} is no shape; {_MESH_CURE}")
+        return cls(**{name: int(n) for name, n in zip(names, counts, strict=True)})
+
+    @property
+    def per_replica(self) -> int:
+        """Devices of one replica."""
+        return self.expert * self.model
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.per_replica
+
+    def __str__(self) -> str:
+        named = f"data={self.data},expert={self.expert},model={self.model}"
+        return f"{self.data}x{self.model}" if self.expert == 1 else named
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -45,7 +89,7 @@ class ScheduleOptions:
     """How requests share the steps."""
 
     max_num_seqs: int | None = None
-    """Sequences computed at once. Default: 64 on CPU, 256 on TPU and GPU."""
+    """Sequences computed at once, by each replica of a mesh. Default: 64 on CPU, 256 on TPU and GPU."""
     max_num_batched_tokens: int | None = None
     """Token budget of a step: while others are answered, no prompt takes more at once. Default: 2048 on TPU and GPU; on
     CPU 512 for models below 0.1 B weights, less for larger ones, down to two a sequence."""
@@ -54,7 +98,7 @@ class ScheduleOptions:
     enable_prefix_caching: bool = True
     """Keep the pages of finished prompts and share them with prompts that begin alike."""
     max_queued_requests: int = 1024
-    """Requests that may wait; one more is refused with 503 and Retry-After."""
+    """Requests that may wait, at each replica of a mesh; one more is refused with 503 and Retry-After."""
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
@@ -66,10 +110,14 @@ class ScheduleOptions:
 class DeviceOptions:
     """What runs on the device, and how much of it may be used."""
 
+    mesh: str | None = None
+    """Devices to use, as DATAxMODEL: 2x4 is two replicas of the engine, each on four devices that share the weights,
+    attention heads and KV cache between them (tensor parallel). 4 is 1x4. By names also the number of groups that the
+    experts of a mixture are divided into: data=1,model=2,expert=4. Default: one device."""
     block_size: int = 16
     """Tokens in a page of the KV cache."""
     num_kv_pages: int | None = None
-    """Pages in the KV cache. Default: what the memory budget leaves after weights and workspace."""
+    """Pages in the KV cache of a replica. Default: what the memory budget leaves after weights and workspace."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
     than the activations' needs the CPU's kernels."""
@@ -85,6 +133,8 @@ class DeviceOptions:
     """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
 
     def __post_init__(self) -> None:
+        if self.mesh is not None:
+            MeshShape.parse(self.mesh)
         _at_least("block_size", self.block_size, 1)
         _at_least("num_kv_pages", self.num_kv_pages, 1)
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:

@@ -219,7 +219,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     platform: str
     attention: str
     device_bytes: dict[str, int]
-    """Bytes on the device by kind: weights, kv, slots, workspace."""
+    """Bytes by kind, of all devices together: weights, kv, slots, workspace."""
+    mesh: str = "1x1"
+    """Devices, as --mesh says it: replicas of the engine x devices of each."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
 

@@ -34,6 +34,8 @@ class ParamSpec:
     """Only the products of quant.py and its `embed` touch it: it may be kept in another layout, or quantised."""
     rows: tuple[int, int] | None = None
     """Which rows of the checkpoint's tensor it is, [begin, end), where that holds several weights; None: all."""
+    together: bool = False
+    """A norm takes the mean over all its axes at once: zeros that fill one up for a mesh would change what it gives."""
     precise: bool = False
     """Few numbers of which every digit counts: quantised only if the checkpoint says so."""
 
@@ -53,12 +55,12 @@ class ParamSpec:
         return self.shape[1:] if self.spread else self.shape
 
 
-def weight(config: Any, axes: str, name: str) -> ParamSpec:
+def weight(config: Any, axes: str, name: str, *, together: bool = False) -> ParamSpec:
     """A ParamSpec whose axis names are the config's field names, so shape and sharding cannot disagree.
 
     `weight(c, "width", "model.layers.0.input_layernorm.weight")`
     """
-    return ParamSpec(*_sized(config, axes, name), name)
+    return ParamSpec(*_sized(config, axes, name), name, together=together)
 
 
 def matrix(config: Any, axes: str, name: str, *, precise: bool = False) -> ParamSpec:

@@ -37,6 +37,7 @@ class ModelFlags(cli.ModelFlags):
 class DeviceFlags(DeviceOptions):
     """DeviceOptions without what only a server needs."""
 
+    mesh: Annotated[str | None, Parameter(parse=False)] = None
     block_size: Annotated[int, Parameter(parse=False)] = DeviceOptions.block_size
     num_kv_pages: Annotated[int | None, Parameter(parse=False)] = None
     memory_utilization: Annotated[float | None, Parameter(parse=False)] = None

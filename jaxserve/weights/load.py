@@ -23,6 +23,7 @@ def load_params(
     *,
     dtype: Any,
     device_put: Callable[[Any, ParamSpec], Any],
+    divide: Callable[[list[np.ndarray], ParamSpec], Any] | None = None,
     pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
@@ -31,6 +32,9 @@ def load_params(
 
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
     not, to the leaf that `device_put` then gets. Experts are packed one by one and then stacked.
+
+    `divide` takes the place of all that, for weights of several devices: it gets the leaf's tensors as the checkpoint
+    has them, which may be memory maps that have not been read yet, and reads of them what it needs.
 
     `threads` leaves (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor, or rows of it. `progress(done, total)` counts the checkpoint's bytes.
@@ -46,29 +50,35 @@ def load_params(
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
-        if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
-            packed = (pack(w, spec) for w in _matrices(checkpoint, spec))
-            host = stack(packed, len(spec.names)) if spec.spread else next(packed)
-        elif spec.spread:
-            host = np.empty(spec.shape, dtype)
-            for i, name in enumerate(spec.names):
-                host[i] = checkpoint.read(name).astype(dtype).reshape(spec.tensor_shape)
-                checkpoint.release(name)
-        else:
-            stored = _rows(checkpoint.read(spec.name), spec)
-            # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
-            # A part of an array would keep all of it.
-            copy = spec.rows is not None or not stored.flags.writeable
-            host = stored.astype(dtype, copy=copy).reshape(spec.shape)
         # Waiting here is what bounds the staging: a thread takes its next leaf when this one has arrived.
-        array = jax.block_until_ready(device_put(host, spec))
-        if not spec.spread:
-            checkpoint.release(spec.name)
+        if divide is not None:
+            tensors = [_rows(checkpoint.read(name), spec) for name in spec.names]
+            array = jax.block_until_ready(divide(tensors, spec))
+        else:
+            array = jax.block_until_ready(device_put(whole(spec), spec))
+        for name in spec.names:
+            checkpoint.release(name)
         with lock:
             done += nbytes
             if progress is not None:
                 progress(done, total)
         return array
+
+    def whole(spec: ParamSpec) -> Any:
+        if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
+            packed = (pack(w, spec) for w in _matrices(checkpoint, spec))
+            return stack(packed, len(spec.names)) if spec.spread else next(packed)
+        if spec.spread:
+            host = np.empty(spec.shape, dtype)
+            for i, name in enumerate(spec.names):
+                host[i] = checkpoint.read(name).astype(dtype).reshape(spec.tensor_shape)
+                checkpoint.release(name)
+            return host
+        stored = _rows(checkpoint.read(spec.name), spec)
+        # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
+        # A part of an array would keep all of it.
+        copy = spec.rows is not None or not stored.flags.writeable
+        return stored.astype(dtype, copy=copy).reshape(spec.shape)
 
     if progress is not None:
         progress(0, total)
