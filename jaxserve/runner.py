@@ -31,6 +31,7 @@ from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, Engin
 from jaxserve.sampling import SlotState, TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
 from jaxserve.spec import CacheSpec, Model, Params
+from kernels_pallas.ragged_paged_attention.contract import Cache
 
 log = logging.getLogger("jaxserve.runner")
 
@@ -43,7 +44,7 @@ CPU_TOKENS_PER_SEQ = 512
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: jax.Array  # [layers * pages, page_size, kv_heads * 2 * head_dim]
+    cache: Cache  # [layers * pages, page_size, kv_heads * 2 * head_dim]
     slots: SlotState
 
 
@@ -130,7 +131,7 @@ class Runner:
         self._bind = self._compile_bind()
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
-        kv, slots = self._state.cache.nbytes, _bytes(self._state.slots)
+        kv, slots = _bytes(self._state.cache), _bytes(self._state.slots)
         self.info = EngineInfo(
             model=str(path),
             architecture=self.model.name,
@@ -182,8 +183,8 @@ class Runner:
 
     def _abstract(self, sizes: Sizes) -> StepState:
         spec = self.model.cache_spec(self.config)
-        cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._kv_dtype)
-        return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
+        cache = attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self._kv_dtype)
+        return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))
 
     def _new_state(self, by_cpu_kernel: bool) -> StepState:
         state = self._abstract(self.sizes)
@@ -192,7 +193,7 @@ class Runner:
 
         def new() -> StepState:
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
-            return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
+            return StepState(jax.tree.map(lambda a: new_cache(a.shape, a.dtype), state.cache), zeros)
 
         return self._programs.get(("state", by_cpu_kernel, state), new)()
 
@@ -235,7 +236,7 @@ class Runner:
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
         page, given = options.device.block_size, options.device.num_kv_pages
-        page_bytes = spec.layers * page * spec.row * self._kv_dtype.itemsize
+        page_bytes = _bytes(attention.cache_shapes(spec, 1, page, self._kv_dtype))
 
         def sizes(pages: int) -> Sizes:
             fitting = min(length, pages * page)
