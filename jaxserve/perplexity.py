@@ -83,9 +83,7 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
         raise ConfigError(f"ctx_size must be at least {LEAST_CTX}, got {ctx_size}")
     if limit is not None and limit < 1:
         raise ConfigError(f"chunks must be at least 1, got {limit}")
-    bos = tokenizer.encode("")[:1]
-    if bos != [tokenizer.bos_token_id]:
-        bos = []
+    bos = _bos(tokenizer)
     # Without an EOS that the tokenizer may add: it is not a word of the text.
     ids = bos + tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
     if len(ids) < 2 * ctx_size:
@@ -95,10 +93,20 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
             f"{cure}give a longer text"
         )
     count = min(len(ids) // ctx_size, limit or len(ids))
-    cut = np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size)
+    return with_bos(tokenizer, np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size))
+
+
+def with_bos(tokenizer: Tokenizer, cut: Int[np.ndarray, "C ctx"]) -> Int[np.ndarray, "C ctx"]:
+    """The chunks, each beginning with BOS where the tokenizer puts one before a text."""
+    bos, cut = _bos(tokenizer), cut.astype(np.int32)
     if bos:
         cut[:, 0] = bos[0]
     return cut
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    first = tokenizer.encode("")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def first_scored(ctx_size: int) -> int:

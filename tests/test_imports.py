@@ -18,7 +18,7 @@ RANKS = {
     "quant": 2, "compile_cache": 2,
     "layers": 3, "sharding": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
-    "scheduler": 5, "loading": 5, "perplexity": 5,
+    "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5,
     "batch": 6,
     "runner": 7, "evaluate": 7,
     "engine": 8,
@@ -34,7 +34,7 @@ RANKS = {
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
-    "perplexity", "client", "client.remote", "text", "server", "cli",
+    "perplexity", "logits_file", "client", "client.remote", "text", "server", "cli",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jaxserve.evaluate import Evaluator
+    from jaxserve.logits_file import LogitsFile
     from jaxserve.perplexity import Comparison, Estimate, Scores
     from jaxserve.tokenizer import Tokenizer
 
@@ -46,11 +48,13 @@ class DeviceFlags(DeviceOptions):
 
 def perplexity(
     model: str,
-    text: Path,
+    text: Path | None = None,
     *,
-    ctx_size: Annotated[int, Parameter(alias="-c")] = 512,
+    ctx_size: Annotated[int | None, Parameter(alias="-c")] = None,
     chunks: int | None = None,
     kl_divergence: str | None = None,
+    kl_divergence_base: Path | None = None,
+    save_all_logits: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     config: cli.ConfigFile = None,
     models: Annotated[ModelFlags, Parameter(name="*", group=Group("Model", sort_key=1))] = ModelFlags(),
@@ -66,44 +70,60 @@ def perplexity(
     model
         GGUF file, local directory (safetensors or Orbax), or Hugging Face id.
     text
-        UTF-8 text file.
+        UTF-8 text file. With --kl-divergence-base it may be left out.
     ctx_size
-        Tokens of a chunk.
+        Tokens of a chunk. Default: 512, or those of the file of logits.
     chunks
         Most chunks to compute. Default: all.
     kl_divergence
         A reference, named as MODEL is: the model before it was quantised. Compares both models' distributions over the
         whole vocabulary. --revision and --quantization are for MODEL only, all other options for both.
+    kl_divergence_base
+        The same with llama-perplexity's file of a reference's logits, which holds the tokens, too.
+    save_all_logits
+        Write such a file: two bytes for each word of the vocabulary and scored token.
     as_json
         Print JSON; the running estimate goes to stderr.
     config
         TOML file with any of these settings.
     """
+    _check_flags(text, kl_divergence, kl_divergence_base, save_all_logits)
     path = resolve_model(model, models.revision)
     reference = None if kl_divergence is None else resolve_model(kl_divergence)
-    evaluator, cuts = _open(path, reference, _read(text), ctx_size, chunks, models, device)
 
     from jaxserve import perplexity as rules
+    from jaxserve.logits_file import LogitsFile, LogitsWriter
 
+    base = None if kl_divergence_base is None else LogitsFile(kl_divergence_base)
+    words = None if text is None else _read(text)
+    evaluator, cuts, vocab = _open(path, reference, base, words, ctx_size, chunks, save_all_logits, models, device)
+    compared_with = reference or kl_divergence_base
     out = sys.stderr if as_json else sys.stdout  # whoever reads JSON wants the result alone
-    print(f"{len(cuts)} chunks of {ctx_size} tokens", file=sys.stderr)
-    if reference is not None:
+    print(f"{len(cuts)} chunks of {cuts.shape[1]} tokens", file=sys.stderr)
+    if compared_with is not None:
         print("chunk" + "".join(name.rjust(width) for name, width in _COLUMNS.items()), file=out)
     parts: list[Scores] = []
     comparison = None
-    for chunk in cuts:
-        parts.append(evaluator.score(chunk))
-        scores = rules.Scores.join(parts)
-        ppl = rules.perplexity(scores.nll)
-        if reference is None:
-            print(f"[{len(parts)}]{ppl.value:.4f},", end="", file=out, flush=True)
-        else:
-            comparison = rules.compare(scores)
-            print(_row(len(parts), ppl, comparison), file=out, flush=True)
+    with ExitStack() as files:
+        writer = save_all_logits and files.enter_context(LogitsWriter(save_all_logits, cuts, vocab))
+        for i, chunk in enumerate(cuts):
+            found, rows = evaluator.score_and_keep(chunk, None if base is None else base.rows(i))
+            parts.append(found)
+            if writer and rows:
+                writer.add(rows)
+            scores = rules.Scores.join(parts)
+            ppl = rules.perplexity(scores.nll)
+            if compared_with is None:
+                print(f"[{len(parts)}]{ppl.value:.4f},", end="", file=out, flush=True)
+            else:
+                comparison = rules.compare(scores)
+                print(_row(len(parts), ppl, comparison), file=out, flush=True)
     print(file=out)
     if as_json:
-        about = {"model": str(path), "reference": None if reference is None else str(reference), "text": str(text)}
-        counts = {"ctx_size": ctx_size, "chunks": len(cuts), "scored_tokens": len(scores.nll)}
+        about = {name: value and str(value) for name, value in (
+            ("model", path), ("reference", compared_with), ("text", text)
+        )}  # fmt: skip
+        counts = {"ctx_size": cuts.shape[1], "chunks": len(cuts), "scored_tokens": len(scores.nll)}
         figures = {"ppl": ppl, **(comparison._asdict() if comparison else {})}
         print(json.dumps(about | counts | _plain(figures), indent=2, allow_nan=False))
         return 0
@@ -122,31 +142,77 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}; convert it first") from error
 
 
+def _check_flags(text: Path | None, model: str | None, base: Path | None, save: Path | None) -> None:
+    if text is None and base is None:
+        raise ConfigError("TEXT is missing; only with --kl-divergence-base it may be left out")
+    for one, other in (("kl_divergence_base", base), ("save_all_logits", save)):
+        if model is not None and other is not None:
+            raise ConfigError(f"kl_divergence and {one} are two runs; leave one out")
+    if base is not None and save is not None:
+        raise ConfigError("kl_divergence_base and save_all_logits are two runs; leave one out")
+
+
 def _open(
     path: Path,
     reference: Path | None,
-    text: str,
-    ctx_size: int,
+    base: "LogitsFile | None",
+    text: str | None,
+    ctx_size: int | None,
     limit: int | None,
+    save: Path | None,
     models: ModelFlags,
     device: DeviceFlags,
-) -> "tuple[Evaluator, np.ndarray]":
-    """What scores, and the chunks for it [C, ctx]. All that can be refused without the weights is refused first."""
+) -> "tuple[Evaluator, np.ndarray, int]":
+    """What scores, the chunks for it [C, ctx], and words of the vocabulary.
+
+    All that can be refused without the weights is refused first.
+    """
     from jaxserve.evaluate import Evaluator, check_models
     from jaxserve.loading import load_model
     from jaxserve.perplexity import chunks
     from jaxserve.tokenizer import load_tokenizer
 
-    check_models([path] if reference is None else [path, reference], ctx_size)
+    size = ctx_size or (512 if base is None else base.ctx_size)
+    vocab = check_models([path] if reference is None else [path, reference], size)
     tokenizer = load_tokenizer(path)
-    cuts = chunks(tokenizer, text, ctx_size, limit)
+    if base is not None:
+        cuts = _chunks_of(base, tokenizer, text, size, vocab, limit)
+    else:
+        assert text is not None
+        cuts = chunks(tokenizer, text, size, limit)
     if reference is not None:
         _check_words(tokenizer, load_tokenizer(reference), set(cuts.flat))
     with reporting() as report:
         loaded = [load_model(models, device, path, report)]
         if reference is not None:
             loaded.append(load_model(replace(models, quantization=None), device, reference, report))
-    return Evaluator(loaded, ctx_size), cuts
+    return Evaluator(loaded, size, base=base is not None, saves=save is not None), cuts, vocab
+
+
+def _chunks_of(
+    base: "LogitsFile", tokenizer: "Tokenizer", text: str | None, ctx_size: int, vocab: int, limit: int | None
+) -> "np.ndarray":
+    """The file's chunks [C, ctx], or the first `limit`.
+
+    Raises ConfigError where they are not this model's, or not the text's.
+    """
+    from jaxserve.perplexity import LEAST_CTX, chunks, with_bos
+
+    if base.ctx_size < LEAST_CTX or ctx_size != base.ctx_size:
+        raise ConfigError(f"{base.path} has chunks of {base.ctx_size} tokens, not {ctx_size}; leave --ctx-size out")
+    if base.vocab != vocab:
+        raise ConfigError(
+            f"{base.path} is of a vocabulary of {base.vocab} tokens and the model has {vocab}; "
+            "give logits of the model that was quantised"
+        )
+    if limit is not None and limit < 1:
+        raise ConfigError(f"chunks must be at least 1, got {limit}")
+    cuts = with_bos(tokenizer, base.tokens[:limit])
+    if text is not None:
+        ours = chunks(tokenizer, text, ctx_size, len(cuts))
+        if ours.shape != cuts.shape or (ours != cuts).any():
+            raise ConfigError(f"{base.path} is of another text, or of other words; leave TEXT out to use its tokens")
+    return cuts
 
 
 def _check_words(tokenizer: "Tokenizer", reference: "Tokenizer", ids: set[int]) -> None:

@@ -51,7 +51,8 @@ class Int8Cache:
         return self.values.shape
 
 
-type Cache = Float[Array, "P page row"] | Int8Cache
+type Cache = jax.Array | Int8Cache
+"""A cache of floats [P, page, row], or one of bytes."""
 
 
 def quantised(x: Float[Array, "*rows H"]) -> tuple[Int8[Array, "*rows H"], Float[Array, "*rows"]]:
