@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(JAXSERVE_SCALAR)  // no vectors: the oracle of the others
 #elif defined(__AVX512F__)
