@@ -25,7 +25,24 @@ from jaxserve.native.build import cpu_flags
 
 log = logging.getLogger("jaxserve.compile_cache")
 
-NOT_IN_PROGRAMS = ("bench", "chat", "cli", "client", "hub", "llm", "server", "text", "tokenizer", "weights")
+NOT_IN_PROGRAMS = (
+    "batch_job",
+    "bench",
+    "chat",
+    "cli",
+    "client",
+    "conformance",
+    "dry_run",
+    "embedded",
+    "hub",
+    "llm",
+    "model_code",
+    "random_weights",
+    "server",
+    "text",
+    "tokenizer",
+    "weights",
+)
 """Parts of the package that no program is made from, so that they may change and the programs stay."""
 UNUSED_DAYS = 30
 """A program that nobody has loaded for so long is deleted when another one is stored."""

@@ -5,9 +5,10 @@ and what was worked out is printed at start-up.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
 
@@ -21,6 +22,10 @@ class ModelOptions:
     model: str | None = None
     """Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
     or org/repo/file.gguf); without it the embedded model is served."""
+    model_code: str | None = None
+    """Python file of a model of your own, or a module's name, that computes the checkpoint; `my_model.py:NAME` takes an
+    object of it. Whatever the checkpoint's architecture is called. The file is executed: give none that you do not
+    trust."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -43,7 +48,8 @@ class ScheduleOptions:
     max_num_seqs: int | None = None
     """Sequences computed at once. Default: 64 on CPU, 256 on TPU and GPU."""
     max_num_batched_tokens: int | None = None
-    """Token budget of a step. Default: 512 on CPU, 2048 on TPU and GPU."""
+    """Token budget of a step: while others are answered, no prompt takes more at once. Default: 2048 on TPU and GPU; on
+    CPU 512 for models below 0.1 B weights, less for larger ones, down to two a sequence."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """fcfs: first come, first served. priority: lower `priority` first, then first come."""
     enable_prefix_caching: bool = True
@@ -151,3 +157,29 @@ def option_names(*sections: type) -> dict[str, str]:
                 raise ConfigError(f"option {f.name} is declared in {owners[f.name]} and {section.__name__}")
             owners[f.name] = section.__name__
     return owners
+
+
+def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOptions:
+    """Engine options from the names and values of any of their fields. Raises ConfigError for another name."""
+    sections = (ModelOptions, ScheduleOptions, DeviceOptions)
+    known = option_names(*sections)
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ConfigError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    parts = [{f.name: given[f.name] for f in fields(s) if f.name in given} for s in sections]
+    return EngineOptions(
+        model=ModelOptions(**(parts[0] | {"model": model})),
+        schedule=ScheduleOptions(**parts[1]),
+        device=DeviceOptions(**parts[2]),
+    )
+
+
+def model_name(model: str | None, served_model_name: str | None = None) -> str:
+    """The name that requests use: the one given, the directory's or file's, the hub id, or the embedded model's."""
+    if served_model_name:
+        return served_model_name
+    if model is None:
+        return DEFAULT_MODEL_NAME
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model

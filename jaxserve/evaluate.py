@@ -52,12 +52,12 @@ class TokenScores:
     distribution: Distributions | None = None
 
 
-def check_models(paths: Sequence[Path], ctx_size: int) -> int:
+def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) -> int:
     """The words of their vocabulary.
 
     Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together.
     """
-    configs = [find_model(open_checkpoint(path).config)[1] for path in paths]
+    configs = [find_model(open_checkpoint(path).config, code)[1] for path in paths]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(
@@ -108,13 +108,19 @@ class Evaluator:
             donate=1,
         )
 
-    def score(self, chunk: Int[np.ndarray, " ctx"], base: Rows | None = None) -> Scores:
-        """The chunk's second half, each token given all before it. Raises CheckpointError where that is no number."""
-        return self.score_and_keep(chunk, base)[0]
+    def score(self, chunk: Int[np.ndarray, " ctx"], first: int | None = None) -> Scores:
+        """The tokens after position `first`, each given all before it; None is the chunk's second half.
 
-    def score_and_keep(self, chunk: Int[np.ndarray, " ctx"], base: Rows | None = None) -> tuple[Scores, Rows | None]:
-        """The same, and with `saves` the distributions."""
-        first, count = first_scored(self._ctx_size), self._ctx_size - 1
+        Raises CheckpointError where that is no number.
+        """
+        return self.score_and_keep(chunk, first)[0]
+
+    def score_and_keep(
+        self, chunk: Int[np.ndarray, " ctx"], first: int | None = None, base: Rows | None = None
+    ) -> tuple[Scores, Rows | None]:
+        """The same, compared with `base`; with `saves` also the distributions, those of a file both."""
+        assert 2 <= len(chunk) <= self._ctx_size
+        first, count = first_scored(self._ctx_size) if first is None else first, len(chunk) - 1
         targets = np.where(np.arange(count) >= first, chunk[1:], -1).astype(np.int32)
         parts = []
         for start in range(0, count, self._tokens):

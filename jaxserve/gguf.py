@@ -98,10 +98,10 @@ class GgufFile:
         data = np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
         return data.reshape(math.prod(info.shape[:-1]), -1)
 
-    def release(self, name: str) -> None:
-        """Lets go of what memory holds of a tensor."""
-        info = self.tensors[name]
-        drop_pages(self._maps[info.file], info.offset, info.nbytes)
+    def release(self, name: str, part: tuple[int, int] = (0, 1)) -> None:
+        """Lets go of what memory holds of a tensor, or of one of so many equal parts of it."""
+        info, (i, count) = self.tensors[name], part
+        drop_pages(self._maps[info.file], info.offset + i * info.nbytes // count, info.nbytes // count)
 
 
 def find_gguf(path: Path) -> Path | None:

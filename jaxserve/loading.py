@@ -1,7 +1,7 @@
 """Brings a model to its device as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, ModelOptions
+from jaxserve.dry_run import packed, trace
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.models import find_model
 from jaxserve.spec import Model, Params, ParamSpec
-from jaxserve.weights import open_checkpoint
+from jaxserve.weights import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -46,14 +47,20 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     Raises ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
     checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config)
+    model, config = find_model(checkpoint.config, options.model_code)
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
     place = jax.local_devices()[0]
     name, reason, kernel = attention.choose(device.attention, place.platform, progress)
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
-    ours = model.forward.__module__.startswith("jaxserve.")
+    ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
     dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
+
+    if options.model_code is not None:
+        progress(f"model code: {options.model_code}")
+        trace(model, config, dtype, _shapes(checkpoint, dtype, name == "cpu"))
 
     def report(done: int, total: int) -> None:
         progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
@@ -71,6 +78,20 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
     return Loaded(model, config, params, place, dtype, kv_dtype, name, kernel, programs)
 
 
+def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
+    """The shapes of the leaves that `load_params` will make."""
+
+    def leaf(spec: ParamSpec) -> Any:
+        first = spec.names[0]
+        stored = checkpoint.shape(first) if spec.matrix and packs and first in checkpoint.names() else ()
+        if len(stored) == 2:
+            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+            return packed(spec, (outputs, stored[1]), dtype, dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    return leaf
+
+
 def _packer(
     options: ModelOptions, dtype: np.dtype, available: bool
 ) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
@@ -81,13 +102,13 @@ def _packer(
         return None
 
     def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
+        if options.quantization is not None and not spec.precise:
             if isinstance(w, Blocks):
                 raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
             w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
         if options.dtype != "auto" and not isinstance(w, Blocks):
             w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
+        return quant.pack(w, spec.tensor_shape, dtype)
 
     return pack
 

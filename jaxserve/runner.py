@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import attention, batch, sampling
-from jaxserve.batch import Layout, Shape, SlotRows
+from jaxserve.batch import Layout, Shape, SlotRows, StepInput
 from jaxserve.config import EngineOptions
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import host_memory
@@ -37,6 +37,10 @@ log = logging.getLogger("jaxserve.runner")
 
 CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
+
+CPU_STEP_FLOPS = 1e11
+"""A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
+answered waiting for more than a second, and are no faster than in steps of 128."""
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +83,7 @@ class Launched:
     def __init__(self, plan: Plan, output: StepOutput):
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
-        self._prompt = output.prompt_logprobs.logprob.size > 0 and any(
-            r.sequence.prompt_logprobs is not None for r in plan.rows
-        )
+        self._prompt = any(row.scored for row in plan.rows)
         output.tokens.copy_to_host_async()
         for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
             if wanted:
@@ -99,9 +101,9 @@ class Launched:
             host, at = jax.tree.map(np.asarray, self._output.prompt_logprobs), 0
             for i, row in enumerate(self._plan.rows):
                 top = row.sequence.request.params.prompt_logprobs
-                if row.sequence.prompt_logprobs is not None and top is not None:
-                    wanted = max(0, min(row.count, row.sequence.num_prompt - 1 - row.start))
-                    sampled.prompt_logprobs[i] = [_logprobs(host, at + j, top) for j in range(wanted)]
+                if top is not None and (scored := row.scored):
+                    first = at - 1 - row.start  # what a token says is of the one after it
+                    sampled.prompt_logprobs[i] = [_logprobs(host, first + position, top) for position in scored]
                 at += row.count
         return sampled
 
@@ -142,7 +144,7 @@ class Runner:
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
             dtype=loaded.dtype.name,
-            num_params=sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config))),
+            num_params=self._num_params(),
             platform=platform,
             attention=loaded.attention,
             priorities=options.schedule.scheduling_policy == "priority",
@@ -176,6 +178,14 @@ class Runner:
     def params(self) -> Params:
         """The weights as the model file sees them."""
         return jax.tree.unflatten(self._tree, self._params)
+
+    def _cpu_tokens(self) -> int:
+        """Tokens of a default step on CPU: 512 of small models, 64 of large ones."""
+        work = 2 * self._num_params()
+        return next((n for n in (512, 256, 128) if n * work <= CPU_STEP_FLOPS), 64)
+
+    def _num_params(self) -> int:
+        return sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config)))
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
@@ -229,7 +239,7 @@ class Runner:
         if wanted_len is not None and wanted_len > self.config.max_positions:
             raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        tokens = options.schedule.max_num_batched_tokens or max(seqs, 512 if cpu else 2048)
+        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048)
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
@@ -330,7 +340,8 @@ class Runner:
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
         _, history, ids, values, stops = self._no_binding()
-        history[: len(sequence.tokens)] = sequence.tokens
+        tokens = sequence.tokens[: len(history)]  # the last one of a prompt that is only scored may have no place
+        history[: len(tokens)] = tokens
         bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())
@@ -400,18 +411,15 @@ def _step(
         layers = model.cache_spec(config).layers
         attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
-    with jax.named_scope("logits"):
-        last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
-        logits = model.logits(weights, config, last)  # [S, V]
+    last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
+    slots = replace(state.slots, history=history)
+    sample = partial(_sample, model, config, weights, last, step, slots)
+    # Of a step of prompts most rows may be nobody's, and a row of logits can cost as much as a token's whole forward.
+    counts = [seqs] if layout.shape.single else [n for n in (seqs // 16, seqs // 4) if n >= 4] + [seqs]
+    enough = jnp.sum(step.distribution[2] > jnp.array(counts[:-1], jnp.int32))
+    sampled, logprobs = jax.lax.switch(enough, [partial(sample, n) for n in counts])
+    top = logprobs.top_ids.shape[1]
     with jax.named_scope("sample"):
-        top = min(MAX_TOP_LOGPROBS, logits.shape[-1])
-        slots = replace(state.slots, history=history)
-        sampled = sampling.sample(logits, step.rows, step.slots, slots)
-        logprobs = jax.lax.cond(
-            step.rows.logprobs.any(),
-            lambda: sampling.token_logprobs(logits, jnp.where(step.rows.logprobs, sampled, -1), top),
-            lambda: sampling.no_logprobs(seqs, top),
-        )
         if layout.shape.single:
             prompt = sampling.no_logprobs(0, top)
         else:
@@ -419,6 +427,31 @@ def _step(
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = _remember(history, target, step.rows.position, sampled)
     return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
+
+
+def _sample(
+    model: Model,
+    config: Any,
+    weights: Params,
+    last: jax.Array,
+    step: StepInput,
+    slots: SlotState,
+    count: int,
+) -> tuple[jax.Array, TokenLogprobs]:
+    """Tokens [S] and log-probabilities of the first `count` rows of `last`, [S, D]; the others are zero."""
+    rows = jax.tree.map(lambda a: a[:count], step.rows)
+    with jax.named_scope("logits"):
+        logits = model.logits(weights, config, last[:count])  # [count, V]
+    with jax.named_scope("sample"):
+        top = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+        sampled = sampling.sample(logits, rows, step.slots[:count], slots)
+        logprobs = jax.lax.cond(
+            rows.logprobs.any(),
+            lambda: sampling.token_logprobs(logits, jnp.where(rows.logprobs, sampled, -1), top),
+            lambda: sampling.no_logprobs(count, top),
+        )
+    rest = last.shape[0] - count
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, rest)] + [(0, 0)] * (a.ndim - 1)), (sampled, logprobs))
 
 
 def _remember(history: jax.Array, slot: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ void blocks(int64_t tokens, int64_t depth) {
   }
   const int tile = jaxserve::tile_of(tokens);
   std::vector<uint8_t> rows(jaxserve::TileBlock{tile, F::runs}.bytes() * layout.blocks);
-  jaxserve::make_tile<F>(x.data(), tokens, depth, 0, tile, rows.data());
+  jaxserve::make_tile<F>(x.data(), tokens, depth, tile, rows.data());
   std::vector<float> y(tile * jaxserve::kPanel), row(depth);
   jaxserve::multiply_tile<F>(tile, panel.data(), layout, rows.data(), y.data());
   jaxserve::row_of<F>(panel.data(), 5, depth, row.data());
@@ -180,7 +180,7 @@ int main() {
     product<jaxserve::bf16>(tokens, 1100, 32);
     product<jaxserve::f16>(tokens, 512, 17);
   }
-  for (const int64_t tokens : {1, 2, 3, 7}) {
+  for (const int64_t tokens : {1, 2, 3, 7, 11}) {
     for (const int64_t code : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39}) {
       jaxserve::with_format(code, [&](auto f) { blocks<decltype(f)>(tokens, 512); });
     }

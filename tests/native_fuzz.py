@@ -21,6 +21,7 @@ from jaxserve.formats import FORMATS, dequantise, quantise
 
 ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
 LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
+GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_blocks"
 SAMPLE, LOGPROBS = "jaxserve_sample", "jaxserve_token_logprobs"
 
 
@@ -103,6 +104,46 @@ def packed(library, w):
     return jnp.asarray(panels)
 
 
+def grouped(rng, digest, target, x, matrices, single, **attributes):
+    """Rows of x by the matrix of their group, each with the bits of `single(row, matrix)`; bad calls refused.
+
+    `matrices` [E, ...] are packed, all of one shape.
+    """
+    count, name = len(matrices), target.removeprefix("jaxserve_")
+    chosen = np.sort(rng.choice(rng.permutation(count)[: rng.integers(1, count + 1)], len(x)))  # some have no rows
+    sizes = np.bincount(chosen, minlength=count).astype(np.int32)
+    outputs = single(x[:1], matrices[0]).shape[1]
+
+    def product(x, matrices, sizes, **changes):
+        shape = jax.ShapeDtypeStruct((len(x), outputs), "float32")
+        return jax.ffi.ffi_call(target, shape)(x, matrices, sizes, **attributes | changes)
+
+    y = np.asarray(product(x, matrices, sizes))
+    for i, expert in enumerate(chosen):
+        assert np.asarray(single(x[i : i + 1], matrices[expert])).tobytes() == y[i].tobytes(), (name, sizes, i)
+    digest.update(y.tobytes())
+    spoilt, i = sizes.copy(), rng.integers(0, count)
+    spoilt[i] += rng.choice([-1, 1, 2**31 - 1 - len(x), -(2**31) + len(x)])
+    negative = np.array([len(x) + 1, -1, *[0] * (count - 1)], np.int32)[:count]
+    refused = 0
+    for wrong in (
+        lambda: product(x, matrices, spoilt),
+        lambda: product(x, matrices, negative),
+        lambda: product(x, matrices, np.append(sizes, np.int32(0))),
+        lambda: product(x, matrices, sizes[None]),
+        lambda: product(x, matrices, sizes.astype(np.float32)),
+        lambda: product(x[:, 1:], matrices, sizes),
+        lambda: product(x, matrices[0], sizes) if count > 1 else product(x[0], matrices, sizes),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert f"{name}: " in str(error) or "buffer dtype" in str(error), error
+            refused += 1
+    assert refused == 7
+    return refused
+
+
 def quantised_product(library, rng, digest):
     """Products with a quantised weight against its dequantised floats, and the rows of its table; bad calls refused."""
     format = rng.choice([f for f in FORMATS.values() if f.quantised])
@@ -141,7 +182,10 @@ def quantised_product(library, rng, digest):
     ids = rng.integers(-2, outputs + 2, 20).astype(np.int32)
     assert (np.asarray(gather(panels, ids, outputs)) == w[ids.clip(0, outputs - 1)]).all(), format.name
     digest.update(y.tobytes())
-    refused = 0
+    # Any order of the panels' first bytes, which are codes, is another matrix.
+    matrices = jnp.stack([jnp.concatenate([jnp.roll(panels[:512], 64 * e), panels[512:]]) for e in range(3)])
+    single = partial(product, format=code)
+    refused = grouped(rng, digest, GROUPED_BLOCKS, jnp.asarray(x), matrices, single, format=code)
     for wrong in (
         lambda: product(x, panels[:-1], code),
         lambda: product(x, panels, np.int64(rng.choice([-1, 0, 5, 99]))),
@@ -266,7 +310,7 @@ def main() -> None:
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
-    for target in (ATTENTION, LINEAR, EMBED, LINEAR_BLOCKS, EMBED_BLOCKS, SAMPLE, LOGPROBS):
+    for target in (ATTENTION, LINEAR, EMBED, GROUPED, LINEAR_BLOCKS, EMBED_BLOCKS, GROUPED_BLOCKS, SAMPLE, LOGPROBS):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
@@ -302,6 +346,9 @@ def main() -> None:
         alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], panels)
         assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
         digest.update(y.tobytes())
+        single = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), "float32"))
+        matrices = jnp.stack([jnp.roll(panels, e, axis=1) for e in range(rng.integers(1, 6))])
+        refused += grouped(rng, digest, GROUPED, x, matrices, single)
         ids = rng.integers(-2, w.shape[0] + 2, 5).astype(np.int32)
         gather = jax.ffi.ffi_call(EMBED, jax.ShapeDtypeStruct((5, w.shape[1]), "float32"))
         rows = gather(panels, ids, outputs=np.int64(w.shape[0]))

@@ -15,26 +15,28 @@ RANKS = {
     "errors": -1,
     "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0,
     "spec": 1, "native": 1, "gguf": 1,
-    "quant": 2, "compile_cache": 2,
-    "layers": 3, "sharding": 3,
+    "quant": 2, "compile_cache": 2, "model_code": 2,
+    "layers": 3, "sharding": 3, "dry_run": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
-    "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5,
-    "batch": 6,
+    "embedded": 4,
+    "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,
+    "batch": 6, "conformance": 6,
     "runner": 7, "evaluate": 7,
     "engine": 8,
     "client": 9,
     "text": 10,
-    "llm": 11, "bench": 11,
-    "server": 12, "profile": 12,
-    "cli": 13,
-    "__init__": 14,  # the public names
-    "__main__": 14,
+    "score": 11, "bench": 11,
+    "llm": 12, "server": 12, "profile": 12,
+    "batch_job": 13, "lm_eval": 13,
+    "cli": 14,
+    "__init__": 15,  # the public names
+    "__main__": 15,
 }  # fmt: skip
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "scheduler",
-    "perplexity", "logits_file", "client", "client.remote", "text", "server", "cli",
+    "perplexity", "logits_file", "client", "client.remote", "text", "score", "server", "batch_job", "cli",
 ]  # fmt: skip
 
 

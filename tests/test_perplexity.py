@@ -20,7 +20,7 @@ from jaxserve.hub import resolve_model
 from jaxserve.loading import load_model
 from jaxserve.logits_file import LogitsFile, LogitsWriter, Rows
 from jaxserve.models import find_model
-from jaxserve.perplexity import Scores, chunks, compare
+from jaxserve.perplexity import Running, Scores, chunks, compare, windows
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
 
@@ -77,6 +77,35 @@ def test_what_cannot_be_cut_is_told_with_the_cure():
         chunks(Letters(), "a" * 99, 7)
     with pytest.raises(ConfigError, match="chunks must be at least 1, got 0"):
         chunks(Letters(), "a" * 99, 8, 0)
+
+
+def test_windows_score_every_token_but_the_first_once():
+    text = "abcdefghijklmnopqrstuvwxyz"
+    for length, ctx, stride in [
+        (26, 8, 4),
+        (26, 8, 1),
+        (26, 8, 7),
+        (24, 8, 4),
+        (8, 8, 3),
+        (9, 8, 7),
+        (5, 8, 4),
+        (3, 8, 4),
+    ]:
+        found = windows(Letters(), text[:length] + "\n", ctx, stride)
+        assert found[0].first == 0 and all(len(w.tokens) == ctx for w in found[:-1])
+        assert all(w.first + 1 >= ctx - stride for w in found[1:])
+        scored = [chr(token) for w in found for token in w.tokens[w.first + 1 :]]
+        assert "".join(scored) == text[1:length]
+        for i, w in enumerate(found):
+            assert "".join(map(chr, w.tokens)) == text[:length][i * stride : i * stride + ctx]
+    (first, *_) = windows(Letters((0,), (1,)), text, 8, 4)
+    assert first.tokens.tolist() == [0, *map(ord, "abcdefg")], "BOS, and no EOS, where the tokenizer puts them"
+    assert len(windows(Letters(), text, 8, 4, 2)) == 2
+    for stride in (0, 8):
+        with pytest.raises(ConfigError, match=r"stride must be in \[1, 7\]"):
+            windows(Letters(), text, 8, stride)
+    with pytest.raises(ConfigError, match="2 tokens long"):
+        windows(Letters(), "ab", 8, 4)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -157,6 +186,16 @@ def test_scores_of_logits_are_exact(noise):
     np.testing.assert_allclose(-found.reference_logprob, base, rtol=1e-5)
     np.testing.assert_allclose(found.kl, kl, rtol=1e-3, atol=1e-7)
     assert np.array_equal(found.same_top, same)
+
+
+def test_a_mean_of_parts_is_that_of_the_whole():
+    nll = np.random.default_rng(0).gamma(1.0, 2.0, 300)
+    running = Running()
+    for part in np.split(nll, [1, 2, 90, 180]):
+        running.add(part)
+    assert running.perplexity() == pytest.approx(tuple(perplexity.perplexity(nll)))
+    mean, error = sums(nll)
+    assert running.perplexity() == pytest.approx((math.exp(mean), math.exp(mean) * error))
 
 
 def test_what_neither_model_ever_says_costs_nothing():
@@ -271,6 +310,23 @@ def test_models_that_do_not_fit_are_refused():
         check_models([llama2], 257)
     with pytest.raises(ConfigError, match="vocabulary of 176 tokens and .*llama2 one of 163; give the model that"):
         check_models([llama2, llama3], 256)
+
+
+# --- transformers' figures ---
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
+def test_perplexities_are_those_of_transformers_in_float32(shared_data, capsys, tmp_path, name):
+    """To four digits: of a sliding window, and of llama-perplexity's chunks."""
+    golden = json.loads((GOLDENS / "score.json").read_text())["shared"][name]["wikitext"]
+    text = tmp_path / "wiki.txt"
+    text.write_bytes((shared_data / "eval/wikitext-2/test.txt").read_bytes()[: golden["bytes"]])
+    path = shared_data / "models" / name
+    ctx = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    for kind, flags in (("stride", [f"--stride={ctx // 2}"]), ("chunks", [])):
+        assert cli.call(["perplexity", str(path), str(text), f"-c={ctx}", *flags, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["ppl"]["value"]
+        assert found == pytest.approx(golden["perplexity"][kind], rel=1e-4), kind
 
 
 # --- llama.cpp's figures --------------------------------------------------------------------------------------------
@@ -404,6 +460,11 @@ def test_the_command_prints_running_and_final_figures(capsys, text):
     steps = [float(part.split("]")[1]) for part in running.rstrip(",").split(",")]
     assert running.startswith("[1]") and ",[2]" in running and len(steps) == 3
     assert last.startswith(f"PPL = {steps[-1]:.4f} +/- ") and 1 < steps[-1] < 100
+    assert cli.call(["perplexity", EMBEDDED, text, "--ctx-size=64", "--stride=48", "--chunks=3", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert "3 windows of 64 tokens" in shown.err and found["stride"] == 48
+    assert found["scored_tokens"] == 63 + 2 * 48 and 1 < found["ppl"]["value"] < 100
 
 
 def test_the_command_compares(capsys, text):
@@ -428,6 +489,7 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_bad_input_is_told_with_the_cure(capsys, tmp_path, text):
+    assert "stride must be in [1, 63]" in refused(capsys, EMBEDDED, text, "-c=64", "--stride=64")
     assert "cannot read " in refused(capsys, EMBEDDED, str(tmp_path / "absent"), "-c=64")
     assert "cannot read " in refused(capsys, EMBEDDED, str(tmp_path), "-c=64")
     (tmp_path / "latin").write_bytes(b"caf\xe9 " * 999)

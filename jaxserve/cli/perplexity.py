@@ -1,5 +1,6 @@
 """`jaxserve perplexity`: how well a model predicts a text, and how far it is from a reference; llama.cpp's figures."""
 
+import itertools
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from jaxserve.evaluate import Evaluator
     from jaxserve.logits_file import LogitsFile
-    from jaxserve.perplexity import Comparison, Estimate, Scores
+    from jaxserve.perplexity import Comparison, Estimate, Scores, Window
     from jaxserve.tokenizer import Tokenizer
 
 _COLUMNS = {"PPL": 24, "ln(PPL / reference PPL)": 26, "KL divergence": 24, "RMS Δp %": 20, "same top %": 20}
@@ -52,6 +53,7 @@ def perplexity(
     *,
     ctx_size: Annotated[int | None, Parameter(alias="-c")] = None,
     chunks: int | None = None,
+    stride: int | None = None,
     kl_divergence: str | None = None,
     kl_divergence_base: Path | None = None,
     save_all_logits: Path | None = None,
@@ -63,7 +65,8 @@ def perplexity(
     """Measure the perplexity of a text, as llama-perplexity does, and what quantising a model has changed.
 
     The text is cut into chunks of --ctx-size tokens; each begins with BOS where the model wants it, and of each the
-    second half is scored. The running estimate is printed as chunks finish.
+    second half is scored. With --stride a window of --ctx-size tokens slides over the text, and every token is scored
+    once, as in Hugging Face's guide to perplexity. The running estimate is printed as chunks finish.
 
     Parameters
     ----------
@@ -74,7 +77,9 @@ def perplexity(
     ctx_size
         Tokens of a chunk. Default: 512, or those of the file of logits.
     chunks
-        Most chunks to compute. Default: all.
+        Most chunks or windows to compute. Default: all.
+    stride
+        Tokens from one window to the next. The fewer, the more context each token has, and the longer it takes.
     kl_divergence
         A reference, named as MODEL is: the model before it was quantised. Compares both models' distributions over the
         whole vocabulary. --revision and --quantization are for MODEL only, all other options for both.
@@ -87,43 +92,46 @@ def perplexity(
     config
         TOML file with any of these settings.
     """
-    _check_flags(text, kl_divergence, kl_divergence_base, save_all_logits)
+    _check_flags(text, stride, kl_divergence, kl_divergence_base, save_all_logits)
     path = resolve_model(model, models.revision)
     reference = None if kl_divergence is None else resolve_model(kl_divergence)
+
+    import numpy as np
 
     from jaxserve import perplexity as rules
     from jaxserve.logits_file import LogitsFile, LogitsWriter
 
     base = None if kl_divergence_base is None else LogitsFile(kl_divergence_base)
-    words = None if text is None else _read(text)
-    evaluator, cuts, vocab = _open(path, reference, base, words, ctx_size, chunks, save_all_logits, models, device)
     compared_with = reference or kl_divergence_base
+    size = ctx_size if ctx_size is not None else 512 if base is None else base.ctx_size
+    words, saves = None if text is None else _read(text), save_all_logits is not None
+    evaluator, cuts, vocab = _open(path, reference, base, words, size, chunks, stride, saves, models, device)
     out = sys.stderr if as_json else sys.stdout  # whoever reads JSON wants the result alone
-    print(f"{len(cuts)} chunks of {cuts.shape[1]} tokens", file=sys.stderr)
+    print(f"{len(cuts)} {'windows' if stride else 'chunks'} of {size} tokens", file=sys.stderr)
     if compared_with is not None:
         print("chunk" + "".join(name.rjust(width) for name, width in _COLUMNS.items()), file=out)
-    parts: list[Scores] = []
-    comparison = None
+    running, comparison, writer = rules.Running(), None, None
+    parts: list[Scores] = []  # kept for a comparison only, whose percentiles need all of them
     with ExitStack() as files:
-        writer = save_all_logits and files.enter_context(LogitsWriter(save_all_logits, cuts, vocab))
-        for i, chunk in enumerate(cuts):
-            found, rows = evaluator.score_and_keep(chunk, None if base is None else base.rows(i))
-            parts.append(found)
-            if writer and rows:
+        if save_all_logits is not None:
+            writer = files.enter_context(LogitsWriter(save_all_logits, np.stack([cut.tokens for cut in cuts]), vocab))
+        for done, (tokens, first) in enumerate(cuts, start=1):
+            scores, rows = evaluator.score_and_keep(tokens, first, None if base is None else base.rows(done - 1))
+            if writer is not None and rows is not None:
                 writer.add(rows)
-            scores = rules.Scores.join(parts)
-            ppl = rules.perplexity(scores.nll)
+            running.add(scores.nll)
+            ppl = running.perplexity()
             if compared_with is None:
-                print(f"[{len(parts)}]{ppl.value:.4f},", end="", file=out, flush=True)
+                print(f"[{done}]{ppl.value:.4f},", end="", file=out, flush=True)
             else:
-                comparison = rules.compare(scores)
-                print(_row(len(parts), ppl, comparison), file=out, flush=True)
+                parts.append(scores)
+                comparison = rules.compare(rules.Scores.join(parts))
+                print(_row(done, ppl, comparison), file=out, flush=True)
     print(file=out)
     if as_json:
-        about = {name: value and str(value) for name, value in (
-            ("model", path), ("reference", compared_with), ("text", text)
-        )}  # fmt: skip
-        counts = {"ctx_size": cuts.shape[1], "chunks": len(cuts), "scored_tokens": len(scores.nll)}
+        names = {"model": path, "reference": compared_with, "text": text}
+        about = {key: None if value is None else str(value) for key, value in names.items()}
+        counts = {"ctx_size": size, "stride": stride, "chunks": len(cuts), "scored_tokens": running.count}
         figures = {"ppl": ppl, **(comparison._asdict() if comparison else {})}
         print(json.dumps(about | counts | _plain(figures), indent=2, allow_nan=False))
         return 0
@@ -142,14 +150,17 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 at byte {error.start}: {error.reason}; convert it first") from error
 
 
-def _check_flags(text: Path | None, model: str | None, base: Path | None, save: Path | None) -> None:
+def _check_flags(
+    text: Path | None, stride: int | None, model: str | None, base: Path | None, save: Path | None
+) -> None:
     if text is None and base is None:
         raise ConfigError("TEXT is missing; only with --kl-divergence-base it may be left out")
-    for one, other in (("kl_divergence_base", base), ("save_all_logits", save)):
-        if model is not None and other is not None:
-            raise ConfigError(f"kl_divergence and {one} are two runs; leave one out")
-    if base is not None and save is not None:
-        raise ConfigError("kl_divergence_base and save_all_logits are two runs; leave one out")
+    if stride is not None and (base is not None or save is not None):
+        raise ConfigError("a file of logits holds chunks, not windows; leave stride out")
+    given = {"kl_divergence": model, "kl_divergence_base": base, "save_all_logits": save}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} are two runs; leave one out")
 
 
 def _open(
@@ -157,36 +168,38 @@ def _open(
     reference: Path | None,
     base: "LogitsFile | None",
     text: str | None,
-    ctx_size: int | None,
+    ctx_size: int,
     limit: int | None,
-    save: Path | None,
+    stride: int | None,
+    save: bool,
     models: ModelFlags,
     device: DeviceFlags,
-) -> "tuple[Evaluator, np.ndarray, int]":
-    """What scores, the chunks for it [C, ctx], and words of the vocabulary.
+) -> "tuple[Evaluator, list[Window], int]":
+    """What scores, the windows for it, and words of the vocabulary.
 
     All that can be refused without the weights is refused first.
     """
     from jaxserve.evaluate import Evaluator, check_models
     from jaxserve.loading import load_model
-    from jaxserve.perplexity import chunks
+    from jaxserve.perplexity import Window, chunks, first_scored, windows
     from jaxserve.tokenizer import load_tokenizer
 
-    size = ctx_size or (512 if base is None else base.ctx_size)
-    vocab = check_models([path] if reference is None else [path, reference], size)
+    vocab = check_models([path] if reference is None else [path, reference], ctx_size, models.model_code)
     tokenizer = load_tokenizer(path)
     if base is not None:
-        cuts = _chunks_of(base, tokenizer, text, size, vocab, limit)
+        cuts = [Window(c, first_scored(ctx_size)) for c in _chunks_of(base, tokenizer, text, ctx_size, vocab, limit)]
+    elif stride is None:
+        cuts = [Window(chunk, first_scored(ctx_size)) for chunk in chunks(tokenizer, text or "", ctx_size, limit)]
     else:
-        assert text is not None
-        cuts = chunks(tokenizer, text, size, limit)
+        cuts = windows(tokenizer, text or "", ctx_size, stride, limit)
     if reference is not None:
-        _check_words(tokenizer, load_tokenizer(reference), set(cuts.flat))
+        _check_words(tokenizer, load_tokenizer(reference), set(itertools.chain(*(cut.tokens.tolist() for cut in cuts))))
+    models = replace(models, max_model_len=ctx_size)
     with reporting() as report:
         loaded = [load_model(models, device, path, report)]
         if reference is not None:
             loaded.append(load_model(replace(models, quantization=None), device, reference, report))
-    return Evaluator(loaded, size, base=base is not None, saves=save is not None), cuts, vocab
+    return Evaluator(loaded, ctx_size, base=base is not None, saves=save), cuts, vocab
 
 
 def _chunks_of(

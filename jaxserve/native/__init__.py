@@ -11,8 +11,10 @@ from jaxserve.native.build import BuildError, Library, library
 
 TARGETS = (
     "jaxserve_linear",
+    "jaxserve_grouped_linear",
     "jaxserve_embed",
     "jaxserve_linear_blocks",
+    "jaxserve_grouped_linear_blocks",
     "jaxserve_embed_blocks",
     "jaxserve_ragged_paged_attention",
     "jaxserve_untouched",
