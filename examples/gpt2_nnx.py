@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.from_nnx import from_nnx
-from jaxserve.spec import Attend, only_served
+from jaxserve.spec import Attend, Cache, only_served
 
 EXAMPLE = {
     "architectures": ["GPT2LMHeadModel"],
@@ -69,8 +69,8 @@ class Block(nnx.Module):
         self.mlp_proj = nnx.Linear(c.ffn, c.width, rngs=rngs)
 
     def __call__(
-        self, layer: int, x: Float[Array, "T D"], cache: jax.Array, attend: Attend
-    ) -> tuple[Float[Array, "T D"], jax.Array]:
+        self, layer: int, x: Float[Array, "T D"], cache: Cache, attend: Attend
+    ) -> tuple[Float[Array, "T D"], Cache]:
         heads = (x.shape[0], self.c.heads, self.c.head_dim)
         q, k, v = (a.reshape(heads) for a in jnp.split(self.c_attn(self.ln_1(x)), 3, axis=-1))  # [T, N, H]
         o, cache = attend(layer, q, k, v, cache)  # [T, N, H]
@@ -86,8 +86,8 @@ class GPT2(nnx.Module):
         self.ln_f = nnx.LayerNorm(c.width, epsilon=c.eps, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, " T"], positions: Int[Array, " T"], cache: jax.Array, attend: Attend
-    ) -> tuple[Float[Array, "T D"], jax.Array]:
+        self, tokens: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, attend: Attend
+    ) -> tuple[Float[Array, "T D"], Cache]:
         x = self.wte(tokens) + self.wpe(positions)  # [T, D]
         for i, block in enumerate(self.h):
             x, cache = block(i, x, cache, attend)

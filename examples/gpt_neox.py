@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.layers import Rope, project, rotate
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, matrix, only_served, weight
+from jaxserve.spec import Attend, Cache, matrix, only_served, weight
 
 EXAMPLE = {
     "architectures": ["GPTNeoXForCausalLM"],
@@ -122,9 +122,9 @@ def block(
     layer: int,
     x: Float[Array, "T D"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     def turned(x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         first, rest = x[..., : c.rotary_dim], x[..., c.rotary_dim :]
         return jnp.concatenate([rotate(first, positions, c.rope), rest], axis=-1)
@@ -140,9 +140,9 @@ def forward(
     c: Config,
     tokens: Int[Array, " T"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     x = embed(p["embed"], tokens)  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)

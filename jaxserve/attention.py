@@ -5,17 +5,20 @@ from importlib import import_module
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
-from jaxserve.spec import Attend
-from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
+from jaxserve.spec import Attend, CacheSpec
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, RaggedPagedAttention
 
 KERNELS = {"reference": "kernels_pallas.ragged_paged_attention.reference", "cpu": "jaxserve.native.attention"}
 """Bodies by name. A platform's own body goes here and into PLATFORM."""
 PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "reference"}
+READS_INT8 = ("reference", "cpu")
+"""Bodies that take an Int8Cache."""
 
 
 def choose(
@@ -43,6 +46,15 @@ def choose(
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
 
 
+def cache_shapes(spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike) -> Cache:
+    """The stacked cache of `pages` pages a layer as `bind` wants it, as jax.ShapeDtypeStructs."""
+    pages *= spec.layers
+    values = jax.ShapeDtypeStruct((pages, page_size, spec.row), dtype)
+    if jnp.dtype(dtype) != jnp.int8:
+        return values  # type: ignore[return-value]  # a shape for an array
+    return Int8Cache(values, jax.ShapeDtypeStruct((pages, spec.kv_heads * 2, page_size), jnp.float32))  # type: ignore[arg-type]
+
+
 def bind(
     kernel: RaggedPagedAttention,
     layers: int,
@@ -63,13 +75,13 @@ def bind(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        cache: jax.Array,
+        cache: Cache,
         *,
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Cache]:
         first = layer * (cache.shape[0] // layers)
         out, cache = kernel(
             q,
@@ -95,13 +107,13 @@ def dense(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     *,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache]:
     """Attention of one whole sequence over itself, without a cache: for notebooks, and the oracle of tests."""
     tokens, heads, head_dim = q.shape
     q = q.reshape(tokens, k.shape[1], -1, head_dim).astype(jnp.float32)  # [T, K, G, H]

@@ -64,7 +64,8 @@ class ModelOptions:
     """Which model, and in what precision."""
 
     model: str | None = None
-    """Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served."""
+    """Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
+    or org/repo/file.gguf); without it the embedded model is served."""
     model_code: str | None = None
     """Python file of a model of your own, or a module's name, that computes the checkpoint; `my_model.py:NAME` takes an
     object of it. Whatever the checkpoint's architecture is called. The file is executed: give none that you do not
@@ -118,9 +119,10 @@ class DeviceOptions:
     """Tokens in a page of the KV cache."""
     num_kv_pages: int | None = None
     """Pages in the KV cache of a replica. Default: what the memory budget leaves after weights and workspace."""
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
-    than the activations' needs the CPU's kernels."""
+    than the activations' needs the CPU's kernels. int8: bytes, with one scale a token, head, and of K and V; half the
+    memory of 16 bits, for a little accuracy, on any device."""
     memory_utilization: float | None = None
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"

@@ -18,7 +18,7 @@ from jaxserve.dry_run import Traced, check_sizes, packed, specs_of, trace
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.model_code import brief, place
 from jaxserve.random_weights import draw_params, stored_shape
-from jaxserve.spec import Model, Params, ParamSpec
+from jaxserve.spec import Cache, Model, Params, ParamSpec
 from jaxserve.weights import Checkpoint
 from jaxserve.weights.load import check_params
 
@@ -182,8 +182,8 @@ class _Steps:
             return model.logits(params, config, hidden), model.logits(params, config, hidden[::5])
 
         def step(
-            params: Params, tokens: jax.Array, positions: jax.Array, cache: jax.Array, *where: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
+            params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache, *where: jax.Array
+        ) -> tuple[jax.Array, Cache]:
             attend = attention.bind(kernel, self._spec.layers, *where)
             hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
             return model.logits(params, config, hidden), cache

@@ -185,7 +185,13 @@ def _kv_dtype(options: ModelOptions, device: DeviceOptions, kernel: str, params:
         packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
         plain = options.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
         return dtype if plain or not packed else np.dtype(np.float16)
-    if jnp.dtype(wanted) != dtype and kernel != "cpu":
+    if wanted == "int8":
+        if kernel not in attention.READS_INT8:
+            raise ConfigError(
+                f"kv_cache_dtype int8 is not served by the attention kernel {kernel!r}; "
+                f"give --attention reference, or --kv-cache-dtype {dtype.name}"
+            )
+    elif jnp.dtype(wanted) != dtype and kernel != "cpu":
         raise ConfigError(
             f"kv_cache_dtype {wanted} with {dtype.name} activations needs the CPU's kernels, not {kernel!r}; "
             f"give --kv-cache-dtype {dtype.name} or auto"

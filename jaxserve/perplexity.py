@@ -90,7 +90,6 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
         raise ConfigError(f"ctx_size must be at least {LEAST_CTX}, got {ctx_size}")
     if limit is not None and limit < 1:
         raise ConfigError(f"chunks must be at least 1, got {limit}")
-    bos = _bos(tokenizer)
     ids = _ids(tokenizer, text)
     if len(ids) < 2 * ctx_size:
         cure = f"lower --ctx-size to {len(ids) // 2} or less, or " if len(ids) >= 2 * LEAST_CTX else ""
@@ -99,7 +98,12 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
             f"{cure}give a longer text"
         )
     count = min(len(ids) // ctx_size, limit or len(ids))
-    cut = np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size)
+    return with_bos(tokenizer, np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size))
+
+
+def with_bos(tokenizer: Tokenizer, cut: Int[np.ndarray, "C ctx"]) -> Int[np.ndarray, "C ctx"]:
+    """The chunks, each beginning with BOS where the tokenizer puts one before a text."""
+    bos, cut = _bos(tokenizer), cut.astype(np.int32)
     if bos:
         cut[:, 0] = bos[0]
     return cut

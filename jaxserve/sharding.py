@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import MeshShape
 from jaxserve.errors import ConfigError
 from jaxserve.spec import Model, ParamSpec
-from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, RaggedPagedAttention
 
 EVERY = ("expert", "model")
 """The mesh axes of a replica, in order."""
@@ -150,10 +150,11 @@ class Partition:
         """Of what every device has whole."""
         return self._sharding(P())
 
-    @property
-    def by_row(self) -> Sharding:
-        """Of a KV cache [pages, page_size, row], whose row [k0|v0|k1|v1|...] is cut between heads."""
-        return self._sharding(P(None, None, EVERY))
+    def cache(self, shapes: Cache) -> Cache:
+        """The shapes of a KV cache, and where it lies."""
+        return jax.tree.map(
+            lambda a, cut: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding(cut)), shapes, _cut(shapes)
+        )
 
     def leaf(self, spec: ParamSpec, dtype: Any) -> jax.ShapeDtypeStruct:
         """A weight's shape on the mesh, and where it lies."""
@@ -192,13 +193,13 @@ class Partition:
         """The kernel, run by each device on its own heads and its own part of the cache."""
         if self.mesh.size == 1:
             return kernel
-        heads, rows = P(None, EVERY, None), P(None, None, EVERY)
+        heads = P(None, EVERY, None)
 
         def sharded(
             q: jax.Array,
             k: jax.Array,
             v: jax.Array,
-            cache: jax.Array,
+            cache: Cache,
             kv_lens: jax.Array,
             page_table: jax.Array,
             cu_q_lens: jax.Array,
@@ -208,10 +209,11 @@ class Partition:
             window: int | None = None,
             soft_cap: float | None = None,
             sinks: jax.Array | None = None,
-        ) -> tuple[jax.Array, jax.Array]:
-            def local(sinks: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, Cache]:
+            def local(sinks: jax.Array | None, *arrays: Any) -> tuple[jax.Array, Cache]:
                 return kernel(*arrays, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
 
+            rows = _cut(cache)
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
@@ -272,6 +274,12 @@ def bytes_per_device(tree: Any) -> int:
         int(np.prod(a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(tree)
     )
+
+
+def _cut(cache: Cache) -> Any:
+    """How a KV cache is cut between heads: its rows [k0|v0|k1|v1|...], and of a cache of bytes the scales' axis."""
+    rows = P(None, None, EVERY)
+    return Int8Cache(rows, P(None, EVERY, None)) if isinstance(cache, Int8Cache) else rows  # type: ignore[arg-type]
 
 
 def _block(stored: np.ndarray, places: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float
 
 from jaxserve.errors import ConfigError
+from kernels_pallas.ragged_paged_attention.contract import Cache
 
 type Params = Any
 """The tree of arrays that mirrors the tree of ParamSpecs."""
@@ -175,13 +175,13 @@ class Attend(Protocol):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        cache: jax.Array,
+        cache: Cache,
         *,
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
-    ) -> tuple[Float[Array, "T N H"], jax.Array]: ...
+    ) -> tuple[Float[Array, "T N H"], Cache]: ...
 
 
 class ModelConfig(Protocol):
@@ -210,7 +210,7 @@ class Model:
     name: str
     config_from_hf: Callable[[Mapping[str, Any]], Any]
     param_specs: Callable[[Any], Any]
-    forward: Callable[..., tuple[Float[Array, "T D"], jax.Array]]
+    forward: Callable[..., tuple[Float[Array, "T D"], Cache]]
     """forward(params, config, tokens [T], positions [T], cache, attend) -> hidden [T, D], cache"""
     logits: Callable[[Params, Any, Float[Array, "S D"]], Float[Array, "S V"]]
     """logits(params, config, hidden [S, D]) -> float32 [S, V]"""

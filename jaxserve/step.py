@@ -20,7 +20,7 @@ from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
 from jaxserve.sharding import Partition
 from jaxserve.spec import Model, Params
-from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
+from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAttention
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: jax.Array  # [layers * pages, page_size, kv_heads * 2 * head_dim]
+    cache: Cache  # [layers * pages, page_size, kv_heads * 2 * head_dim]
     slots: SlotState
 
 
@@ -109,21 +109,19 @@ class Programs:
 
         def new() -> StepState:
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
-            return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
+            return StepState(jax.tree.map(lambda a: new_cache(a.shape, a.dtype), state.cache), zeros)
 
         return Program(("state", by_cpu_kernel, state), new, (), None, _shardings(state))
 
     def state(self, sizes: Sizes) -> StepState:
         """The shapes of a step's state, and where it lies."""
         spec = self.model.cache_spec(self.partition.config)
-        cache = jax.ShapeDtypeStruct(
-            (spec.layers * sizes.num_pages, sizes.page_size, spec.row), self.dtype, sharding=self.partition.by_row
-        )
+        cache = self.partition.cache(attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype))
         slots = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.partition.everywhere),
             slot_shapes(sizes.max_num_seqs, sizes.max_model_len),
         )
-        return StepState(cache, slots)  # type: ignore[arg-type]  # a tree of shapes
+        return StepState(cache, slots)
 
 
 def slot_shapes(seqs: int, length: int) -> SlotState:

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cache_layout import kept_by
+from cache_layout import kept_by, rows_of
 
 from jaxserve.formats import FORMATS, dequantise, quantise
 
@@ -59,11 +59,24 @@ def random_case(rng):
         kv_lens=kv_lens, page_table=table, cu_q_lens=cu, distribution=np.array([decodes, decodes, seqs], np.int32)
     )
     compute = rng.choice(["float32", "bfloat16"])
-    held = rng.choice(["float32", "bfloat16", "float16"])
-    data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held)]
+    held = rng.choice(["float32", "bfloat16", "float16", "int8"])
+    scales = np.zeros(0, np.float32)
+    if held == "int8":  # its unwritten memory is in the scales
+        unwritten = np.isnan(rows_of("cpu", cache, kv_heads).reshape(pages, page, kv_heads * 2, -1)[..., 0])
+        scales = np.where(unwritten, np.nan, 0.02).transpose(0, 2, 1).astype(np.float32)
+        cache = rng.integers(-128, 128, cache.shape)
+    data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held), jnp.asarray(scales)]
     step["sinks"] = rng.normal(size=int(rng.choice([0, kv_heads * group]))).astype(np.float32)  # often none
     window, soft_cap = np.int64(rng.choice([0, 0, 1, 5, 70])), np.float32(rng.choice([0, 0, 0.5, 50]))
     return data, step, {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap}, sum(q_lens)
+
+
+def attend(q, k, v, cache, scales, *step, **attributes):
+    """The step's result, and the cache's values and scales; none of these where they are an empty array."""
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, cache, scales)]
+    aliases = {3: 1, 4: 2} if scales.size else {3: 1}
+    call = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases=aliases)
+    return call(q, k, v, cache, scales, *step, **attributes)
 
 
 def random_product(rng):
@@ -279,15 +292,17 @@ def spoil(rng, step, pages):
     return step
 
 
-def misfit(rng, heads):
+def misfit(rng, heads, scales):
     """An array or an attribute that is wrong in any step."""
+    wrong = [(0, 4), (1, 4, 16), (4096,)] if scales.size else [(1,), (1, 4, 16)]
     return [
+        ({"scales": np.zeros(wrong[rng.integers(0, len(wrong))], np.float32)}, {}),
         ({"sinks": np.zeros(heads + 1, np.float32)}, {}),
         ({"sinks": np.zeros((1, heads), np.float32)}, {}),
         ({"sinks": np.zeros(heads, np.float16)}, {}),
         ({}, {"soft_cap": np.float32(rng.choice([-1, np.inf, np.nan]))}),
         ({}, {"window": np.int64(-1)}),
-    ][rng.integers(0, 5)]
+    ][rng.integers(0, 6)]
 
 
 def main() -> None:
@@ -300,22 +315,22 @@ def main() -> None:
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
         rng = np.random.default_rng([seed, case])
-        (q, k, v, cache), step, attributes, used = random_case(rng)
-        results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype))
-        bound = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases={3: 1})
-        call = jax.jit(partial(bound, **attributes))
-        out, new_cache = call(q, k, v, cache, *step.values())
+        (q, k, v, cache, scales), step, attributes, used = random_case(rng)
+        call = jax.jit(partial(attend, **attributes))
+        out, *kept = call(q, k, v, cache, scales, *step.values())
         assert np.isfinite(np.asarray(out, np.float32)).all(), "unwritten memory was used"
-        digest.update(np.asarray(out).tobytes() + np.asarray(new_cache).tobytes())
+        for a in (out, *kept):
+            digest.update(np.asarray(a).tobytes())
         if used:
             try:
-                jax.block_until_ready(call(q, k, v, cache, *spoil(rng, step, cache.shape[0]).values()))
+                jax.block_until_ready(call(q, k, v, cache, scales, *spoil(rng, step, cache.shape[0]).values()))
             except (ValueError, jax.errors.JaxRuntimeError) as error:  # raised at once, or when it was waited for
                 assert "ragged_paged_attention: " in str(error), error
                 refused += 1
-        arrays, others = misfit(rng, q.shape[1])
+        arrays, others = misfit(rng, q.shape[1], scales)
         try:
-            jax.block_until_ready(bound(q, k, v, cache, *(step | arrays).values(), **attributes | others))
+            arguments = {"scales": scales} | step | arrays
+            jax.block_until_ready(attend(q, k, v, cache, *arguments.values(), **attributes | others))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             assert "ragged_paged_attention: " in str(error) or "buffer dtype" in str(error), error
             refused += 1

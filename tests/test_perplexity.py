@@ -18,6 +18,7 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.evaluate import Evaluator, check_models, token_scores
 from jaxserve.hub import resolve_model
 from jaxserve.loading import load_model
+from jaxserve.logits_file import LogitsFile, LogitsWriter, Rows
 from jaxserve.models import find_model
 from jaxserve.perplexity import Running, Scores, chunks, compare, windows
 from jaxserve.weights import open_checkpoint
@@ -365,6 +366,80 @@ def test_divergences_are_llama_perplexitys(shared_data, capsys, tmp_path):
     ]:
         assert found[name]["value"] == pytest.approx(value, rel=0.02), name
         assert found[name]["error"] == pytest.approx(error, rel=0.05), name
+
+
+def test_llama_perplexitys_own_file_is_read_and_ours_is_as_it_writes(shared_data, capsys, tmp_path):
+    """The golden is what `llama-perplexity -c 64 --chunks 2 --kl-divergence-base` writes of 3,000 bytes."""
+    text, ours = tmp_path / "wiki.txt", tmp_path / "ours.logits"
+    text.write_bytes((shared_data / "eval/wikitext-2/test.txt").read_bytes()[:3000])
+    model = str(shared_data / "models/babyllama361/babyllama361-f32.gguf")
+    theirs = LogitsFile(GOLDENS / "babyllama361.logits")
+    assert (theirs.ctx_size, theirs.vocab, theirs.tokens.shape) == (64, 361, (2, 64))
+    argv = ["perplexity", model, str(text), "-c=64", "--chunks=2", "--json", "--kv-cache-dtype=float16"]
+    assert cli.call([*argv, "--save-all-logits", str(ours)]) == 0
+    assert ours.stat().st_size == theirs.path.stat().st_size
+    mine = LogitsFile(ours)
+    np.testing.assert_array_equal(mine.tokens[:, 1:], theirs.tokens[:, 1:])
+    for i in range(2):
+        a, b = mine.rows(i), theirs.rows(i)
+        logp, want = (r.scale[:, None] * r.numbers + r.lowest[:, None] for r in (a, b))
+        np.testing.assert_allclose(logp, want, atol=0.02)  # float16 caches that round apart
+    capsys.readouterr()
+    assert cli.call(["perplexity", model, "--kl-divergence-base", str(theirs.path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scored_tokens"] == 2 * 31 and found["text"] is None and found["ctx_size"] == 64
+    assert abs(found["kl"]["value"]) < 1e-4 and found["same_top"]["value"] > 0.95
+    rows, words = [theirs.rows(i) for i in range(2)], theirs.tokens[:, 33:]  # each predicted by the token before it
+    logp = [r.scale * r.numbers[np.arange(31), w] + r.lowest for r, w in zip(rows, words, strict=True)]
+    assert found["reference_ppl"]["value"] == pytest.approx(math.exp(-np.mean(logp)), rel=1e-5)
+
+
+def test_a_comparison_by_file_is_nearly_that_by_model(capsys, tmp_path, text):
+    argv, file = ["perplexity", EMBEDDED, text, "--ctx-size=64", "--chunks=2"], str(tmp_path / "base.logits")
+    assert cli.call([*argv, "--save-all-logits", file]) == 0
+    assert os.listdir(tmp_path).count("base.logits.part") == 0
+    capsys.readouterr()
+    found = []
+    for reference in (["--kl-divergence", EMBEDDED], ["--kl-divergence-base", file]):
+        assert cli.call([*argv, *reference, "--quantization=q4_0", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    whole, kept = found
+    for name in ("reference_ppl", "kl", "delta_p_rms"):
+        assert kept[name]["value"] == pytest.approx(whole[name]["value"], rel=0.01), name
+    assert kept["same_top"] == whole["same_top"] and kept["kl"]["value"] > 1e-3
+    assert kept["reference"] == file and kept["text"] == text
+    assert cli.call(["perplexity", EMBEDDED, "--kl-divergence-base", file, "--chunks=1"]) == 0, "no text, fewer chunks"
+
+
+def test_a_file_of_logits_that_does_not_fit_is_refused(capsys, tmp_path, text):
+    tokens = np.full((2, 64), 5)
+    rows = Rows(np.zeros((31, 7), np.uint16), np.ones(31, np.float32), np.zeros(31, np.float32))
+    file = tmp_path / "x.logits"
+
+    def write(tokens, vocab):
+        with LogitsWriter(file, tokens, vocab) as out:
+            for _ in tokens:
+                out.add(Rows(np.resize(rows.numbers, (31, vocab)), rows.scale, rows.lowest))
+
+    base = ["--kl-divergence-base", str(file)]
+    assert "cannot read" in refused(capsys, EMBEDDED, *base)
+    write(tokens, 7)
+    assert "of a vocabulary of 7 tokens and the model has 2048; give" in refused(capsys, EMBEDDED, *base)
+    assert "has chunks of 64 tokens, not 128" in refused(capsys, EMBEDDED, *base, "-c=128")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert f"has {len(whole) - 1} bytes, and its 2 chunks need {len(whole)}" in refused(capsys, EMBEDDED, *base)
+    file.write_bytes(b"_logits_")
+    assert "is no file of logits; write one with --save-all-logits" in refused(capsys, EMBEDDED, *base)
+    write(tokens, 2048)
+    assert "is of another text" in refused(capsys, EMBEDDED, text, *base)
+    assert "chunks must be at least 1" in refused(capsys, EMBEDDED, *base, "--chunks=0")
+    write(np.full((1, 64), 2048), 2048)
+    assert "a token is not in its vocabulary of 2048" in refused(capsys, EMBEDDED, *base)
+    assert "TEXT is missing" in refused(capsys, EMBEDDED)
+    assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--kl-divergence", EMBEDDED)
+    assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--save-all-logits=y")
+    assert "cannot write" in refused(capsys, EMBEDDED, text, "-c=64", "--save-all-logits=/absent/y")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jaxserve import attention, native, quant
 from jaxserve.formats import FORMATS, Blocks, quantise
 from jaxserve.native import blocks
 from jaxserve.native.linear import linear, pack
+from jaxserve.spec import CacheSpec
 
 # sequences, context, query tokens each, heads, kv heads, head_dim, dtype
 ATTENTION = [
@@ -24,6 +25,12 @@ ATTENTION = [
     (16, 512, 1, 16, 8, 128, "bfloat16"),
     (1, 4096, 1, 16, 8, 128, "float32"),
     (1, 512, 512, 16, 8, 128, "float32"),
+]
+# the same, float32 queries and the types of cache to be compared
+CACHES = [
+    (seqs, context, 1, heads, kv_heads, head_dim, "float32")
+    for seqs, context in ((16, 512), (1, 4096))
+    for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 64))
 ]
 PRODUCTS = [(t, 2048, 2048, "float32") for t in (1, 4, 32, 256)] + [(t, 2048, 2048, "bfloat16") for t in (4, 32, 256)]
 QUANTISED = [(name, t) for name in ("Q8_0", "Q4_0", "Q4_K", "Q6_K", "Q2_K", "IQ4_XS") for t in (1, 16, 64)]
@@ -45,12 +52,16 @@ def fastest(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     return best
 
 
-def attention_call(body: str, case: tuple) -> Callable[[], Any]:
+def attention_call(body: str, case: tuple, held: str | None = None) -> Callable[[], Any]:
+    """`held`: the type of the cache, if not that of the queries."""
     seqs, context, queries, heads, kv_heads, head_dim, dtype = case
     kernel = attention.choose(body, "cpu")[2]
     width, rng = -(-context // PAGE), np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(seqs * queries, n, head_dim)), dtype) for n in (heads, kv_heads, kv_heads))
-    held = [jnp.asarray(rng.normal(size=(seqs * width, PAGE, kv_heads * 2 * head_dim)), dtype)]
+    shapes = attention.cache_shapes(CacheSpec(1, kv_heads, head_dim), seqs * width, PAGE, held or dtype)
+    # Bytes up to 127 are numbers up to 1 with a scale of 0.01.
+    size = {"int8": 127, "float32": 0.01 if held == "int8" else 1}
+    cache = [jax.tree.map(lambda a: jnp.asarray(rng.uniform(0, size.get(a.dtype.name, 1), a.shape), a.dtype), shapes)]
     lens, table = jnp.full((seqs,), context, jnp.int32), jnp.arange(seqs * width, dtype=jnp.int32).reshape(seqs, -1)
     cu = jnp.arange(seqs + 1, dtype=jnp.int32) * queries
     singles = seqs if queries == 1 else 0
@@ -58,8 +69,8 @@ def attention_call(body: str, case: tuple) -> Callable[[], Any]:
     run = jax.jit(lambda *a: kernel(*a, lens, table, cu, distribution, scale=head_dim**-0.5), donate_argnums=3)
 
     def call() -> Any:
-        out, held[0] = run(q, k, v, held[0])
-        return out, held[0]
+        out, cache[0] = run(q, k, v, cache[0])
+        return out, cache[0]
 
     return call
 
@@ -147,6 +158,15 @@ def attention_table(rounds: int) -> None:
             work / ms["cpu"] / 1e6,
         )
         print(row.format(name, *(f"{f:.2f}" for f in figures)), flush=True)
+    wide = "{:<44} {:>11} {:>8} {:>6} {:>14}"
+    print(wide.format("attention: one query a sequence, float32", "float16 ms", "int8 ms", "ratio", "int8 GB/s"))
+    for case in CACHES:
+        seqs, context, _, heads, kv_heads, head_dim, _ = case
+        ms = fastest({held: attention_call("cpu", case, held) for held in ("float16", "int8")}, rounds)
+        read = seqs * context * kv_heads * 2 * (head_dim + 4)
+        name = f"{seqs} x {context}, {heads}/{kv_heads} of {head_dim}"
+        figures = ms["float16"], ms["int8"], ms["float16"] / ms["int8"], read / ms["int8"] / 1e6
+        print(wide.format(name, *(f"{f:.2f}" for f in figures)), flush=True)
 
 
 def products_table(rounds: int) -> None:

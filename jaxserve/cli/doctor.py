@@ -28,10 +28,12 @@ CPU_FLAGS = (
     "f16c",
     "avx512f",
     "avx512_vnni",
+    "avx_vnni",
     "avx512_bf16",
     "amx_bf16",
     "amx_int8",
     "asimd",
+    "asimddp",
     "bf16",
     "i8mm",
 )

@@ -31,7 +31,8 @@ def serve(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
+        or org/repo/file.gguf); without it the embedded model is served.
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
     """

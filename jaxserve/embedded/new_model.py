@@ -17,7 +17,7 @@ import jax
 
 from jaxserve.layers import Rope, rms_norm, rotate
 from jaxserve.quant import embed, linear, linear_f32
-from jaxserve.spec import Attend, matrix, only_served, weight
+from jaxserve.spec import Attend, Cache, matrix, only_served, weight
 
 # A config.json of a model that is small enough to play with: `jaxserve check` computes with it, and
 # `jaxserve new-checkpoint` writes random weights of these sizes.
@@ -99,8 +99,8 @@ def param_specs(c: Config) -> dict[str, Any]:
 
 
 def forward(
-    p: dict[str, Any], c: Config, tokens: jax.Array, positions: jax.Array, cache: jax.Array, attend: Attend
-) -> tuple[jax.Array, jax.Array]:
+    p: dict[str, Any], c: Config, tokens: jax.Array, positions: jax.Array, cache: Cache, attend: Attend
+) -> tuple[jax.Array, Cache]:
     """tokens [T] and positions [T] -> hidden [T, D], and the cache.
 
     The T tokens belong to several sequences, and to each perhaps only the next piece of it: `positions` says where a
@@ -113,8 +113,8 @@ def forward(
 
 
 def block(
-    p: dict[str, Any], c: Config, layer: int, x: jax.Array, positions: jax.Array, cache: jax.Array, attend: Attend
-) -> tuple[jax.Array, jax.Array]:
+    p: dict[str, Any], c: Config, layer: int, x: jax.Array, positions: jax.Array, cache: Cache, attend: Attend
+) -> tuple[jax.Array, Cache]:
     h = rms_norm(x, p["attn_norm"], c.eps)  # [T, D]
     # `out` is how many leading axes of the weight are outputs: here heads and head_dim.
     q = rotate(linear(h, p["q"], out=2), positions, c.rope)  # [T, N, H]

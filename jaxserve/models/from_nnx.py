@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.errors import ConfigError
-from jaxserve.spec import Attend, ParamSpec
+from jaxserve.spec import Attend, Cache, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NnxModel(NamedTuple):
 
     Config: Any
     param_specs: Callable[[Any], dict[str, ParamSpec]]
-    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    forward: Callable[..., tuple[jax.Array, Cache]]
     logits: Callable[..., jax.Array]
 
 
@@ -95,8 +95,8 @@ def from_nnx(
         return nnx.merge(known.graph, nnx.from_flat_state(flat), known.rest)
 
     def forward(
-        p: dict[str, Any], c: Any, tokens: jax.Array, positions: jax.Array, cache: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, jax.Array]:
+        p: dict[str, Any], c: Any, tokens: jax.Array, positions: jax.Array, cache: Cache, attend: Attend
+    ) -> tuple[jax.Array, Cache]:
         with jax.numpy_dtype_promotion("standard"):  # nnx's norms rely on it
             return built(p, c)(tokens, positions, cache, attend)
 
