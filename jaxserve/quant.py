@@ -103,7 +103,7 @@ def grouped_linear(x: Float[Array, "R I"], w: Weight, sizes: Int[Array, " E"]) -
     """Groups of rows of x [R, I], each times a matrix of its own of w [E, O, I] -> [R, O].
 
     The first sizes[0] rows are the first matrix's, and so on: the sizes must add up to R. Summed and rounded as by
-    `linear`. Only matrices that have rows are read, on CPU's kernels and wherever XLA knows how.
+    `linear`. On CPU only matrices that have rows are read.
     """
     if isinstance(w, Packed):
         if not w.stacked:
@@ -111,8 +111,31 @@ def grouped_linear(x: Float[Array, "R I"], w: Weight, sizes: Int[Array, " E"]) -
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
-    y = jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
+    y: jax.Array = jax.lax.platform_dependent(x, w, sizes, cpu=one_by_one, default=ragged)
     return y.astype(x.dtype)
+
+
+def ragged(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """The product as accelerators know it, float32."""
+    return jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
+
+
+def one_by_one(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """The same, one matrix after the other: on CPU XLA's ragged_dot multiplies every row by every matrix."""
+    ends, rows = jnp.cumsum(sizes), jnp.arange(x.shape[0])
+
+    def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        its = (rows >= ends[e] - sizes[e]) & (rows < ends[e])
+        return jnp.where(its[:, None], product, y)
+
+    def step(e: jax.Array, y: jax.Array) -> jax.Array:
+        skipped: jax.Array = jax.lax.cond(sizes[e] > 0, multiply, lambda e, y: y, e, y)
+        return skipped
+
+    none = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    result: jax.Array = jax.lax.fori_loop(0, w.shape[0], step, none)
+    return result
 
 
 @jax.named_scope("embed")

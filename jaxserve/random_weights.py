@@ -21,12 +21,12 @@ _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.jso
 
 
 def draw(spec: ParamSpec, seed: int = 0) -> np.ndarray:
-    """float32 of the spec's shape, the same for the same name and seed.
+    """float32 of the spec's shape, the same for the same name, rows and seed.
 
     Large enough that attention is far from uniform, and nothing stays at 0 or 1: a model in which a weight does not
     matter hides what is wrong with it.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(spec.name.encode()), *(spec.rows or ())])
     if spec.name.endswith("bias"):
         values = rng.normal(0.0, 0.3, spec.shape)
     elif len(spec.shape) == 1:
@@ -73,11 +73,12 @@ def write_checkpoint(model: Model, hf: Mapping[str, Any], path: Path, seed: int 
         raise ConfigError(f"{path} exists already; name another directory, or remove it") from error
     except OSError as error:
         raise ConfigError(f"cannot make {path}: {error.strerror}") from error
-    tensors = {
-        name: tensor
-        for spec in specs
-        for name, tensor in zip(spec.names, draw(spec, seed).reshape(len(spec.names), *stored_shape(spec)), strict=True)
-    }
+    parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for spec in specs:
+        drawn = draw(spec, seed).reshape(len(spec.names), *stored_shape(spec))
+        for name, part in zip(spec.names, drawn, strict=True):
+            parts.setdefault(name, {})[spec.rows or ()] = part
+    tensors = {name: np.concatenate([found[rows] for rows in sorted(found)]) for name, found in parts.items()}
     (path / "config.json").write_text(json.dumps(dict(hf), indent=2) + "\n")
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     for name in _TEXT_FILES:

@@ -270,7 +270,7 @@ def test_which_file_a_path_means(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "qwen3moe"])  # which is below
 def test_a_model_file_finds_its_tensors_and_nothing_else(tmp_path, architecture, tied, kind) -> None:
     tensors = gguf_files.model_tensors(architecture, tied=tied)
     keys = {"logit_scale": 1.0} if architecture == "granite" else {}

@@ -14,6 +14,7 @@ from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.errors import ConfigError
 from jaxserve.loading import load_model
 from jaxserve.models import ARCHITECTURES, find_model
+from jaxserve.random_weights import write_checkpoint
 from jaxserve.spec import ParamSpec
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
@@ -210,3 +211,12 @@ def test_max_model_len_is_the_longest_sequence():
         return load_model(*options, GOLDENS[0].parent / "phi3_long", lambda message: None).config
 
     assert loaded(None).rope_in_use.divisors == loaded(33).rope_in_use.divisors != loaded(32).rope_in_use.divisors
+
+
+def test_weights_that_share_a_tensor_are_drawn_apart_and_written_together(tmp_path):
+    hf = json.loads((GOLDENS[0].parent / "phi3" / "config.json").read_text()) | {"vocab_size": 2048}
+    count = write_checkpoint(find_model(hf)[0], hf, tmp_path / "m")
+    _, _, params = load(tmp_path / "m")
+    assert count == sum(leaf.size for leaf in jax.tree.leaves(params))
+    block = params["blocks"][1]
+    assert block["gate"].shape == block["up"].shape and not np.array_equal(block["gate"], block["up"])

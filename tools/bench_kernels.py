@@ -174,14 +174,14 @@ def quantised_table(rounds: int) -> None:
 
 
 def grouped_table(rounds: int) -> None:
-    title = f"experts: {EXPERTS} of [{OUTPUTS}, {DEPTH}], {USED} a token"
-    print(WIDE.format(title, "XLA ms", "C++ ms", "ratio", "GB/s", "GFLOP/s"))
-    for name, tokens in GROUPED:
+    row = "{:<44} {:>9} {:>9} {:>10}"
+    print(row.format(f"experts: {EXPERTS} of [{OUTPUTS}, {DEPTH}], {USED} a token", "ms", "GB/s", "GFLOP/s"))
+    for name, tokens in [(None, 1), (None, 16), *GROUPED]:
+        label = f"XLA, float32, T {tokens}" if name is None else f"C++, {name}, T {tokens}"
         call, nbytes = grouped_call(name, tokens)
-        ms = fastest({"cpu": call, "xla": grouped_call(None, tokens)[0]}, rounds)
-        each, work = ms["cpu"] / ROUTINGS, 2 * tokens * USED * DEPTH * OUTPUTS
-        figures = ms["xla"], each, ms["xla"] / each, nbytes / each / 1e6, work / each / 1e6
-        print(WIDE.format(f"{name}, T {tokens}", *(f"{f:.2f}" for f in figures)), flush=True)
+        each = fastest({label: call}, rounds)[label] / (1 if name is None else ROUTINGS)
+        work = 2 * tokens * USED * DEPTH * OUTPUTS
+        print(row.format(label, f"{each:.2f}", f"{nbytes / each / 1e6:.1f}", f"{work / each / 1e6:.0f}"), flush=True)
 
 
 if __name__ == "__main__":

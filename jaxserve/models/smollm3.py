@@ -44,7 +44,7 @@ class Config:
             layers=hf["num_hidden_layers"],
             width=hf["hidden_size"],
             heads=hf["num_attention_heads"],
-            kv_heads=hf.get("num_key_value_heads", 4),
+            kv_heads=hf.get("num_key_value_heads", 4) or hf["num_attention_heads"],
             head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
             ffn=hf["intermediate_size"],
             vocab=hf["vocab_size"],
