@@ -161,7 +161,7 @@ def _packer(
     if not available:
         if options.quantization is not None:
             raise ConfigError(
-                "quantization needs one CPU device, not a mesh, and its C++ kernels; leave it out, or see "
+                "quantization needs the CPU and its C++ kernels, and one device of it; leave it out, or see "
                 "`jaxserve doctor`"
             )
         return None
