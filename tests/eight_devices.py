@@ -131,6 +131,11 @@ def test_a_divided_model_answers_as_on_one_device(alone, name, mesh):
     assert_same(answers(path, mesh, greedy())[0], want)
 
 
+def test_so_does_one_whose_cache_is_bytes_and_scales(family):
+    path = family("qwen3")
+    assert_same(answers(path, "1x2", greedy(), cache="int8")[0], answers(path, None, greedy(), cache="int8")[0])
+
+
 @pytest.mark.parametrize("mesh", ["2x4", "4x2"])
 def test_so_do_replicas_and_they_add_up(family, mesh):
     path = family("llama_bias")
