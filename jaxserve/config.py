@@ -29,8 +29,8 @@ class MeshShape:
     def parse(cls, text: str) -> "MeshShape":
         """From "4" (model), "2x4" (data, model) or "data=2,model=4,expert=2". Raises ConfigError for anything else."""
         if "=" in text:
-            pairs = [part.split("=", 1) if "=" in part else (part, "") for part in text.split(",")]
-            names = [name.strip() for name, _ in pairs]
+            pairs = [part.partition("=")[::2] for part in text.split(",")]
+            names, sizes = [name.strip() for name, _ in pairs], [size.strip() for _, size in pairs]
             known = [f.name for f in fields(cls)]
             if bad := [name for name in names if name not in known]:
                 raise ConfigError(f"mesh {text!r}: unknown axis {bad[0]!r}; axes are {', '.join(known)}")
@@ -38,12 +38,11 @@ class MeshShape:
                 raise ConfigError(f"mesh {text!r} names an axis twice; {_MESH_CURE}")
         else:
             sizes = text.split("x")
-            pairs = list(zip(("data", "model")[-len(sizes) :], sizes, strict=False)) if len(sizes) <= 2 else [("", "")]
-            names = [name for name, _ in pairs]
-        counts = [size.strip() for _, size in pairs]
-        if not all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in counts):
+            names = ["model"] if len(sizes) == 1 else ["data", "model"]
+        counts = all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in sizes)
+        if not counts or len(names) != len(sizes):
             raise ConfigError(f"mesh {text!r} is no shape; {_MESH_CURE}")
-        return cls(**{name: int(n) for name, n in zip(names, counts, strict=True)})
+        return cls(**{name: int(n) for name, n in zip(names, sizes, strict=True)})
 
     @property
     def per_replica(self) -> int:
