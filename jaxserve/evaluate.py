@@ -118,7 +118,7 @@ class Evaluator:
     def score_and_keep(
         self, chunk: Int[np.ndarray, " ctx"], first: int | None = None, base: Rows | None = None
     ) -> tuple[Scores, Rows | None]:
-        """The same, compared with `base`; with `saves` also the distributions, those of a file both."""
+        """The same, and with `saves` the distributions of the scored tokens; `base`: the reference's of these."""
         assert 2 <= len(chunk) <= self._ctx_size
         first, count = first_scored(self._ctx_size) if first is None else first, len(chunk) - 1
         targets = np.where(np.arange(count) >= first, chunk[1:], -1).astype(np.int32)

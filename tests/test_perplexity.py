@@ -437,6 +437,7 @@ def test_a_file_of_logits_that_does_not_fit_is_refused(capsys, tmp_path, text):
     write(np.full((1, 64), 2048), 2048)
     assert "a token is not in its vocabulary of 2048" in refused(capsys, EMBEDDED, *base)
     assert "TEXT is missing" in refused(capsys, EMBEDDED)
+    assert "holds chunks, not windows; leave stride out" in refused(capsys, EMBEDDED, *base, "--stride=8")
     assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--kl-divergence", EMBEDDED)
     assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--save-all-logits=y")
     assert "cannot write" in refused(capsys, EMBEDDED, text, "-c=64", "--save-all-logits=/absent/y")

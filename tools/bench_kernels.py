@@ -1,4 +1,4 @@
-"""Times the C++ kernels for CPU beside XLA in one process, call by call in turn, and prints four tables.
+"""Times the C++ kernels for CPU beside XLA in one process, call by call in turn, and prints tables.
 
 python tools/bench_kernels.py [--rounds 20] [--tables attention,products,quantised,grouped]
 """
