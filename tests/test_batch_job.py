@@ -838,7 +838,7 @@ def test_lines_need_no_pyarrow_and_no_fsspec(batch, tmp_path, monkeypatch, capsy
     assert batch("memory://in.jsonl", "out2.jsonl") == 2
     assert "needs fsspec: pip install 'jaxserve[offline]'" in capsys.readouterr().err
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"pyarrow", "fsspec"} <= {d.split(">")[0] for d in extras["batch"]}
+    assert {"pyarrow", "fsspec"} <= {d.split(">")[0] for d in extras["offline"]}
 
 
 def test_from_python(tmp_path) -> None:
