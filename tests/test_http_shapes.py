@@ -212,7 +212,7 @@ async def test_every_parameter_reaches_the_engine() -> None:
     assert got.pop("banned_token_ids") == (107, ids_of("q")[0])
     assert got.pop("logit_bias") == {105: -3}
     assert got.pop("stop") in (("zz",), ())  # stop strings may end where the text lives
-    assert (got.pop("logprobs"), got.pop("prompt_logprobs")) == (2, None)
+    assert (got.pop("logprobs"), got.pop("prompt_logprobs"), got.pop("prompt_logprobs_from")) == (2, None, 0)
     for name, value in got.items():
         assert value == (tuple(wanted[name]) if isinstance(wanted[name], list) else wanted[name]), name
 
