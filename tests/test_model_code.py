@@ -111,7 +111,7 @@ WRONG = {
     "no logits": (TEMPLATE.replace("def logits", "def the_logits"), "model file mine lacks logits"),
     "no from_hf": (TEMPLATE.replace("def from_hf", "def of"), "model file mine lacks Config.from_hf"),
     "other arguments": (
-        TEMPLATE.replace("positions: jax.Array, cache: jax.Array, attend: Attend\n) -> tuple", "attend\n) -> tuple"),
+        TEMPLATE.replace("positions: jax.Array, cache: Cache, attend: Attend\n) -> tuple", "attend\n) -> tuple"),
         r"mine\.py:\d+: forward is called as forward\(params, config, tokens, positions, cache, attend\): too many",
     ),
     "a key": (
