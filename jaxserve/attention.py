@@ -5,17 +5,25 @@ from importlib import import_module
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
 from jaxserve.spec import Attend
-from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
+from kernels_pallas.ragged_paged_attention.contract import PAGE_TABLE_ENTRIES, RaggedPagedAttention, validate_for_tpu
 
-KERNELS = {"reference": "kernels_pallas.ragged_paged_attention.reference", "cpu": "jaxserve.native.attention"}
+KERNELS = {
+    "reference": "kernels_pallas.ragged_paged_attention.reference",
+    "cpu": "jaxserve.native.attention",
+    "tpu": "kernels_pallas.ragged_paged_attention.tpu",
+}
 """Bodies by name. A platform's own body goes here and into PLATFORM."""
-PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "reference"}
+PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
+PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 128}
+"""Where nobody asks for one. The CPU's kernels lay 16 positions side by side; a GPU copies 64 rows at once; a TPU's
+scalar unit takes as long to issue a page's copy whatever its size, and small pages keep the rest waiting."""
 
 
 def choose(
@@ -26,9 +34,9 @@ def choose(
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
     reason = f"auto on {platform}" if name == "auto" else "asked for by name"
+    if chosen in PLATFORM and platform != chosen:
+        raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
-        if platform != "cpu":
-            raise ConfigError(f"attention='cpu' does not run on {platform}; use auto")
         try:
             native.load(progress)
         except BuildError as error:
@@ -36,6 +44,24 @@ def choose(
                 raise ConfigError(f"attention='cpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
+
+
+def page_size(asked: int | None, kernel: str, platform: str, kv_dtype: np.dtype, seqs: int, length: int) -> int:
+    """Tokens in a page of the cache, for up to `seqs` sequences of `length` tokens.
+
+    Raises ConfigError for pages that were asked for and that the kernel does not read.
+    """
+    size = asked or PAGE_SIZE.get(platform, PAGE_SIZE["cpu"])
+    if kernel != "tpu":
+        return size
+    if asked is None:
+        while seqs * -(-length // size) > PAGE_TABLE_ENTRIES:
+            size *= 2
+    try:
+        validate_for_tpu(size, kv_dtype, seqs, -(-length // size))
+    except ValueError as error:
+        raise ConfigError(f"block_size {size}: {error}") from error
+    return size
 
 
 def bind(

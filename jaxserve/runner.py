@@ -114,7 +114,7 @@ class Runner:
         self._metrics = metrics
         self._device = loaded.device
         platform = self._device.platform
-        self._kv_dtype, self._programs = loaded.kv_dtype, loaded.programs
+        self._attention, self._kv_dtype, self._programs = loaded.attention, loaded.kv_dtype, loaded.programs
         self._params, self._tree = jax.tree.flatten(loaded.params)
         weights = sum(a.nbytes for a in self._params)
         spec = self.model.cache_spec(self.config)
@@ -234,7 +234,11 @@ class Runner:
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
-        page, given = options.device.block_size, options.device.num_kv_pages
+        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        page = attention.page_size(
+            options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
+        )
+        given = options.device.num_kv_pages
         page_bytes = spec.layers * page * spec.row * self._kv_dtype.itemsize
 
         def sizes(pages: int) -> Sizes:
@@ -261,7 +265,6 @@ class Runner:
         else:
             pages = given
         progress("compiling the largest step")
-        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, -(-length // page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
