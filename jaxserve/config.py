@@ -61,8 +61,8 @@ class DeviceOptions:
     """What runs on the device, and how much of it may be used."""
 
     block_size: int | None = None
-    """Tokens in a page of the KV cache. Default: 16 on CPU, 64 on GPU, 128 on TPU, where the kernel reads whole tiles
-    only."""
+    """Tokens in a page of the KV cache. Default: 16 on CPU, 64 on GPU and TPU, more where a TPU could not hold the page
+    table."""
     num_kv_pages: int | None = None
     """Pages in the KV cache. Default: what the memory budget leaves after weights and workspace."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

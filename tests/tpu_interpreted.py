@@ -44,7 +44,6 @@ class FillsWhatIsRead(NeverWaits):
 BUGS = {
     "none": contextlib.nullcontext,
     "no wait": lambda: mock.patch.object(pltpu, "make_async_copy", NeverWaits),
-    "no wait, copies at once": lambda: mock.patch.object(pltpu, "make_async_copy", NeverWaits),
     "buffer filled while read": lambda: mock.patch.object(pltpu, "make_async_copy", FillsWhatIsRead),
     "page of nobody": contextlib.nullcontext,
 }
@@ -82,9 +81,12 @@ def run(name, case, bug="none", window=None, **interpreter):
 
 if __name__ == "__main__":
     assert jnp.zeros(1).devices().pop().platform == "cpu"
-    run("decode", DECODE, detect_races=True)
-    run("mixed", MIXED, window=5, detect_races=True)
+    at_once = dict(detect_races=True, dma_execution_mode="eager")
+    run("decode", DECODE)
+    run("decode, copies at once", DECODE, **at_once)
+    run("mixed", MIXED)
+    run("mixed, copies at once", MIXED, window=5, **at_once)
     run("no wait", DECODE, "no wait")
-    run("no wait, copies at once", DECODE, "no wait, copies at once", dma_execution_mode="eager")
-    run("buffer filled while read", DECODE, "buffer filled while read", detect_races=True)
+    run("no wait, copies at once", DECODE, "no wait", dma_execution_mode="eager")
+    run("buffer filled while read", DECODE, "buffer filled while read", **at_once)
     run("page of nobody", DECODE, "page of nobody")

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.ragged_paged_attention.contract import validate, validate_for_tpu
-from kernels_pallas.ragged_paged_attention.reference import write
+from kernels_pallas.ragged_paged_attention.tpu_write import pieces, write
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
 
 LANES = 128
@@ -65,7 +65,7 @@ def ragged_paged_attention(
     if decode is None or prefill is None:
         tuned = blocks_for(chip or _chip(), cache.dtype.name, heads, kv_heads, q.shape[2], page)
         decode, prefill = decode or tuned[0], prefill or tuned[1]
-    cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, total)
+    cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, total, interpret=interpret)
     attend = partial(
         _attend, cache=cache, kv_lens=kv_lens, cu_q_lens=cu_q_lens, page_table=page_table, kv_heads=kv_heads,
         scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, interpret=interpret,
@@ -76,8 +76,12 @@ def ragged_paged_attention(
     if tokens == seqs:
         return jnp.where(t < decodes, out, jnp.zeros((), out.dtype)), cache
     queries = min(prefill.queries, max(16, 1 << (tokens - 1).bit_length()))
-    shares = _shares(cu_q_lens, decodes, total, tokens, queries)
-    rest = attend(q, seq_of=shares[0], block_of=shares[1], count=shares[2], blocks=prefill._replace(queries=queries))
+    start, end = cu_q_lens[:-1], cu_q_lens[1:]
+    others = (every >= decodes) & (every < total) & (end > start)
+    seq_of, block_of, count = pieces(
+        start // queries, jnp.where(others, (end - 1) // queries, -1), -(-tokens // queries) + seqs - 1
+    )
+    rest = attend(q, seq_of=seq_of, block_of=block_of, count=count, blocks=prefill._replace(queries=queries))
     rest = jnp.where(t < cu_q_lens[total], rest, jnp.zeros((), out.dtype))
     out = jnp.pad(out, ((0, tokens - seqs), (0, 0), (0, 0)))
     return jnp.where(t < decodes, out, rest), cache
@@ -89,22 +93,6 @@ def _chip() -> str | None:
     if device is not None:
         return str(device.device_kind)
     return str(jax.devices()[0].device_kind) if jax.default_backend() == "tpu" else None
-
-
-def _shares(
-    cu_q_lens: Int[Array, " S1"], decodes: Int[Array, ""], total: Int[Array, ""], tokens: int, queries: int
-) -> tuple[Int[Array, " I"], Int[Array, " I"], Int[Array, ""]]:
-    """Sequence and block of each share of the sequences [decodes, total), block by block, and how many there are."""
-    seqs = cu_q_lens.shape[0] - 1
-    s = jnp.arange(seqs, dtype=jnp.int32)
-    start, end = cu_q_lens[:-1], cu_q_lens[1:]
-    used = (s >= decodes) & (s < total) & (end > start)
-    blocks = jnp.where(used, (end - 1) // queries - start // queries + 1, 0)  # [S]
-    ends = jnp.cumsum(blocks)
-    i = jnp.arange(-(-tokens // queries) + seqs - 1, dtype=jnp.int32)
-    seq = jnp.clip(jnp.searchsorted(ends, i, side="right", method="compare_all").astype(jnp.int32), 0, seqs - 1)
-    block = start[seq] // queries + i - (ends - blocks)[seq]
-    return seq, jnp.clip(block, 0, (tokens - 1) // queries), ends[-1]
 
 
 class Window(NamedTuple):

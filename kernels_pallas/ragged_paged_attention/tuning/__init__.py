@@ -56,11 +56,11 @@ def _by_rule(dtype: str, heads: int, kv_heads: int, head_dim: int, page: int) ->
     bytes_per = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
     fitting = BUFFER_BYTES // (kv_heads * 2 * head_dim * bytes_per)
     width = -(-head_dim // 128) * 128 * (1 if head_dim % 128 in (0, 64) else 2)
-    queries = min(128 * kv_heads // heads, STATE_BYTES // (heads * (256 + width) * 4))
+    queries = min(256 * kv_heads // heads, STATE_BYTES // (heads * (256 + width) * 4))
     queries = max(16, 1 << (max(queries, 1).bit_length() - 1))
 
     def pages(tokens: int) -> int:
         count = max(1, min(tokens, fitting) // page)
         return 1 << (count.bit_length() - 1)
 
-    return Blocks(1, pages(1024), 2), Blocks(queries, pages(512), 2)
+    return Blocks(1, pages(512), 3), Blocks(queries, pages(512), 2)
