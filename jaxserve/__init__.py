@@ -6,10 +6,11 @@ from jaxserve.errors import JaxserveError
 from jaxserve.request import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxserve.batch_job import BatchResult, run_batch
     from jaxserve.llm import LLM, RequestOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "JaxserveError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BatchResult", "JaxserveError", "RequestOutput", "SamplingParams", "__version__", "run_batch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from jaxserve import llm
 
         return getattr(llm, name)
+    if name in ("BatchResult", "run_batch"):  # `jaxserve.batch` is the module that packs a step's arrays
+        from jaxserve import batch_job
+
+        return getattr(batch_job, name)
     raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")

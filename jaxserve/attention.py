@@ -6,13 +6,20 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
-from jaxserve.spec import Attend
-from kernels_pallas.ragged_paged_attention.contract import PAGE_TABLE_ENTRIES, RaggedPagedAttention, validate_for_tpu
+from jaxserve.spec import Attend, CacheSpec
+from kernels_pallas.ragged_paged_attention.contract import (
+    PAGE_TABLE_ENTRIES,
+    Cache,
+    Int8Cache,
+    RaggedPagedAttention,
+    validate_for_tpu,
+)
 
 KERNELS = {
     "reference": "kernels_pallas.ragged_paged_attention.reference",
@@ -25,10 +32,18 @@ PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
 """Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
 kernel issues a copy a page, which with pages of 16 is half as much work again as what it computes, with 64 a seventh;
 larger ones leave more memory unused at every sequence's end."""
+READS_INT8 = ("reference", "cpu")
+"""Bodies that take an Int8Cache."""
 
 
 def choose(
-    name: str, platform: str, progress: Callable[[str], None] = lambda message: None
+    name: str,
+    platform: str,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    devices: int = 1,
+    kv_dtype: DTypeLike = jnp.bfloat16,
+    block_size: int | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
     """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had."""
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
@@ -38,12 +53,26 @@ def choose(
     if chosen in PLATFORM and platform != chosen:
         raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
+        if devices > 1:
+            if name != "auto":
+                raise ConfigError(f"attention='cpu' runs on one device, not on {devices}; use auto")
+            reason = "plain XLA: the C++ kernels run on one device, not on a mesh"
+            return "reference", reason, import_module(KERNELS["reference"]).ragged_paged_attention
         try:
             native.load(progress)
         except BuildError as error:
             if name != "auto":
                 raise ConfigError(f"attention='cpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
+    if chosen == "tpu":
+        try:
+            if jnp.dtype(kv_dtype) == jnp.int8:
+                raise ValueError("it does not read a cache of int8 (--kv-cache-dtype)")
+            validate_for_tpu(block_size or PAGE_SIZE["tpu"], jnp.dtype(kv_dtype), 0, 0)
+        except ValueError as error:
+            if name != "auto":
+                raise ConfigError(f"attention='tpu': {error}") from error
+            chosen, reason = "reference", f"slower by far than the TPU's own kernel, but {error}"
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
 
 
@@ -63,6 +92,15 @@ def page_size(asked: int | None, kernel: str, platform: str, kv_dtype: np.dtype,
     except ValueError as error:
         raise ConfigError(f"block_size {size}: {error}") from error
     return size
+
+
+def cache_shapes(spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike) -> Cache:
+    """The stacked cache of `pages` pages a layer as `bind` wants it, as jax.ShapeDtypeStructs."""
+    pages *= spec.layers
+    values = jax.ShapeDtypeStruct((pages, page_size, spec.row), dtype)
+    if jnp.dtype(dtype) != jnp.int8:
+        return values  # type: ignore[return-value]  # a shape for an array
+    return Int8Cache(values, jax.ShapeDtypeStruct((pages, spec.kv_heads * 2, page_size), jnp.float32))  # type: ignore[arg-type]
 
 
 def bind(
@@ -85,13 +123,13 @@ def bind(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        cache: jax.Array,
+        cache: Cache,
         *,
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, Cache]:
         first = layer * (cache.shape[0] // layers)
         out, cache = kernel(
             q,
@@ -117,13 +155,13 @@ def dense(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     *,
     scale: float | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Cache]:
     """Attention of one whole sequence over itself, without a cache: for notebooks, and the oracle of tests."""
     tokens, heads, head_dim = q.shape
     q = q.reshape(tokens, k.shape[1], -1, head_dim).astype(jnp.float32)  # [T, K, G, H]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxserve.sampling import RowParams
-from jaxserve.scheduler import Plan, Row, Sequence
+from jaxserve.scheduler import Plan, Sequence
 
 GREEDY_BELOW = 1e-5
 LEAST_TOP_P = 1e-6
@@ -44,7 +44,7 @@ def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int) -> list[S
 
 def pick(known: Seq[Shape], plan: Plan) -> Shape:
     """The smallest of the known shapes that holds the plan."""
-    single = plan.num_single == len(plan.rows) and not any(_targets(row) for row in plan.rows)
+    single = plan.num_single == len(plan.rows) and not any(row.scored for row in plan.rows)
     fits = (s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens and (single or not s.single))
     return min(fits)
 
@@ -196,9 +196,9 @@ class Layout:
             if row.count > 1:
                 row_tokens = row.sequence.tokens[row.start : row.start + row.count]
                 view["tokens"][at : at + row.count] = row_tokens if len(row_tokens) == row.count else [*row_tokens, -1]
-            if row.sequence.prompt_logprobs is not None:
-                targets = _targets(row)
-                view["targets"][at : at + len(targets)] = targets
+            if scored := row.scored:
+                first = at + scored.start - 1 - row.start  # the token before the first one
+                view["targets"][first : first + len(scored)] = row.sequence.tokens[scored.start : scored.stop]
             at += row.count
         return buffer
 
@@ -216,14 +216,6 @@ class Layout:
         ban_stop = (said >= 0) & (said < of.pop("min_tokens"))
         rows = RowParams(seed=seed, position=view["kv_lens"], ban_stop=ban_stop, **of)
         return StepInput(rows=rows, **view)
-
-
-def _targets(row: Row) -> list[int]:
-    """The prompt tokens that follow each token of the row, where their log-probabilities are wanted."""
-    sequence = row.sequence
-    if sequence.prompt_logprobs is None:
-        return []
-    return sequence.tokens[row.start + 1 : min(row.start + row.count + 1, sequence.num_prompt)]
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
 
 import kernels_pallas
 from jaxserve import native
@@ -25,7 +26,24 @@ from jaxserve.native.build import cpu_flags
 
 log = logging.getLogger("jaxserve.compile_cache")
 
-NOT_IN_PROGRAMS = ("bench", "chat", "cli", "client", "hub", "llm", "server", "text", "tokenizer", "weights")
+NOT_IN_PROGRAMS = (
+    "batch_job",
+    "bench",
+    "chat",
+    "cli",
+    "client",
+    "conformance",
+    "dry_run",
+    "embedded",
+    "hub",
+    "llm",
+    "model_code",
+    "random_weights",
+    "server",
+    "text",
+    "tokenizer",
+    "weights",
+)
 """Parts of the package that no program is made from, so that they may change and the programs stay."""
 UNUSED_DAYS = 30
 """A program that nobody has loaded for so long is deleted when another one is stored."""
@@ -60,20 +78,32 @@ class CompileCache:
         _watch_jax_cache()
 
     def get(
-        self, what: object, function: Callable[..., Any], *arguments: Any, donate: int | None = None
+        self,
+        what: object,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: int | None = None,
+        out_shardings: Any = None,
     ) -> jax.stages.Compiled:
         """`function` compiled for `arguments`, shapes or values alike; `donate` is the number of one that is donated.
 
-        The repr of `what` names the function and holds whatever its program depends on besides the arguments. The code
-        in this package, the versions, the device and JAX's settings are looked after here.
+        It runs on the devices that the arguments' shardings name, and leaves its results as `out_shardings` says, a
+        tree, or None for wherever they are. The repr of `what` names the function and holds whatever its program
+        depends on besides the arguments. The code in this package, the versions, the device and JAX's settings are
+        looked after here.
         """
         if self._directory is None:
-            return _compile(function, arguments, donate)
+            return _compile(function, arguments, donate, out_shardings)
         shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), arguments)
-        key = repr((what, shapes, donate, _surroundings()))
+        shardings = [getattr(a, "sharding", None) for a in jax.tree.leaves(arguments)]
+        places = [_place(s) for s in (*shardings, *jax.tree.leaves(out_shardings))]
+        key = repr((what, shapes, places, donate, _surroundings()))
         path = self._directory / hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         try:
-            program = serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            serialized, arguments_tree, results_tree = pickle.loads(path.read_bytes())
+            program = serialize_executable.deserialize_and_load(
+                serialized, arguments_tree, results_tree, execution_devices=_devices((shardings, out_shardings))
+            )
             os.utime(path)
             return program
         except FileNotFoundError:
@@ -81,7 +111,7 @@ class CompileCache:
         except Exception as error:  # it can be anything: the file is what some other process left
             log.warning("%s is of no use and made again: %s", path, error)
         _found.by_jax = False
-        program = _compile(function, arguments, donate)
+        program = _compile(function, arguments, donate, out_shardings)
         if _found.by_jax:  # XLA:CPU writes a program that it has loaded without its code
             return program
         try:
@@ -95,9 +125,29 @@ class CompileCache:
         return program
 
 
-def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None) -> jax.stages.Compiled:
+def _compile(
+    function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None, out_shardings: Any
+) -> jax.stages.Compiled:
     # A new function each time: JAX would answer with a program that this process has loaded for the same one.
-    return jax.jit(partial(function), donate_argnums=() if donate is None else donate).lower(*arguments).compile()
+    donated = () if donate is None else donate
+    return jax.jit(partial(function), donate_argnums=donated, out_shardings=out_shardings).lower(*arguments).compile()
+
+
+def _place(sharding: Any) -> object:
+    """What tells a sharding from others: how it divides, and the devices in their order, which its repr leaves out."""
+    if isinstance(sharding, NamedSharding):
+        mesh = sharding.mesh
+        return str(sharding.spec), tuple(mesh.shape.items()), mesh.device_ids.tolist(), str(sharding.memory_kind)
+    return None if sharding is None else (type(sharding).__name__, sorted(d.id for d in sharding.device_set))
+
+
+def _devices(shardings: Any) -> list[jax.Device] | None:
+    """The devices of a program, in the order of its mesh; None where no sharding says."""
+    for sharding in jax.tree.leaves(shardings):
+        if isinstance(sharding, NamedSharding):
+            return list(sharding.mesh.devices.flat)
+        return list(sharding.device_set)
+    return None
 
 
 class _Found(threading.local):

@@ -5,13 +5,57 @@ and what was worked out is printed at start-up.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
 
 DEFAULT_MODEL_NAME = "jaxserve-tiny"
+
+_MESH_CURE = "give MODEL (4), DATAxMODEL (2x4) or names (data=2,model=4)"
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices there are along each axis: `data` replicas of the engine, each of `expert` * `model` devices."""
+
+    data: int = 1
+    expert: int = 1
+    model: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """From "4" (model), "2x4" (data, model) or "data=2,model=4,expert=2". Raises ConfigError for anything else."""
+        if "=" in text:
+            pairs = [part.partition("=")[::2] for part in text.split(",")]
+            names, sizes = [name.strip() for name, _ in pairs], [size.strip() for _, size in pairs]
+            known = [f.name for f in fields(cls)]
+            if bad := [name for name in names if name not in known]:
+                raise ConfigError(f"mesh {text!r}: unknown axis {bad[0]!r}; axes are {', '.join(known)}")
+            if len(set(names)) != len(names):
+                raise ConfigError(f"mesh {text!r} names an axis twice; {_MESH_CURE}")
+        else:
+            sizes = text.split("x")
+            names = ["model"] if len(sizes) == 1 else ["data", "model"]
+        counts = all(n.isascii() and n.isdigit() and 0 < int(n) < 10**6 for n in sizes)
+        if not counts or len(names) != len(sizes):
+            raise ConfigError(f"mesh {text!r} is no shape; {_MESH_CURE}")
+        return cls(**{name: int(n) for name, n in zip(names, sizes, strict=True)})
+
+    @property
+    def per_replica(self) -> int:
+        """Devices of one replica."""
+        return self.expert * self.model
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.per_replica
+
+    def __str__(self) -> str:
+        named = f"data={self.data},expert={self.expert},model={self.model}"
+        return f"{self.data}x{self.model}" if self.expert == 1 else named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +63,12 @@ class ModelOptions:
     """Which model, and in what precision."""
 
     model: str | None = None
-    """Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served."""
+    """Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
+    or org/repo/file.gguf); without it the embedded model is served."""
+    model_code: str | None = None
+    """Python file of a model of your own, or a module's name, that computes the checkpoint; `my_model.py:NAME` takes an
+    object of it. Whatever the checkpoint's architecture is called. The file is executed: give none that you do not
+    trust."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -40,15 +89,16 @@ class ScheduleOptions:
     """How requests share the steps."""
 
     max_num_seqs: int | None = None
-    """Sequences computed at once. Default: 64 on CPU, 256 on TPU and GPU."""
+    """Sequences computed at once, by each replica of a mesh. Default: 64 on CPU, 256 on TPU and GPU."""
     max_num_batched_tokens: int | None = None
-    """Token budget of a step. Default: 512 on CPU, 2048 on TPU and GPU."""
+    """Token budget of a step: while others are answered, no prompt takes more at once. Default: 2048 on TPU and GPU; on
+    CPU 512 for models below 0.1 B weights, less for larger ones, down to two a sequence."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """fcfs: first come, first served. priority: lower `priority` first, then first come."""
     enable_prefix_caching: bool = True
     """Keep the pages of finished prompts and share them with prompts that begin alike."""
     max_queued_requests: int = 1024
-    """Requests that may wait; one more is refused with 503 and Retry-After."""
+    """Requests that may wait, at each replica of a mesh; one more is refused with 503 and Retry-After."""
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
@@ -60,14 +110,19 @@ class ScheduleOptions:
 class DeviceOptions:
     """What runs on the device, and how much of it may be used."""
 
+    mesh: str | None = None
+    """Devices to use, as DATAxMODEL: 2x4 is two replicas of the engine, each on four devices that share the weights,
+    attention heads and KV cache between them (tensor parallel). 4 is 1x4. By names also the number of groups that the
+    experts of a mixture are divided into: data=1,model=2,expert=4. Default: one device."""
     block_size: int | None = None
     """Tokens in a page of the KV cache. Default: 16 on CPU, 64 on GPU and TPU, more where a TPU could not hold the page
     table."""
     num_kv_pages: int | None = None
-    """Pages in the KV cache. Default: what the memory budget leaves after weights and workspace."""
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Pages in the KV cache of a replica. Default: what the memory budget leaves after weights and workspace."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
-    than the activations' needs the CPU's kernels."""
+    than the activations' needs the CPU's kernels. int8: bytes, with one scale a token, head, and of K and V; half the
+    memory of 16 bits, for a little accuracy, on any device."""
     memory_utilization: float | None = None
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"
@@ -80,6 +135,8 @@ class DeviceOptions:
     """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
 
     def __post_init__(self) -> None:
+        if self.mesh is not None:
+            MeshShape.parse(self.mesh)
         _at_least("block_size", self.block_size, 1)
         _at_least("num_kv_pages", self.num_kv_pages, 1)
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
@@ -150,3 +207,29 @@ def option_names(*sections: type) -> dict[str, str]:
                 raise ConfigError(f"option {f.name} is declared in {owners[f.name]} and {section.__name__}")
             owners[f.name] = section.__name__
     return owners
+
+
+def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOptions:
+    """Engine options from the names and values of any of their fields. Raises ConfigError for another name."""
+    sections = (ModelOptions, ScheduleOptions, DeviceOptions)
+    known = option_names(*sections)
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ConfigError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    parts = [{f.name: given[f.name] for f in fields(s) if f.name in given} for s in sections]
+    return EngineOptions(
+        model=ModelOptions(**(parts[0] | {"model": model})),
+        schedule=ScheduleOptions(**parts[1]),
+        device=DeviceOptions(**parts[2]),
+    )
+
+
+def model_name(model: str | None, served_model_name: str | None = None) -> str:
+    """The name that requests use: the one given, the directory's or file's, the hub id, or the embedded model's."""
+    if served_model_name:
+        return served_model_name
+    if model is None:
+        return DEFAULT_MODEL_NAME
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else model

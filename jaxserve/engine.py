@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions
 from jaxserve.errors import EngineStopped, JaxserveError, Overloaded
@@ -30,7 +31,8 @@ class _Abort:
 class Engine:
     """A loaded model and its step loop. `submit`, `abort` and `stop` may be called from any thread.
 
-    `deliver` is called by the loop's thread with the deltas of each step. Raises ConfigError or CheckpointError.
+    `deliver` is called by the loop's thread with the deltas of each step. Of several replicas it is number `index`, on
+    the devices of `mesh`. Raises ConfigError or CheckpointError.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class Engine:
         model_name: str,
         deliver: Callable[[list[Delta]], None],
         progress: Progress = lambda message: None,
+        mesh: Mesh | None = None,
+        index: int = 0,
     ):
-        self.metrics = EngineMetrics(model_name)
-        self.runner = Runner(options, path, self.metrics, progress)
+        self.metrics = EngineMetrics(model_name, engine=str(index))
+        self.runner = Runner(options, path, self.metrics, progress, mesh)
         self.info: EngineInfo = self.runner.info
         schedule = options.schedule
         self.scheduler = Scheduler(

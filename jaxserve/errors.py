@@ -11,7 +11,8 @@ JaxserveError
 │   └── BodyTooLarge            the request body exceeds the limit
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request's own deadline passed
-└── EngineStopped           the engine is loading, draining or gone
+├── EngineStopped           the engine is loading, draining or gone
+└── BatchStopped            an offline job ended before its last row; says how to go on
 """
 
 
@@ -71,6 +72,10 @@ class DeadlineExceeded(JaxserveError):
 
 class EngineStopped(JaxserveError):
     """The engine is loading, draining or gone; the request was not served."""
+
+
+class BatchStopped(JaxserveError):
+    """An offline job ended before its last row. What was done is kept; the message says how to go on."""
 
 
 def error_classes(root: type[JaxserveError] = JaxserveError) -> dict[str, type[JaxserveError]]:

@@ -3,8 +3,8 @@
 T tokens of a step, R rows that meet the vocabulary at once, V vocab, D width
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from jaxserve import attention
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.loading import Loaded
+from jaxserve.logits_file import CUT, Rows
 from jaxserve.models import find_model
 from jaxserve.perplexity import Scores, first_scored
 from jaxserve.weights import open_checkpoint
+from kernels_pallas.ragged_paged_attention.contract import Cache
 
 STEP_TOKENS = 512
 """Most tokens of a chunk in one forward."""
@@ -29,18 +31,32 @@ ROWS = 64
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Distributions:
+    """Logits as llama-perplexity's file keeps them; see logits_file.py."""
+
+    numbers: UInt16[Array, "T V"]
+    scale: Float[Array, " T"]
+    lowest: Float[Array, " T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TokenScores:
-    """What a step found, by token; the last three are zeros where there is one model only."""
+    """What a step found, by token; those of a comparison are zeros where there is one model only."""
 
     logprob: Float[Array, " T"]
     reference_logprob: Float[Array, " T"]
     kl: Float[Array, " T"]
     same_top: Bool[Array, " T"]
+    distribution: Distributions | None = None
 
 
-def check_models(paths: Sequence[Path], ctx_size: int) -> None:
-    """Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together."""
-    configs = [find_model(open_checkpoint(path).config)[1] for path in paths]
+def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) -> int:
+    """The words of their vocabulary.
+
+    Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together.
+    """
+    configs = [find_model(open_checkpoint(path).config, code)[1] for path in paths]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(
@@ -52,14 +68,19 @@ def check_models(paths: Sequence[Path], ctx_size: int) -> None:
                 f"{path} has a vocabulary of {config.vocab} tokens and {paths[0]} one of {configs[0].vocab}; "
                 "give the model that was quantised as reference"
             )
+    vocab: int = configs[0].vocab
+    return vocab
 
 
 class Evaluator:
-    """`models`: the one to score, and where it is to be compared the reference. For one thread."""
+    """`models`: the one to score, and where it is to be compared the reference. For one thread.
 
-    def __init__(self, models: Sequence[Loaded], ctx_size: int):
-        assert 1 <= len(models) <= 2
-        self._ctx_size, self._compares = ctx_size, len(models) == 2
+    `base`: the reference is not a model but distributions of a file. `saves`: the distributions are wanted, too.
+    """
+
+    def __init__(self, models: Sequence[Loaded], ctx_size: int, *, base: bool = False, saves: bool = False):
+        assert 1 <= len(models) <= (1 if base or saves else 2)
+        self._ctx_size, self._compares = ctx_size, base or len(models) == 2
         # The last token of a chunk predicts nothing that is known.
         steps = -(-(ctx_size - 1) // STEP_TOKENS)
         self._tokens = -(-(ctx_size - 1) // (steps * ROWS)) * ROWS
@@ -70,26 +91,49 @@ class Evaluator:
         self._params = [m.params for m in models]
         self._caches = []
         for m in models:
-            spec = m.model.cache_spec(m.config)
-            shape = (spec.layers * pages, page_size, spec.row)
-            self._caches.append(jnp.zeros(shape, m.kv_dtype, device=m.device))
+            shapes = attention.cache_shapes(m.model.cache_spec(m.config), pages, page_size, m.kv_dtype)
+            self._caches.append(jax.tree.map(partial(jnp.zeros_like, device=m.device), shapes))
         programs = next((m.programs for m in models if not m.programs.whole), models[0].programs)
         row, scalar = jax.ShapeDtypeStruct((self._tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        given = _no_distributions(self._tokens, models[0].config.vocab, jax.ShapeDtypeStruct) if base else None
         self._step = programs.get(
-            ("evaluate", [(m.config, m.kernel.__module__) for m in models], pages, jax.tree.structure(self._params)),
-            partial(_step, models, pages),
-            *(self._params, self._caches, row, row, scalar, scalar),
+            (
+                "evaluate",
+                [(m.config, m.kernel.__module__) for m in models],
+                pages,
+                saves,
+                jax.tree.structure(self._params),
+            ),
+            partial(_step, models, pages, saves),
+            *(self._params, self._caches, row, row, scalar, scalar, given),
             donate=1,
         )
 
-    def score(self, chunk: Int[np.ndarray, " ctx"]) -> Scores:
-        """The chunk's second half, each token given all before it. Raises CheckpointError where that is no number."""
-        first, count = first_scored(self._ctx_size), self._ctx_size - 1
+    def score(self, chunk: Int[np.ndarray, " ctx"], first: int | None = None) -> Scores:
+        """The tokens after position `first`, each given all before it; None is the chunk's second half.
+
+        Raises CheckpointError where that is no number.
+        """
+        return self.score_and_keep(chunk, first)[0]
+
+    def score_and_keep(
+        self, chunk: Int[np.ndarray, " ctx"], first: int | None = None, base: Rows | None = None
+    ) -> tuple[Scores, Rows | None]:
+        """The same, and with `saves` the distributions of the scored tokens; `base`: the reference's of these."""
+        assert 2 <= len(chunk) <= self._ctx_size
+        first, count = first_scored(self._ctx_size) if first is None else first, len(chunk) - 1
         targets = np.where(np.arange(count) >= first, chunk[1:], -1).astype(np.int32)
         parts = []
         for start in range(0, count, self._tokens):
             end = min(start + self._tokens, count)
             padding = (0, self._tokens - (end - start))
+            given = None
+            if base is not None:  # has rows of the scored tokens only, [first, count)
+                given = _no_distributions(self._tokens, base.numbers.shape[1], np.zeros)
+                if end > first:
+                    own, theirs = slice(max(first - start, 0), end - start), slice(max(start - first, 0), end - first)
+                    given.numbers[own], given.scale[own] = base.numbers[theirs], base.scale[theirs]
+                    given.lowest[own] = base.lowest[theirs]
             self._caches, found = self._step(
                 self._params,
                 self._caches,
@@ -97,6 +141,7 @@ class Evaluator:
                 np.pad(targets[start:end], padding, constant_values=-1),
                 np.int32(start),
                 np.int32(end),
+                given,
             )
             parts.append(found)
         found = jax.tree.map(lambda *a: np.concatenate(a)[first:count], *parts)
@@ -106,22 +151,25 @@ class Evaluator:
                 raise CheckpointError(
                     f"the {name} gives log-probabilities that are no numbers: its weights are damaged"
                 )
+        kept = found.distribution and Rows(*(getattr(found.distribution, f.name) for f in fields(Rows)))
         if not self._compares:
-            return Scores(-found.logprob.astype(np.float64))
+            return Scores(-found.logprob.astype(np.float64)), kept
         nll, reference = (-values.astype(np.float64) for values in logprobs)
-        return Scores(nll, reference, found.kl.astype(np.float64), found.same_top)
+        return Scores(nll, reference, found.kl.astype(np.float64), found.same_top), kept
 
 
 def _step(
     models: Sequence[Loaded],
     pages: int,
+    saves: bool,
     params: list[Any],
-    caches: list[jax.Array],
+    caches: list[Cache],
     tokens: Int[Array, " T"],
     targets: Int[Array, " T"],
     start: Int[Array, ""],
     end: Int[Array, ""],
-) -> tuple[list[jax.Array], TokenScores]:
+    base: Distributions | None,
+) -> tuple[list[Cache], TokenScores]:
     """A chunk's tokens [start, end) through all models; targets of -1 are not wanted."""
     size = tokens.shape[0]
     positions = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), end - 1)
@@ -142,13 +190,19 @@ def _step(
 
         def compute() -> TokenScores:
             logits = [m.model.logits(w, m.config, cut(x)) for m, w, x in zip(models, params, hidden, strict=True)]
-            found = token_scores(logits[0], logits[1] if len(logits) == 2 else None, wanted)
+            if base is not None:
+                found = scores_by_file(logits[0], jax.tree.map(cut, base), wanted)
+            else:
+                found = token_scores(logits[0], logits[1] if len(logits) == 2 else None, wanted)
+            if saves:
+                found = replace(found, distribution=distributions(logits[0]))
             return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, i * ROWS, 0), out, found)
 
         return jax.lax.cond((wanted >= 0).any(), compute, lambda: out)
 
     zeros = jnp.zeros((size,), jnp.float32)
-    nothing = TokenScores(zeros, zeros, zeros, jnp.zeros((size,), jnp.bool_))
+    none = _no_distributions(size, models[0].config.vocab, jnp.zeros) if saves else None
+    nothing = TokenScores(zeros, zeros, zeros, jnp.zeros((size,), jnp.bool_), none)
     return written, jax.lax.fori_loop(0, size // ROWS, block, nothing)
 
 
@@ -169,3 +223,29 @@ def token_scores(
     same = jnp.argmax(logits, axis=-1) == jnp.argmax(reference, axis=-1)
     of_reference = jnp.take_along_axis(logp, at, axis=-1)[:, 0]
     return TokenScores(of_token, of_reference, jnp.maximum(kl, 0.0), same)
+
+
+def scores_by_file(logits: Float[Array, "R V"], base: Distributions, targets: Int[Array, " R"]) -> TokenScores:
+    """The same by llama-perplexity's rule: words that its file knows to be less likely than e^-CUT are left out."""
+    at = jnp.maximum(targets, 0)[:, None]  # [R, 1]
+    logq = jax.nn.log_softmax(logits, axis=-1)
+    logp = base.scale[:, None] * base.numbers.astype(jnp.float32) + base.lowest[:, None]
+    kl = jnp.where(logp > -CUT, jnp.exp(logp) * (logp - logq), 0.0).sum(axis=-1)
+    same = jnp.argmax(logits, axis=-1) == jnp.argmax(base.numbers, axis=-1)
+    of_token, of_base = (jnp.take_along_axis(x, at, axis=-1)[:, 0] for x in (logq, logp))
+    return TokenScores(of_token, of_base, kl, same)
+
+
+def distributions(logits: Float[Array, "R V"]) -> Distributions:
+    """As the file keeps them."""
+    top = logits.max(axis=-1, keepdims=True)
+    low = jnp.maximum(logits.min(axis=-1, keepdims=True), top - CUT)
+    scale = (top - low) / 65535.0
+    steps = (logits - low) / jnp.where(scale > 0, scale, 1.0)
+    numbers = jnp.round(jnp.clip(steps, 0.0, 65535.0)).astype(jnp.uint16)
+    lowest = low - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return Distributions(numbers, scale[:, 0], lowest[:, 0])
+
+
+def _no_distributions(tokens: int, vocab: int, new: Callable[[tuple[int, ...], Any], Any]) -> Distributions:
+    return Distributions(new((tokens, vocab), jnp.uint16), new((tokens,), jnp.float32), new((tokens,), jnp.float32))

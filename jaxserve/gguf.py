@@ -26,7 +26,7 @@ _MAX_RANK = 4
 _SHOWN = 5
 
 _OTHER_KINDS = ("model.safetensors", "model.safetensors.index.json", "params")  # the last is Orbax's
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
+SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
 # The types of metadata values: uint8 to float64, without bool, str and array, which have rules of their own.
 _NUMBERS: dict[int, np.dtype] = {
@@ -98,10 +98,10 @@ class GgufFile:
         data = np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
         return data.reshape(math.prod(info.shape[:-1]), -1)
 
-    def release(self, name: str) -> None:
-        """Lets go of what memory holds of a tensor."""
-        info = self.tensors[name]
-        drop_pages(self._maps[info.file], info.offset, info.nbytes)
+    def release(self, name: str, part: tuple[int, int] = (0, 1)) -> None:
+        """Lets go of what memory holds of a tensor, or of one of so many equal parts of it."""
+        info, (i, count) = self.tensors[name], part
+        drop_pages(self._maps[info.file], info.offset + i * info.nbytes // count, info.nbytes // count)
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -117,7 +117,7 @@ def find_gguf(path: Path) -> Path | None:
     # One of a split, the first where it is there, stands for all.
     found: dict[object, Path] = {}
     for file in sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf" and p.is_file()):
-        shard = _SHARD.fullmatch(file.name)
+        shard = SHARD.fullmatch(file.name)
         found.setdefault((shard["stem"], shard["count"]) if shard else file.name, file)
     if len(found) > 1:
         names = [file.name for file in found.values()]
@@ -167,7 +167,7 @@ def _others(first: _Shard) -> list[_Shard]:
     count, number = _whole(first, "split.count", 1), _whole(first, "split.no", 0)
     if count <= 1:
         return []
-    name = _SHARD.fullmatch(path.name)
+    name = SHARD.fullmatch(path.name)
     if name is None or (int(name["number"]), int(name["count"])) != (number + 1, count):
         raise CheckpointError(
             f"{path}: shard {number + 1} of {count} by its metadata, so its name must end in "

@@ -3,6 +3,8 @@
 import gc
 import mmap
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,12 @@ def _control_groups(root: Path) -> list[tuple[int, int]]:
                 continue
             found.append((most, held - int(statistics.get(reclaimable, 0))))
     return found
+
+
+def peak_memory() -> int:
+    """Bytes of main memory that this process has had at most, pages of mapped files counted."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def drop_pages(file: mmap.mmap, begin: int, nbytes: int) -> None:

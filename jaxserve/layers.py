@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.native.norm import rms_norm as native_rms_norm
-from jaxserve.quant import linear
+from jaxserve.quant import grouped_linear, linear, linear_f32
 
 
 @jax.named_scope("norm")
@@ -54,7 +54,8 @@ class Rope:
     """Rotary position embedding: the base and, for stretched contexts, how its frequencies are scaled.
 
     kind default; linear: positions divided by `factor`; llama3: Llama 3.1's smooth blend between the two, by
-    wavelength relative to the original context.
+    wavelength relative to the original context; longrope (Ding et al. 2024): each frequency divided by one of
+    `divisors`, and cosines and sines multiplied by `magnitude`.
     """
 
     theta: float = 10_000.0
@@ -63,6 +64,10 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    divisors: tuple[float, ...] = ()
+    magnitude: float = 1.0
+    dims: int | None = None
+    """How many dimensions of a head rotate, the first ones; None for all."""
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], theta: float = 10_000.0) -> "Rope":
@@ -89,8 +94,9 @@ class Rope:
         raise ConfigError(f"rope scaling {kind!r} is not served; served are default, linear and llama3")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """Angular frequency of each pair of dimensions: float32 [head_dim / 2]."""
-        freqs = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        """Angular frequency of each pair of dimensions that rotate: float32 [head_dim / 2], or [dims / 2]."""
+        dims = self.dims or head_dim
+        freqs = self.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
         if self.kind == "linear":
             freqs = freqs / self.factor
         elif self.kind == "llama3":
@@ -101,17 +107,26 @@ class Rope:
             )
             kept = np.clip(kept, 0.0, 1.0)
             freqs = kept * freqs + (1 - kept) * freqs / self.factor
+        elif self.kind == "longrope":
+            freqs = freqs / np.asarray(self.divisors)
         return freqs.astype(np.float32)
 
 
 @jax.named_scope("rope")
 def rotate(x: Float[Array, "T N H"], positions: Int[Array, " T"], rope: Rope) -> Float[Array, "T N H"]:
-    """Rotates the pairs (i, i + H/2) of every head by its position: x [T, N, H], positions [T]."""
-    half = x.shape[-1] // 2
+    """Rotates the pairs (i, i + H/2) of every head by its position: x [T, N, H], positions [T].
+
+    Where only the first `rope.dims` of H rotate, these are the pairs (i, i + dims/2), and the others stay.
+    """
+    dims = rope.dims or x.shape[-1]
+    half = dims // 2
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope.frequencies(x.shape[-1]))[None, :]  # [T, H/2]
     cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, H/2]
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    if rope.magnitude != 1.0:
+        cos, sin = rope.magnitude * cos, rope.magnitude * sin
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:dims].astype(jnp.float32)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)
 
 
 def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: int = 1) -> Float[Array, "T ..."]:
@@ -130,6 +145,39 @@ def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 def geglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same with GELU (Shazeer 2020) in its tanh form: down(gelu(gate x) * up x)."""
     return project(p, "down", jax.nn.gelu(project(p, "gate", x), approximate=True) * project(p, "up", x))
+
+
+@jax.named_scope("moe")
+def moe(p: Mapping[str, Any], x: Float[Array, "T D"], used: int, *, renormalise: bool = True) -> Float[Array, "T D"]:
+    """Mixture of experts (Shazeer et al. 2017) of the block's router [E, D] and gate, up [E, F, D] and down [E, D, F].
+
+    Each token goes through the `used` experts whose router logits are largest, all SwiGLU, and none is dropped; their
+    sum is weighted by the softmax of the logits, over those alone where `renormalise`, else over all. Routing and sum
+    are float32. A token's result does not depend on the others: every sum has an order of its own.
+    """
+    logits = linear_f32(x, p["router"])  # [T, E]
+    best, experts = jax.lax.top_k(logits, used)  # [T, U], the largest first
+    powers = jnp.exp(best - best[:, :1])
+    total = _sum_in_halves(powers if renormalise else jnp.exp(logits - best[:, :1]))
+    weights = powers / total[:, None]  # [T, U]
+
+    chosen = experts.reshape(-1)  # [T * U]
+    order = jnp.argsort(chosen, stable=True)  # expert after expert
+    sizes = jnp.sum(chosen[:, None] == jnp.arange(logits.shape[1])[None, :], axis=0, dtype=jnp.int32)  # [E]
+    rows = x[order // used]
+    hidden = jax.nn.silu(grouped_linear(rows, p["gate"], sizes)) * grouped_linear(rows, p["up"], sizes)
+    out = grouped_linear(hidden, p["down"], sizes)[jnp.argsort(order)]  # [T * U, D], token after token
+    out = out.reshape(*experts.shape, -1).astype(jnp.float32) * weights[:, :, None]
+    return _sum_in_halves(out).astype(x.dtype)
+
+
+def _sum_in_halves(x: Float[Array, "T N ..."]) -> Float[Array, "T ..."]:
+    """The sum over the second axis, always in the same order; XLA's own takes one that the other axes change."""
+    while (n := x.shape[1]) > 1:
+        half = n // 2
+        pairs = x[:, :half] + x[:, half : 2 * half]
+        x = pairs if n % 2 == 0 else jnp.concatenate([pairs, x[:, -1:]], axis=1)
+    return x[:, 0]
 
 
 def soft_cap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

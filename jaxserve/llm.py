@@ -1,33 +1,23 @@
 """The Python API: a model in this process, prompts in, finished texts out; the same engine as the server's."""
 
 import asyncio
-import math
 import operator
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import rich.progress
 
 from jaxserve.client.local import LocalEngine
-from jaxserve.config import (
-    DEFAULT_MODEL_NAME,
-    DeviceOptions,
-    EngineOptions,
-    ModelOptions,
-    ScheduleOptions,
-    option_names,
-)
-from jaxserve.errors import ConfigError, EngineStopped, InvalidParameter
+from jaxserve.config import DEFAULT_MODEL_NAME, engine_options_of
+from jaxserve.errors import EngineStopped, InvalidParameter
 from jaxserve.hub import resolve_model
 from jaxserve.request import EngineInfo, FinishReason, SamplingParams
-from jaxserve.text import TextModel, TokenLogprob
-
-type Prompt = str | Sequence[int]
-"""Text, or token ids."""
+from jaxserve.score import ScoreOutput, encode_pair, score_output, scoring_params
+from jaxserve.text import Prompt, TextModel, TokenLogprob
 
 PROGRESS_FROM = 16
 """Shorter lists finish before a progress bar is any use."""
@@ -58,17 +48,6 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclass
-class ScoreOutput:
-    """The log-likelihood of a continuation given its prompt (natural logarithm)."""
-
-    logprob: float
-    token_ids: list[int]
-    token_logprobs: list[float]
-    is_greedy: bool
-    """Every token is the one that greedy decoding would take."""
-
-
 class LLM:
     """A loaded model. `options` are the fields of ModelOptions, ScheduleOptions and DeviceOptions.
 
@@ -80,7 +59,8 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any):
-        engine_options = _engine_options(model, options)
+        # A list may be of any length: nobody else waits behind it.
+        engine_options = engine_options_of(model, {"max_queued_requests": 2**31 - 1} | options)
         path = resolve_model(model, engine_options.model.revision)
         name = model or DEFAULT_MODEL_NAME
         self._loop = asyncio.new_event_loop()
@@ -135,24 +115,24 @@ class LLM:
         outputs = self._run([None] * len(ids), ids, self._params(params, len(ids)), progress)
         return outputs[0] if single else outputs
 
-    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool | None = None) -> Any:
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool | None = None
+    ) -> list[ScoreOutput]:
         """The log-likelihood of continuations[i] given prompts[i]: a list of ScoreOutput, in order.
 
-        A text continuation is tokenised together with its prompt, and what the prompt alone would not have said is
-        scored. Raises InvalidParameter when the lists differ in length or nothing is left to score.
+        Where in their tokens the continuation begins is what `score.encode_pair` says. Continuations of one prompt
+        that stand side by side compute it once, to the last full page: LLM(block_size=1) shares every token.
+        Raises InvalidParameter when the lists differ in length or nothing is left to score.
         """
         if len(prompts) != len(continuations):
             raise InvalidParameter(f"{len(prompts)} prompts and {len(continuations)} continuations", param="prompts")
-        pairs = [self._joined(p, c) for p, c in zip(prompts, continuations, strict=True)]
-        params = [SamplingParams(max_tokens=0, prompt_logprobs=0)] * len(pairs)
+        pairs = [encode_pair(self.text, p, c) for p, c in zip(prompts, continuations, strict=True)]
+        params = [scoring_params(start) for _, start in pairs]
         results = self._run([None] * len(pairs), [ids for ids, _ in pairs], params, progress)
-        scores = []
-        for result, (ids, start) in zip(results, pairs, strict=True):
-            found = [t for t in (result.prompt_logprobs or [])[start:] if t is not None]
-            logprobs = [t.logprob for t in found]
-            greedy = all(t.rank == 1 for t in found)
-            scores.append(ScoreOutput(math.fsum(logprobs), list(ids[start:]), logprobs, greedy))
-        return scores
+        return [
+            score_output(ids, start, result.prompt_logprobs, result.num_cached_tokens)
+            for result, (ids, start) in zip(results, pairs, strict=True)
+        ]
 
     def metrics_text(self) -> str:
         """The engine's metrics in the Prometheus text format."""
@@ -203,23 +183,6 @@ class LLM:
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Text through the tokenizer; ids of any integer type as they are."""
         return self.text.encode_prompt(prompt) if isinstance(prompt, str) else tuple(map(operator.index, prompt))
-
-    def _joined(self, prompt: Prompt, continuation: Prompt) -> tuple[tuple[int, ...], int]:
-        """The ids of prompt and continuation, and where what is to be scored begins."""
-        start = self._ids(prompt)
-        if isinstance(continuation, str) and isinstance(prompt, str):
-            ids = self.text.encode_prompt(prompt + continuation)
-            common = next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
-        else:
-            rest = continuation
-            if isinstance(rest, str):
-                rest = self.text.tokenizer.encode(rest, add_special_tokens=False)
-            ids, common = (*start, *map(operator.index, rest)), len(start)
-        if not 1 <= common < len(ids):
-            raise InvalidParameter(
-                "a continuation needs at least one token, and one token before it", param="continuations"
-            )
-        return ids, common
 
     def _run(
         self,
@@ -291,17 +254,3 @@ def _add(output: RequestOutput, delta: Any) -> None:
     if delta.finish is not None:
         part.finish_reason = FinishReason(delta.finish).value
         part.stop_reason = delta.stop_reason
-
-
-def _engine_options(model: str | None, options: dict[str, Any]) -> EngineOptions:
-    sections = (ModelOptions, ScheduleOptions, DeviceOptions)
-    known = option_names(*sections)
-    if unknown := sorted(options.keys() - known.keys()):
-        raise ConfigError(f"LLM has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    parts = [{f.name: options[f.name] for f in fields(s) if f.name in options} for s in sections]
-    return EngineOptions(
-        model=ModelOptions(**(parts[0] | {"model": model})),
-        # A list may be of any length: nobody else waits behind it.
-        schedule=ScheduleOptions(**({"max_queued_requests": 2**31 - 1} | parts[1])),
-        device=DeviceOptions(**parts[2]),
-    )

@@ -1,22 +1,28 @@
-"""Brings a model to its device as the options say: kernel, precision, layout of the weights. Knows no steps."""
+"""Brings a model to its devices as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
-from jaxserve.config import DeviceOptions, ModelOptions
+from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
+from jaxserve.dry_run import packed, trace
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
+from jaxserve.host_memory import host_memory, peak_memory
 from jaxserve.models import find_model
+from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
-from jaxserve.weights import open_checkpoint
+from jaxserve.weights import Checkpoint, open_checkpoint
 from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -25,12 +31,13 @@ type Progress = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model whose weights are on their device, and what its steps are to be compiled with."""
+    """A model whose weights are on their devices, and what its steps are to be compiled with."""
 
     model: Model
     config: Any
+    """What config.json says; the weights have the sizes of `partition.config`."""
     params: Params
-    device: jax.Device
+    partition: Partition
     dtype: np.dtype
     """Of the activations."""
     kv_dtype: np.dtype
@@ -39,23 +46,49 @@ class Loaded:
     kernel: RaggedPagedAttention
     programs: CompileCache
 
+    @property
+    def device(self) -> jax.Device:
+        """The first of them; all are of one kind."""
+        return self.partition.mesh.devices.flat[0]
 
-def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progress: Progress) -> Loaded:
-    """The model at `path`, a checkpoint directory or GGUF file. Sets up the compile cache, too.
 
-    Raises ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
+def load_model(
+    options: ModelOptions, device: DeviceOptions, path: Path, progress: Progress, mesh: Mesh | None = None
+) -> Loaded:
+    """The model at `path`, a checkpoint directory or GGUF file, on `mesh`, or on that of the options.
+
+    Sets up the compile cache, too. Raises ConfigError for options that the model or the machine does not serve,
+    CheckpointError for damaged weights.
     """
     checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config)
-    place = jax.local_devices()[0]
-    name, reason, kernel = attention.choose(device.attention, place.platform, progress)
+    model, config = find_model(checkpoint.config, options.model_code)
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
+    shape = MeshShape.parse(device.mesh or "1")
+    partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
+    place = partition.mesh.devices.flat[0]
+    devices = partition.mesh.size
+    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
+    name, reason, kernel = attention.choose(
+        device.attention, place.platform, progress, devices=devices, block_size=device.block_size,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
+    )  # fmt: skip
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
-    ours = model.forward.__module__.startswith("jaxserve.")
+    ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
-    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
+
+    if options.model_code is not None:
+        progress(f"model code: {options.model_code}")
+        trace(model, config, dtype, _shapes(checkpoint, dtype, name == "cpu"))
+    pack = _packer(options, dtype, name == "cpu")
+    if pack is None:
+        _check_fit(partition, model.param_specs(config), dtype, device, shape)
+    start, size = time.perf_counter(), 0
 
     def report(done: int, total: int) -> None:
+        nonlocal size
+        size = total
         progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
 
     params = load_params(
@@ -64,11 +97,64 @@ def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progres
         checkpoint,
         dtype=dtype,
         device_put=lambda leaf, spec: jax.device_put(leaf, place),
-        pack=_packer(options, dtype, name == "cpu"),
+        divide=partial(partition.put, dtype=dtype) if devices > 1 else None,
+        pack=pack,
         progress=report,
     )
+    seconds = time.perf_counter() - start
+    progress(
+        f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "
+        f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
+    )
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
-    return Loaded(model, config, params, place, dtype, kv_dtype, name, kernel, programs)
+    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs)
+
+
+def _only_mesh(shape: MeshShape) -> Mesh:
+    if shape.data > 1:
+        raise ConfigError(f"mesh {shape}: this runs one replica only; give {replace(shape, data=1)}")
+    return meshes(shape, jax.local_devices())[0]
+
+
+def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
+    """Raises ConfigError for plain weights that are more than their devices' memory."""
+    device = partition.mesh.devices.flat[0]
+    total = device_memory(device, shape.devices)
+    weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
+    share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
+    if total is not None and weights > total * share:
+        raise ConfigError(
+            f"weights of {weights / 2**30:.2f} GiB a device, {dtype.name}, do not fit: {share:.0%} of its "
+            f"{total / 2**30:.2f} GiB may be used; divide the model over more devices than {partition.mesh.size} "
+            "(--mesh), or raise --memory-utilization"
+        )
+
+
+def device_memory(device: jax.Device, sharers: int) -> int | None:
+    """Bytes that a device has; on CPU its part of those that are free, of `sharers` devices. None: it does not say."""
+    if device.platform == "cpu":
+        return host_memory().free // sharers
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def memory_share(options: DeviceOptions, platform: str) -> float:
+    """The share of a device's memory that may be used."""
+    return options.memory_utilization or (0.5 if platform == "cpu" else 0.9)
+
+
+def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
+    """The shapes of the leaves that `load_params` will make."""
+
+    def leaf(spec: ParamSpec) -> Any:
+        first = spec.names[0]
+        stored = checkpoint.shape(first) if spec.matrix and packs and first in checkpoint.names() else ()
+        if len(stored) == 2:
+            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+            return packed(spec, (outputs, stored[1]), dtype, dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    return leaf
 
 
 def _packer(
@@ -77,17 +163,20 @@ def _packer(
     """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
     if not available:
         if options.quantization is not None:
-            raise ConfigError("quantization needs the CPU and its C++ kernels; leave it out, or see `jaxserve doctor`")
+            raise ConfigError(
+                "quantization needs the CPU and its C++ kernels, and one device of it; leave it out, or see "
+                "`jaxserve doctor`"
+            )
         return None
 
     def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
-        if options.quantization is not None:
+        if options.quantization is not None and not spec.precise:
             if isinstance(w, Blocks):
                 raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
             w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
         if options.dtype != "auto" and not isinstance(w, Blocks):
             w = w.astype(dtype, copy=False)
-        return quant.pack(w, spec.shape, dtype)
+        return quant.pack(w, spec.tensor_shape, dtype)
 
     return pack
 
@@ -99,7 +188,13 @@ def _kv_dtype(options: ModelOptions, device: DeviceOptions, kernel: str, params:
         packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
         plain = options.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
         return dtype if plain or not packed else np.dtype(np.float16)
-    if jnp.dtype(wanted) != dtype and kernel != "cpu":
+    if wanted == "int8":
+        if kernel not in attention.READS_INT8:
+            raise ConfigError(
+                f"kv_cache_dtype int8 is not served by the attention kernel {kernel!r}; "
+                f"give --attention reference, or --kv-cache-dtype {dtype.name}"
+            )
+    elif jnp.dtype(wanted) != dtype and kernel != "cpu":
         raise ConfigError(
             f"kv_cache_dtype {wanted} with {dtype.name} activations needs the CPU's kernels, not {kernel!r}; "
             f"give --kv-cache-dtype {dtype.name} or auto"

@@ -5,9 +5,10 @@ Each process has its own registry; `/metrics` is the front end's text followed b
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 _TTFT = (
     0.001,
@@ -67,9 +68,9 @@ _GAP = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2
 class EngineMetrics:
     """The engine's metrics. Written by the engine's thread; what `watch` was given is read when somebody asks."""
 
-    def __init__(self, model_name: str, registry: CollectorRegistry | None = None):
+    def __init__(self, model_name: str, registry: CollectorRegistry | None = None, *, engine: str = "0"):
         self.registry = registry or CollectorRegistry()
-        labels, values = ("model_name", "engine"), (model_name, "0")
+        labels, values = ("model_name", "engine"), (model_name, engine)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, labels, registry=self.registry).labels(*values)
@@ -183,6 +184,29 @@ class EngineMetrics:
     def text(self) -> bytes:
         """All metrics in the Prometheus text format."""
         return generate_latest(self.registry)
+
+
+class JoinedMetrics(Collector):
+    """The metrics of several engines as one text: each family once, its series told apart by the label `engine`."""
+
+    def __init__(self, parts: Sequence[EngineMetrics]):
+        self._parts = parts
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for part in self._parts:
+            for metric in part.registry.collect():
+                if metric.name in families:
+                    families[metric.name].samples.extend(metric.samples)
+                else:
+                    families[metric.name] = metric
+        return families.values()
+
+    def text(self) -> bytes:
+        """All metrics in the Prometheus text format."""
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)
 
 
 class RequestTimer:

@@ -50,7 +50,10 @@ class PagePool:
         return 1.0 - self.available / self.num_pages
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The pages of the longest registered prefix of `hashes`. Nothing is referenced yet: see `share`."""
+        """The pages of the longest registered prefix of `hashes`. Nothing is referenced yet: see `share`.
+
+        Any thread may ask; what it hears may have changed when it acts on it.
+        """
         pages: list[int] = []
         for h in hashes:
             page = self._by_hash.get(h)

@@ -1,6 +1,6 @@
-"""The rules of llama.cpp's llama-perplexity: how a text is cut, and what is said of the scores. Pure numpy.
+"""How a text is cut, as llama.cpp's llama-perplexity or as a sliding window, and what is said of the scores.
 
-N scored tokens; every logarithm is natural
+Pure numpy. N scored tokens; every logarithm is natural
 """
 
 import math
@@ -25,6 +25,13 @@ class Estimate(NamedTuple):
 
     value: float
     error: float
+
+
+class Window(NamedTuple):
+    """Tokens that a model sees at once, and the position from which on each scores the next one."""
+
+    tokens: Int[np.ndarray, " ctx"]
+    first: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +90,7 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
         raise ConfigError(f"ctx_size must be at least {LEAST_CTX}, got {ctx_size}")
     if limit is not None and limit < 1:
         raise ConfigError(f"chunks must be at least 1, got {limit}")
-    bos = tokenizer.encode("")[:1]
-    if bos != [tokenizer.bos_token_id]:
-        bos = []
-    # Without an EOS that the tokenizer may add: it is not a word of the text.
-    ids = bos + tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
+    ids = _ids(tokenizer, text)
     if len(ids) < 2 * ctx_size:
         cure = f"lower --ctx-size to {len(ids) // 2} or less, or " if len(ids) >= 2 * LEAST_CTX else ""
         raise ConfigError(
@@ -95,10 +98,37 @@ def chunks(tokenizer: Tokenizer, text: str, ctx_size: int, limit: int | None = N
             f"{cure}give a longer text"
         )
     count = min(len(ids) // ctx_size, limit or len(ids))
-    cut = np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size)
+    return with_bos(tokenizer, np.array(ids[: count * ctx_size], np.int32).reshape(count, ctx_size))
+
+
+def with_bos(tokenizer: Tokenizer, cut: Int[np.ndarray, "C ctx"]) -> Int[np.ndarray, "C ctx"]:
+    """The chunks, each beginning with BOS where the tokenizer puts one before a text."""
+    bos, cut = _bos(tokenizer), cut.astype(np.int32)
     if bos:
         cut[:, 0] = bos[0]
     return cut
+
+
+def windows(tokenizer: Tokenizer, text: str, ctx_size: int, stride: int, limit: int | None = None) -> list[Window]:
+    """The text's tokens in windows of `ctx_size`, each `stride` further on, of which the first `limit`.
+
+    Every token but the first is scored once: in each window what the one before it did not reach; the last window may
+    be shorter. So a token has at least ctx_size - stride before it, as far as the text goes. The text begins as that
+    of `chunks`, with BOS where the tokenizer puts it; later windows begin in its midst. This is how Hugging Face's
+    guide to perplexity cuts a text.
+    Raises ConfigError for a text of fewer than three tokens, and a stride that would pass over some.
+    """
+    if ctx_size < LEAST_CTX:
+        raise ConfigError(f"ctx_size must be at least {LEAST_CTX}, got {ctx_size}")
+    if not 1 <= stride < ctx_size:
+        raise ConfigError(f"stride must be in [1, {ctx_size - 1}], less than --ctx-size, got {stride}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"chunks must be at least 1, got {limit}")
+    ids = np.array(_ids(tokenizer, text), np.int32)
+    if len(ids) < 3:
+        raise ConfigError(f"the text is {len(ids)} tokens long, of which the first is not scored; give a longer text")
+    starts = range(0, max(1, len(ids) - ctx_size + stride), stride)[:limit]
+    return [Window(ids[at : at + ctx_size], ctx_size - stride - 1 if at else 0) for at in starts]
 
 
 def first_scored(ctx_size: int) -> int:
@@ -108,9 +138,31 @@ def first_scored(ctx_size: int) -> int:
 
 def perplexity(nll: Float[np.ndarray, " N"]) -> Estimate:
     """e to the mean; the error by that of the mean."""
-    mean = _mean(nll)
-    value = _exp(mean.value)
-    return Estimate(value, value * mean.error)
+    running = Running()
+    running.add(nll)
+    return running.perplexity()
+
+
+@dataclass
+class Running:
+    """The mean of numbers that come in parts, which are not kept (Chan, Golub and LeVeque 1983)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of the squared distances from the mean."""
+
+    def add(self, values: Float[np.ndarray, " N"]) -> None:
+        count, mean = self.count + len(values), float(values.mean())
+        apart = mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + apart**2 * self.count * len(values) / count
+        self.mean += apart * len(values) / count
+        self.count = count
+
+    def perplexity(self) -> Estimate:
+        """e to the mean of what was minus log-probabilities; the error by that of the mean, none of a single number."""
+        value = _exp(self.mean)
+        return Estimate(value, value * math.sqrt(self.squares / self.count / max(1, self.count - 1)))
 
 
 def compare(scores: Scores) -> Comparison:
@@ -143,6 +195,16 @@ def compare(scores: Scores) -> Comparison:
         delta_p_rms=Estimate(rms, square.error / (2 * rms) if rms else 0.0),
         same_top=Estimate(share, math.sqrt(share * (1 - share) / (len(same) - 1))),
     )
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    bos = tokenizer.encode("")[:1]
+    return bos if bos == [tokenizer.bos_token_id] else []
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    # Without an EOS that the tokenizer may add: it is not a word of the text.
+    return _bos(tokenizer) + tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
 
 
 def _mean(values: Float[np.ndarray, " N"]) -> Estimate:

@@ -5,7 +5,8 @@ accept as well, so that model files do not change with the format.
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 
 _STATIC = {"static": True}  # a field that is part of the tree's structure
+_OUTPUTS_FIRST = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # x [R, I], w [E, O, I]
 
 
 @jax.tree_util.register_dataclass
@@ -26,20 +28,21 @@ class Packed:
     """A matrix as the C++ kernels for CPU want it, in the format that the checkpoint stores."""
 
     panels: jax.Array
-    """16 rows side by side: [N / 16, K, 16] of plain numbers, or the bytes of quantised ones."""
+    """16 rows side by side: [N / 16, K, 16] of plain numbers, or the bytes of quantised ones; a stack's one by one."""
     shape: tuple[int, ...] = field(metadata=_STATIC)
-    """What the model sees, outputs first."""
+    """What the model sees, outputs first, and before them how many matrices a stack has."""
     outputs: int = field(metadata=_STATIC)
     """N: the product of the leading axes that are outputs."""
     dtype: DTypeLike = field(metadata=_STATIC)
     """Of the activations."""
     format: Format | None = field(default=None, metadata=_STATIC)
     """None for plain numbers."""
+    stacked: bool = field(default=False, metadata=_STATIC)
 
     @property
     def depth(self) -> int:
         """K."""
-        return math.prod(self.shape) // self.outputs
+        return math.prod(self.shape[self.stacked :]) // self.outputs
 
 
 type Weight = Float[Array, "..."] | Packed
@@ -53,6 +56,17 @@ def pack(w: np.ndarray | Blocks, shape: tuple[int, ...], dtype: DTypeLike) -> Pa
     else:
         outputs, panels, format = w.shape[0], dense.pack(w), None
     return Packed(panels, shape, outputs, jnp.dtype(dtype), format)  # type: ignore[arg-type]
+
+
+def stack(matrices: Iterable[Packed], count: int) -> Packed:
+    """`count` packed matrices of one kind as one [count, ...]; each is asked for when the one before is copied."""
+    given = iter(matrices)
+    first = next(given)
+    panels = dense.aligned((count, *first.panels.shape), np.dtype(first.panels.dtype))
+    panels[0] = first.panels
+    for i, matrix in zip(range(1, count), given, strict=True):
+        panels[i] = matrix.panels
+    return replace(first, panels=panels, shape=(count, *first.shape), stacked=True)  # type: ignore[arg-type]
 
 
 def quantised(w: np.ndarray, format: str, *, vocabulary: bool) -> np.ndarray | Blocks:
@@ -85,6 +99,45 @@ def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
     return _product(x, w, 1, jnp.float32)
 
 
+def grouped_linear(x: Float[Array, "R I"], w: Weight, sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """Groups of rows of x [R, I], each times a matrix of its own of w [E, O, I] -> [R, O].
+
+    The first sizes[0] rows are the first matrix's, and so on: the sizes must add up to R. Summed and rounded as by
+    `linear`. On CPU only matrices that have rows are read.
+    """
+    if isinstance(w, Packed):
+        if not w.stacked:
+            raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
+        if w.format is not None:
+            return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
+        return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
+    y: jax.Array = jax.lax.platform_dependent(x, w, sizes, cpu=one_by_one, default=ragged)
+    return y.astype(x.dtype)
+
+
+def ragged(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """The product as accelerators know it, float32."""
+    return jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
+
+
+def one_by_one(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+    """The same, one matrix after the other: on CPU XLA's ragged_dot multiplies every row by every matrix."""
+    ends, rows = jnp.cumsum(sizes), jnp.arange(x.shape[0])
+
+    def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        its = (rows >= ends[e] - sizes[e]) & (rows < ends[e])
+        return jnp.where(its[:, None], product, y)
+
+    def step(e: jax.Array, y: jax.Array) -> jax.Array:
+        skipped: jax.Array = jax.lax.cond(sizes[e] > 0, multiply, lambda e, y: y, e, y)
+        return skipped
+
+    none = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    result: jax.Array = jax.lax.fori_loop(0, w.shape[0], step, none)
+    return result
+
+
 @jax.named_scope("embed")
 def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     """Rows of an embedding table: w [V, D], tokens [T] -> [T, D]."""
@@ -98,7 +151,7 @@ def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
 def _product(x: Float[Array, "T I"], w: Weight, out: int, dtype: DTypeLike) -> Float[Array, "T O"]:
     outputs = math.prod(w.shape[:out])
     if isinstance(w, Packed):
-        if outputs != w.outputs:
+        if outputs != w.outputs or w.stacked:
             raise ValueError(f"a weight {list(w.shape)} of {w.outputs} outputs was multiplied as one of {outputs}")
         if w.format is not None:
             return blocks.linear(x, w.panels, w.format, outputs, dtype)

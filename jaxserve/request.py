@@ -17,6 +17,8 @@ MAX_STOP_IDS = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
 
+_INTEGERS = ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "prompt_logprobs_from")
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended. Every sequence ends in exactly one delta that carries one."""
@@ -49,6 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     temperature 0 is greedy. top_k 0 or -1 is off. logprobs k asks for the sampled token's
     log-probability under the raw model (before temperature, penalties and bias) and the k best ids;
     None is off. max_tokens None means up to the end of the context; 0 scores the prompt only.
+    prompt_logprobs k asks for the same of the prompt's tokens; of those before position prompt_logprobs_from nothing
+    is said, and what lies before it may come from the prefix cache.
     `stop` strings are handled where text lives; the engine sees token ids only.
     Raises InvalidParameter, naming the field.
     """
@@ -74,9 +78,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+        for name in _INTEGERS:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
         _check("n", self.n, 1, MAX_N)
@@ -122,6 +127,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _check(name, count, 0, MAX_TOP_LOGPROBS)
+        _check("prompt_logprobs_from", self.prompt_logprobs_from, 0, 2**31 - 1)
+        if self.prompt_logprobs_from and self.prompt_logprobs is None:
+            raise InvalidParameter(
+                "prompt_logprobs_from says where prompt_logprobs begin, which were not asked for; give both",
+                param="prompt_logprobs_from",
+            )
 
     def bias(self) -> dict[int, float]:
         """What is added to which id's logit, bans as -inf; with allowed_token_ids no other id may be sampled."""
@@ -176,8 +187,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step added to one sequence of one request.
 
     logprobs holds one entry per token of token_ids when they were asked for. prompt_logprobs comes with the
-    first delta of index 0, one entry per prompt token, the first None. finish is set on the last delta;
-    stop_token_id says which id ended it (that id is the last of token_ids). error is set with finish ERROR.
+    first delta of index 0, one entry per prompt token, None for the first and for those before
+    prompt_logprobs_from. finish is set on the last delta; stop_token_id says which id ended it (that id is the last
+    of token_ids). error is set with finish ERROR.
     """
 
     request_id: str
@@ -207,7 +219,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     platform: str
     attention: str
     device_bytes: dict[str, int]
-    """Bytes on the device by kind: weights, kv, slots, workspace."""
+    """Bytes by kind, of all devices together: weights, kv, slots, workspace."""
+    mesh: str = "1x1"
+    """Devices, as --mesh says it: replicas of the engine x devices of each."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
 
@@ -225,12 +239,19 @@ def check_request(request: Request, info: EngineInfo) -> None:
             f"prompt token id {bad[0]} is out of range: the vocabulary has {info.vocab_size} ids", param="prompt"
         )
     wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
-    if wanted > info.max_model_len:
+    scoring = params.max_tokens == 0  # then the last token is predicted, and does not take a place
+    if wanted > info.max_model_len + scoring:
         asked = f"{params.max_tokens} in the completion" if params.max_tokens is not None else "at least 1 to generate"
         raise PromptTooLong(
             f"This model's maximum context length is {info.max_model_len} tokens. However, you requested "
             f"{wanted} tokens ({len(prompt)} in the prompt, {asked}). Please shorten the prompt or max_tokens.",
             param="prompt",
+        )
+    if params.prompt_logprobs_from > max(0, len(prompt) - 1):
+        raise InvalidParameter(
+            f"prompt_logprobs_from is {params.prompt_logprobs_from}, and the last token of the prompt is "
+            f"{len(prompt) - 1}",
+            param="prompt_logprobs_from",
         )
     for name, ids in (
         ("logit_bias", params.logit_bias),

@@ -10,66 +10,35 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxserve import attention, batch, sampling
+from jaxserve import attention, batch
 from jaxserve.batch import Layout, Shape, SlotRows
-from jaxserve.config import EngineOptions
+from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
-from jaxserve.host_memory import host_memory
-from jaxserve.loading import Progress, load_model
+from jaxserve.loading import Progress, device_memory, load_model, memory_share
 from jaxserve.metrics import EngineMetrics
-from jaxserve.native.attention import untouched_cache
-from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, EngineInfo, Logprobs
-from jaxserve.sampling import SlotState, TokenLogprobs
+from jaxserve.request import EngineInfo, Logprobs
+from jaxserve.sampling import TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
-from jaxserve.spec import CacheSpec, Model, Params
+from jaxserve.sharding import bytes_per_device
+from jaxserve.spec import Params
+from jaxserve.step import Program, Programs, Sizes, StepOutput, no_binding, slot_shapes
 
 log = logging.getLogger("jaxserve.runner")
 
 CPU_TOKENS_PER_SEQ = 512
 """The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepState:
-    """What every step takes, changes in place and returns."""
-
-    cache: jax.Array  # [layers * pages, page_size, kv_heads * 2 * head_dim]
-    slots: SlotState
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step brings back, by row and, for prompts, by token."""
-
-    tokens: jax.Array  # [S]
-    logprobs: TokenLogprobs  # [S]
-    prompt_logprobs: TokenLogprobs  # [T]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Every number that the options left open, worked out."""
-
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    page_size: int
-    num_pages: int
-
-    @property
-    def pages_per_seq(self) -> int:
-        return -(-self.max_model_len // self.page_size)
+CPU_STEP_FLOPS = 1e11
+"""A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
+answered waiting for more than a second, and are no faster than in steps of 128."""
 
 
 class Launched:
@@ -78,9 +47,7 @@ class Launched:
     def __init__(self, plan: Plan, output: StepOutput):
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
-        self._prompt = output.prompt_logprobs.logprob.size > 0 and any(
-            r.sequence.prompt_logprobs is not None for r in plan.rows
-        )
+        self._prompt = any(row.scored for row in plan.rows)
         output.tokens.copy_to_host_async()
         for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
             if wanted:
@@ -98,39 +65,62 @@ class Launched:
             host, at = jax.tree.map(np.asarray, self._output.prompt_logprobs), 0
             for i, row in enumerate(self._plan.rows):
                 top = row.sequence.request.params.prompt_logprobs
-                if row.sequence.prompt_logprobs is not None and top is not None:
-                    wanted = max(0, min(row.count, row.sequence.num_prompt - 1 - row.start))
-                    sampled.prompt_logprobs[i] = [_logprobs(host, at + j, top) for j in range(wanted)]
+                if top is not None and (scored := row.scored):
+                    first = at - 1 - row.start  # what a token says is of the one after it
+                    sampled.prompt_logprobs[i] = [_logprobs(host, first + position, top) for position in scored]
                 at += row.count
         return sampled
 
 
 class Runner:
-    """One model on its device. `info` says what was worked out; `launch` and `bind` belong to one thread."""
+    """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
-    def __init__(self, options: EngineOptions, path: Path, metrics: EngineMetrics, progress: Progress):
-        loaded = load_model(options.model, options.device, path, progress)
-        self.model, self.config, self._kernel = loaded.model, loaded.config, loaded.kernel
+    `launch` and `bind` belong to one thread.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        path: Path,
+        metrics: EngineMetrics,
+        progress: Progress,
+        mesh: Mesh | None = None,
+    ):
+        loaded = load_model(options.model, options.device, path, progress, mesh)
+        self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
         self._device = loaded.device
-        platform = self._device.platform
-        self._attention, self._kv_dtype, self._programs = loaded.attention, loaded.kv_dtype, loaded.programs
+        platform, devices = self._device.platform, loaded.partition.mesh.size
+        # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
+        self._wait = platform == "cpu" and devices > 1
+        self._sharers = MeshShape.parse(options.device.mesh or "1").devices
+        self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
         self._params, self._tree = jax.tree.flatten(loaded.params)
-        weights = sum(a.nbytes for a in self._params)
-        spec = self.model.cache_spec(self.config)
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in self._params]
+        self.programs = Programs(
+            loaded.model,
+            loaded.config,
+            loaded.partition,
+            loaded.kernel,
+            loaded.kv_dtype,
+            jax.tree.unflatten(self._tree, shapes),
+        )
+        weights = bytes_per_device(shapes)
         self._lock = threading.Lock()
         self._closing = False
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
-        self.sizes, self._compiled, workspace = self._fit(options, spec, weights, progress)
+        self.sizes, self._compiled, workspace = self._fit(options, weights, progress)
         self._layout = self._layouts(self.sizes)
         self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
-        self._state = self._new_state(loaded.attention == "cpu")
-        self._bind = self._compile_bind()
+        self._state = self._get(self.programs.new_state(self.sizes, by_cpu_kernel=loaded.attention == "cpu"))()
+        # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
+        self._bind = self._get(self.programs.bind(self.sizes))
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
-        kv, slots = self._state.cache.nbytes, _bytes(self._state.slots)
+        kv, slots = bytes_per_device(self._state.cache), bytes_per_device(self._state.slots)
+        by_kind = {"weights": weights, "kv": kv, "slots": slots, "workspace": workspace}
         self.info = EngineInfo(
             model=str(path),
             architecture=self.model.name,
@@ -141,17 +131,19 @@ class Runner:
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
             dtype=loaded.dtype.name,
-            num_params=sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config))),
+            num_params=self._num_params(),
             platform=platform,
             attention=loaded.attention,
             priorities=options.schedule.scheduling_policy == "priority",
-            device_bytes={"weights": weights, "kv": kv, "slots": slots, "workspace": workspace},
+            device_bytes={kind: size * devices for kind, size in by_kind.items()},
+            mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
-        pages = f"{self._kv_dtype.name}, {self.sizes.num_pages} pages of {self.sizes.page_size} tokens"
+        pages = f"{loaded.kv_dtype.name}, {self.sizes.num_pages} pages of {self.sizes.page_size} tokens"
+        each = f" of each of {devices} devices" if devices > 1 else ""
         progress(
-            f"memory: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
+            f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
             f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
 
@@ -165,6 +157,8 @@ class Runner:
         self._rows.update(plan)
         buffer = self._layout[shape].pack(plan, self._rows)
         self._state, output = compiled(self._params, self._state, buffer)
+        if self._wait:
+            jax.block_until_ready(self._state)
         return Launched(plan, output), shape.tokens - plan.num_tokens
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
@@ -176,37 +170,24 @@ class Runner:
         """The weights as the model file sees them."""
         return jax.tree.unflatten(self._tree, self._params)
 
+    def _cpu_tokens(self) -> int:
+        """Tokens of a default step on CPU: 512 of small models, 64 of large ones."""
+        work = 2 * self._num_params()
+        return next((n for n in (512, 256, 128) if n * work <= CPU_STEP_FLOPS), 64)
+
+    def _num_params(self) -> int:
+        return sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config)))
+
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
         return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs) for s in known}
 
-    def _abstract(self, sizes: Sizes) -> StepState:
-        spec = self.model.cache_spec(self.config)
-        cache = jax.ShapeDtypeStruct((spec.layers * sizes.num_pages, sizes.page_size, spec.row), self._kv_dtype)
-        return StepState(cache, _slots(sizes.max_num_seqs, sizes.max_model_len))  # type: ignore[arg-type]  # a tree of shapes
-
-    def _new_state(self, by_cpu_kernel: bool) -> StepState:
-        state = self._abstract(self.sizes)
-        # As large as the longest context: to clear it takes seconds, and memory that may never be used.
-        new_cache = untouched_cache if by_cpu_kernel else jnp.zeros
-
-        def new() -> StepState:
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
-            return StepState(new_cache(state.cache.shape, state.cache.dtype), zeros)
-
-        return self._programs.get(("state", by_cpu_kernel, state), new)()
-
-    def _compile_bind(self) -> jax.stages.Compiled:
-        """Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state."""
-        return self._programs.get("bind", _bind, self._abstract(self.sizes), *self._no_binding(), donate=0)
+    def _get(self, program: Program) -> jax.stages.Compiled:
+        what, function, arguments, donate, results = program
+        return self._cache.get(what, function, *arguments, donate=donate, out_shardings=results)
 
     def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
-        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
-        step = partial(_step, self.model, self.config, self._kernel, self._tree, layout)
-        params = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self._params]
-        state, buffer = self._abstract(sizes), jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        what = ("step", self.config, self._kernel.__module__, shape, sizes, self._tree)
-        return self._programs.get(what, step, params, state, buffer, donate=1)
+        return self._get(self.programs.step(shape, sizes))
 
     def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
@@ -219,16 +200,19 @@ class Runner:
         return self._compiled[shape]
 
     def _fit(
-        self, options: EngineOptions, spec: CacheSpec, weights: int, progress: Progress
+        self, options: EngineOptions, weights: int, progress: Progress
     ) -> tuple[Sizes, dict[Shape, jax.stages.Compiled], int]:
-        """Sizes the KV cache by what the compiled largest step leaves of the memory; returns that step too."""
+        """Sizes the KV cache by what the compiled largest step leaves of each device's memory; returns that step too.
+
+        `weights`: bytes a device.
+        """
         cpu = self._device.platform == "cpu"
         wanted_len = options.model.max_model_len
         length = wanted_len or self.config.max_positions
         if wanted_len is not None and wanted_len > self.config.max_positions:
             raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        tokens = options.schedule.max_num_batched_tokens or max(seqs, 512 if cpu else 2048)
+        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048)
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
@@ -239,7 +223,7 @@ class Runner:
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
         given = options.device.num_kv_pages
-        page_bytes = spec.layers * page * spec.row * self._kv_dtype.itemsize
+        page_bytes = bytes_per_device(self.programs.state(Sizes(page, 1, 1, page, 1)).cache)
 
         def sizes(pages: int) -> Sizes:
             fitting = min(length, pages * page)
@@ -251,9 +235,16 @@ class Runner:
             return Sizes(fitting, seqs, tokens, page, pages)
 
         if given is None:
-            total = _device_memory(self._device) + (weights if cpu else 0)  # on CPU: what was free before the weights
-            share = options.device.memory_utilization or (0.5 if cpu else 0.9)
-            budget = int(total * share) - weights - _bytes(_slots(seqs, length))
+            free, share = (
+                device_memory(self._device, self._sharers),
+                memory_share(options.device, self._device.platform),
+            )
+            if free is None:
+                kind = self._device.device_kind
+                raise ConfigError(f"{kind} does not say how much memory it has; give --num-kv-pages")
+            # On CPU what is free now; what counts is what was before the weights.
+            total = free + (weights * self.programs.partition.mesh.size // self._sharers if cpu else 0)
+            budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
             pages = budget // page_bytes
             if pages < 1:
                 raise ConfigError(
@@ -320,19 +311,11 @@ class Runner:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _no_binding(self) -> tuple[Any, ...]:
-        return (
-            np.int32(self.sizes.max_num_seqs),  # the slot that is nobody's
-            np.zeros(self.sizes.max_model_len, np.int32),
-            np.full(MAX_BIAS_IDS, -1, np.int32),
-            np.zeros(MAX_BIAS_IDS, np.float32),
-            np.full(MAX_STOP_IDS, -1, np.int32),
-        )
-
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
         params, request = sequence.request.params, sequence.request
-        _, history, ids, values, stops = self._no_binding()
-        history[: len(sequence.tokens)] = sequence.tokens
+        _, history, ids, values, stops = no_binding(self.sizes)
+        tokens = sequence.tokens[: len(history)]  # the last one of a prompt that is only scored may have no place
+        history[: len(tokens)] = tokens
         bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())
@@ -347,15 +330,6 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _slots(seqs: int, length: int) -> SlotState:
-    """The shapes of what the slots remember; few bytes unless the context is very long."""
-    return jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
 def _needs_binding(sequence: Sequence) -> bool:
     p = sequence.request.params
     return bool(
@@ -367,67 +341,6 @@ def _needs_binding(sequence: Sequence) -> bool:
         or p.allowed_token_ids
         or p.min_tokens
     )
-
-
-def _bind(state: StepState, *binding: jax.Array) -> StepState:
-    return StepState(state.cache, sampling.bind(state.slots, *binding))
-
-
-def _step(
-    model: Model,
-    config: Any,
-    kernel: Any,
-    tree: Any,
-    layout: Layout,
-    params: list[jax.Array],
-    state: StepState,
-    buffer: jax.Array,
-) -> tuple[StepState, StepOutput]:
-    """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember."""
-    weights, step = jax.tree.unflatten(tree, params), layout.unpack(buffer)
-    size, seqs = layout.shape.tokens, layout.shape.seqs
-    t = jnp.arange(size, dtype=jnp.int32)
-    live = t < step.cu_q_lens[step.distribution[2]]
-    s = jnp.clip(jnp.searchsorted(step.cu_q_lens[1:], t, side="right").astype(jnp.int32), 0, seqs - 1)  # [T]
-    positions = jnp.where(live, step.kv_lens[s] - step.cu_q_lens[s + 1] + t, 0)
-    slot = jnp.where(live, step.slots[s], layout.num_slots)
-
-    history = state.slots.history
-    tokens = jnp.where(step.tokens >= 0, step.tokens, history.at[slot, positions].get(mode="clip"))
-    # One read before the write: fused into each of its users, the old history would have to be kept as a copy.
-    tokens, history = jax.lax.optimization_barrier((tokens, history))
-    history = _remember(history, slot, positions, tokens)
-
-    with jax.named_scope("forward"):
-        layers = model.cache_spec(config).layers
-        attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
-        hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
-    with jax.named_scope("logits"):
-        last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
-        logits = model.logits(weights, config, last)  # [S, V]
-    with jax.named_scope("sample"):
-        top = min(MAX_TOP_LOGPROBS, logits.shape[-1])
-        slots = replace(state.slots, history=history)
-        sampled = sampling.sample(logits, step.rows, step.slots, slots)
-        logprobs = jax.lax.cond(
-            step.rows.logprobs.any(),
-            lambda: sampling.token_logprobs(logits, jnp.where(step.rows.logprobs, sampled, -1), top),
-            lambda: sampling.no_logprobs(seqs, top),
-        )
-        if layout.shape.single:
-            prompt = sampling.no_logprobs(0, top)
-        else:
-            prompt = sampling.prompt_logprobs(partial(model.logits, weights, config), hidden, step.targets, top)
-    target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
-    history = _remember(history, target, step.rows.position, sampled)
-    return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
-
-
-def _remember(history: jax.Array, slot: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
-    """Writes each token to its place; those of no sequence go to the last slot, which is nobody's."""
-    if token.size == 1:  # XLA makes a scatter of one row a select over a copy of everything
-        return jax.lax.dynamic_update_slice(history, token[None], (slot[0], position[0]))
-    return history.at[slot, position].set(token, mode="drop")
 
 
 def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
@@ -445,13 +358,3 @@ def _workspace(compiled: jax.stages.Compiled) -> int:
     if memory is None:
         return 0
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def _device_memory(device: jax.Device) -> int:
-    """Bytes that the device has, or on CPU those that are free."""
-    if device.platform != "cpu":
-        stats = device.memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            raise ConfigError(f"{device.device_kind} does not say how much memory it has; give --num-kv-pages")
-        return int(stats["bytes_limit"])
-    return host_memory().free

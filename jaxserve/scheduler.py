@@ -23,7 +23,7 @@ class Sequence:
     """One continuation of one request.
 
     tokens [0, num_prompt) is the prompt, the rest what was sampled and has reached the host.
-    KV:  [0, num_computed) written by launched steps   [num_computed, length) still to compute
+    KV:  [0, num_computed) written by launched steps   [num_computed, num_wanted) still to compute
     """
 
     request: Request
@@ -34,8 +34,6 @@ class Sequence:
     num_prompt: int
     limit: int
     """Tokens, prompt included, at which the sequence ends."""
-    leader: "Sequence | None" = None
-    """Index 0 of the same request: its prompt is computed first, so that the others share the pages."""
     deadline: float | None = None
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -57,6 +55,16 @@ class Sequence:
         return len(self.tokens) + self.in_flight
 
     @property
+    def scoring(self) -> bool:
+        """max_tokens is 0: nothing is sampled."""
+        return self.request.params.max_tokens == 0
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens to compute: all, but for the last one of a prompt that is only scored, which predicts nothing."""
+        return max(1, self.num_prompt - 1) if self.scoring else self.length
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
@@ -70,6 +78,15 @@ class Row:
     start: int
     count: int
     last: bool
+
+    @property
+    def scored(self) -> range:
+        """Positions of the prompt's tokens, each after one of this row, whose log-probabilities are wanted."""
+        sequence = self.sequence
+        if sequence.prompt_logprobs is None:
+            return range(0)
+        first = max(self.start + 1, sequence.request.params.prompt_logprobs_from)
+        return range(first, max(first, min(self.start + self.count + 1, sequence.num_prompt)))
 
 
 @dataclass(slots=True)
@@ -89,7 +106,7 @@ class Sampled:
     tokens: Seq[int]
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
-    """By row: the log-probabilities of the tokens after each token of the row, as far as the prompt goes."""
+    """By row: the log-probabilities of the tokens at its `scored` positions."""
 
 
 @dataclass(slots=True)
@@ -131,6 +148,8 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.num_deferred = 0
+        """Sequences that the last plan had room for, but left waiting for pages that it computes for another one."""
         self.stats = Stats()
         self.ended: list[Sequence] = []
         """Sequences that finished by themselves, for whoever measures them to take."""
@@ -145,11 +164,6 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    @property
-    def num_deferred(self) -> int:
-        """Waiting sequences that wait for their leader's pages, not for capacity. Any thread may ask."""
-        return sum(map(self._deferred, list(self.waiting)))
-
     def add(self, request: Request, now: float) -> None:
         """Queues a checked request. Raises Overloaded when the queue is full."""
         if len(self._queued) >= self.max_queued_requests:
@@ -160,7 +174,6 @@ class Scheduler:
         prompt, params = list(request.prompt_token_ids), request.params
         limit = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         deadline = None if request.timeout_s is None else now + request.timeout_s
-        leader: Sequence | None = None
         for index in range(params.n):
             sequence = Sequence(
                 request,
@@ -169,14 +182,12 @@ class Scheduler:
                 now,
                 list(prompt),
                 len(prompt),
-                min(limit, self.max_model_len),
-                leader,
+                max(len(prompt), min(limit, self.max_model_len)),
                 deadline,
             )
             self._order += 1
-            if index == 0:
-                leader = sequence
-                sequence.prompt_logprobs = [None] if params.prompt_logprobs is not None else None
+            if index == 0 and params.prompt_logprobs is not None:
+                sequence.prompt_logprobs = [None] * max(1, params.prompt_logprobs_from)
             if deadline is not None:
                 heapq.heappush(self._deadlines, (deadline, sequence.order, sequence))
             insort(self.waiting, sequence, key=self._rank)
@@ -213,23 +224,22 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now."""
         singles: list[Row] = []
         chunks: list[Row] = []
+        placed: list[Sequence] = []
         admitted: list[Sequence] = []
-        budget = self.max_num_batched_tokens
+        computing: set[bytes] = set()  # the blocks of prompts that this step fills
+        budget, size = self.max_num_batched_tokens, self.pages.page_size
 
         def place(sequence: Sequence) -> None:
             nonlocal budget
-            count = min(sequence.length - sequence.num_computed, budget)
-            row = Row(
-                sequence,
-                sequence.slot,
-                sequence.num_computed,
-                count,
-                sequence.num_computed + count == sequence.length,
-            )
-            (singles if count == 1 else chunks).append(row)
+            start, end = sequence.num_computed, sequence.num_wanted
+            count = min(end - start, budget)
+            last = start + count == end
+            (singles if count == 1 else chunks).append(Row(sequence, sequence.slot, start, count, last))
+            placed.append(sequence)
             sequence.num_computed += count
+            computing.update(sequence.hashes[sequence.num_registered : sequence.num_computed // size])
             budget -= count
-            if row.last and sequence.length < sequence.limit:
+            if last and sequence.length < sequence.limit:
                 sequence.in_flight += 1
 
         # Decodes before prompts, each in rank order: what is preempted for pages is always of lower rank.
@@ -237,9 +247,10 @@ class Scheduler:
         prompts: list[Sequence] = []
         for sequence in self.running:
             length = len(sequence.tokens) + sequence.in_flight
-            if not sequence.in_flight or length < sequence.limit:  # others end with this commit
+            if length < sequence.limit:
                 (decodes if length - sequence.num_computed == 1 else prompts).append(sequence)
-        size = self.pages.page_size
+            elif sequence.scoring and sequence.num_computed < sequence.num_wanted:  # others end with this commit
+                prompts.append(sequence)
         for sequence in decodes:  # nearly all of a busy step: no more than it takes
             start = sequence.num_computed
             room = sequence.slot >= 0 and (start < len(sequence.pages) * size or self._grow(sequence, singles))
@@ -251,20 +262,25 @@ class Scheduler:
         for sequence in prompts:
             if budget and sequence.slot >= 0:
                 place(sequence)
+        deferred = 0
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
                 break
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
-            if self._deferred(sequence):
+            blocks = self._sharable(sequence)
+            found = self.pages.match(blocks)
+            if len(found) < len(blocks) and blocks[len(found)] in computing:
+                deferred += 1  # one step later it shares them
                 continue
-            if not self._admit(sequence, now):
+            if not self._admit(sequence, found, now):
                 break
             admitted.append(sequence)
             place(sequence)
 
-        for row in chunks:  # only now: a step never reads blocks that it computes itself
-            self._register(row.sequence)
+        self.num_deferred = deferred
+        for sequence in placed:  # only now: a step never reads blocks that it computes itself
+            self._register(sequence)
         rows = singles + chunks
         if not rows:
             return None
@@ -279,12 +295,13 @@ class Scheduler:
         deltas, size = [], self.pages.page_size
         for i, row in enumerate(plan.rows):
             sequence = row.sequence
-            produced = row.last and row.start + row.count < sequence.limit
+            produced = row.last and not sequence.scoring and row.start + row.count < sequence.limit
             if sequence.finished:
                 self.stats.discarded_tokens += produced
                 continue
-            if i in sampled.prompt_logprobs:
-                self._keep_prompt_logprobs(row, sampled.prompt_logprobs[i])
+            if i in sampled.prompt_logprobs and sequence.prompt_logprobs is not None:
+                known = len(sequence.prompt_logprobs)  # a preempted prompt comes twice
+                sequence.prompt_logprobs += sampled.prompt_logprobs[i][known - row.scored.start :]
             if not row.last:
                 continue
             if not produced:  # max_tokens 0: the prompt was all there was to compute
@@ -324,28 +341,25 @@ class Scheduler:
         """Lower goes first and is preempted last."""
         return (sequence.request.priority if self.priorities else 0, sequence.order)
 
-    def _deferred(self, sequence: Sequence) -> bool:
-        """Its prompt's full blocks are still to be computed by its leader, and then shared."""
-        leader = sequence.leader
-        if leader is None or leader.finished or leader.num_output > 0:
-            return False
-        return leader.num_registered < (leader.num_prompt - 1) // self.pages.page_size
+    def _sharable(self, sequence: Sequence) -> list[bytes]:
+        """The hashes of the blocks that may come from elsewhere: those before the first token whose output counts."""
+        self._extend_hashes(sequence)
+        first = sequence.num_wanted  # the last token is computed always: its logits are wanted
+        known = sequence.prompt_logprobs
+        if known is not None and len(known) < sequence.num_prompt:
+            first = min(first, len(known))
+        return sequence.hashes[: (first - 1) // self.pages.page_size]
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         # Without a cache across requests, the continuations of one request still share their prompt.
         salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
         extend_hashes(sequence.hashes, sequence.tokens, self.pages.page_size, salt)
 
-    def _admit(self, sequence: Sequence, now: float) -> bool:
-        """Gives a waiting sequence a slot and the pages of all its tokens, or leaves it waiting."""
+    def _admit(self, sequence: Sequence, found: list[int], now: float) -> bool:
+        """Gives a waiting sequence a slot and the pages of all tokens to compute, `found` first; False if too few."""
         size = self.pages.page_size
-        self._extend_hashes(sequence)
-        usable = (len(sequence.tokens) - 1) // size  # the last token is computed always: its logits are wanted
-        found: list[int] = []
-        if sequence.prompt_logprobs is None:  # which need every position's logits
-            found = self.pages.match(sequence.hashes[:usable])
         self.pages.share(found)
-        taken = self.pages.take(-(-len(sequence.tokens) // size) - len(found))
+        taken = self.pages.take(-(-sequence.num_wanted // size) - len(found))
         if taken is None:
             self.pages.release(found)
             return False
@@ -416,12 +430,6 @@ class Scheduler:
         for block in range(sequence.num_registered, full):
             self.pages.register(sequence.pages[block], sequence.hashes[block])
         sequence.num_registered = full
-
-    def _keep_prompt_logprobs(self, row: Row, found: list[Logprobs]) -> None:
-        """Row tokens [start, start + count) predict positions [start + 1, ..]; a preempted prompt comes twice."""
-        kept = row.sequence.prompt_logprobs
-        if kept is not None:
-            kept.extend(found[len(kept) - row.start - 1 :])
 
     def _finish(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
         params = sequence.request.params

@@ -1,17 +1,18 @@
 """What a model file may assume: how it names its weights, its cache and its attention. No engine, no mesh.
 
-A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`;
-`Model` is that module seen as a type.
+A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`; it may have
+`unused(name)` and `EXAMPLE` as well. `Model` is that module seen as a type.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float
 
 from jaxserve.errors import ConfigError
+from kernels_pallas.ragged_paged_attention.contract import Cache
 
 type Params = Any
 """The tree of arrays that mirrors the tree of ParamSpecs."""
@@ -28,24 +29,61 @@ class ParamSpec:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     name: str
+    """With a `*` where as many tensors as the first axis is long have their number in it."""
     matrix: bool = False
-    """Only `linear`, `linear_f32` and `embed` touch it: it may be kept in another layout, or quantised."""
+    """Only the products of quant.py and its `embed` touch it: it may be kept in another layout, or quantised."""
+    rows: tuple[int, int] | None = None
+    """Which rows of the checkpoint's tensor it is, [begin, end), where that holds several weights; None: all."""
+    together: bool = False
+    """A norm takes the mean over all its axes at once: zeros that fill one up for a mesh would change what it gives."""
+    precise: bool = False
+    """Few numbers of which every digit counts: quantised only if the checkpoint says so."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether it is several tensors of the checkpoint."""
+        return "*" in self.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of those tensors, in their order."""
+        return tuple(self.name.replace("*", str(i)) for i in range(self.shape[0])) if self.spread else (self.name,)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each of them."""
+        return self.shape[1:] if self.spread else self.shape
 
 
-def weight(config: Any, axes: str, name: str) -> ParamSpec:
+def weight(config: Any, axes: str, name: str, *, together: bool = False) -> ParamSpec:
     """A ParamSpec whose axis names are the config's field names, so shape and sharding cannot disagree.
 
     `weight(c, "width", "model.layers.0.input_layernorm.weight")`
     """
-    return ParamSpec(*_sized(config, axes, name), name)
+    return ParamSpec(*_sized(config, axes, name), name, together=together)
 
 
-def matrix(config: Any, axes: str, name: str) -> ParamSpec:
-    """The same for a weight [outputs, inputs] that nothing but `linear`, `linear_f32` and `embed` of quant.py touches.
+def matrix(config: Any, axes: str, name: str, *, precise: bool = False) -> ParamSpec:
+    """The same for a weight [outputs, inputs] that nothing but the products of quant.py and its `embed` touch.
 
-    `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`
+    `matrix(c, "heads head_dim width", "model.layers.0.self_attn.q_proj.weight")`, and for experts, which are tensors of
+    their own, `matrix(c, "experts expert_ffn width", "model.layers.0.mlp.experts.*.up_proj.weight")`
     """
-    return ParamSpec(*_sized(config, axes, name), name, matrix=True)
+    return ParamSpec(*_sized(config, axes, name), name, matrix=True, precise=precise)
+
+
+def stacked(config: Any, name: str, **parts: str) -> dict[str, ParamSpec]:
+    """Matrices, by name and axes, that lie one below the other in one tensor [outputs of all, inputs] of a checkpoint.
+
+    `stacked(c, "model.layers.0.mlp.gate_up_proj.weight", gate="ffn width", up="ffn width")`
+    """
+    specs, begin = {}, 0
+    for part, names in parts.items():
+        axes, shape = _sized(config, names, name)
+        end = begin + math.prod(shape[:-1])
+        specs[part] = ParamSpec(axes, shape, name, matrix=True, rows=(begin, end))
+        begin = end
+    return specs
 
 
 def _sized(config: Any, axes: str, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -61,6 +99,20 @@ def only_served(hf: Mapping[str, Any], **served: Any) -> None:
     for key, value in served.items():
         if hf.get(key, value) not in (value, None):
             raise ConfigError(f"config.json has {key}={hf[key]!r}; this model file serves {value!r} only")
+
+
+def expert_counts(hf: Mapping[str, Any]) -> tuple[int, int]:
+    """How many experts a layer has, and how many of them a token goes through.
+
+    Raises ConfigError for more of the latter, or for none.
+    """
+    key = next((key for key in ("num_local_experts", "num_experts") if key in hf), "num_experts")
+    experts, used = hf[key], hf["num_experts_per_tok"]
+    if not 0 < used <= experts:
+        raise ConfigError(
+            f"config.json has {key}={experts!r} and num_experts_per_tok={used!r}; served is 1 up to {key}"
+        )
+    return experts, used
 
 
 def cap_of(hf: Mapping[str, Any], key: str, default: float | None = None) -> float | None:
@@ -123,13 +175,13 @@ class Attend(Protocol):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        cache: jax.Array,
+        cache: Cache,
         *,
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
-    ) -> tuple[Float[Array, "T N H"], jax.Array]: ...
+    ) -> tuple[Float[Array, "T N H"], Cache]: ...
 
 
 class ModelConfig(Protocol):
@@ -158,23 +210,33 @@ class Model:
     name: str
     config_from_hf: Callable[[Mapping[str, Any]], Any]
     param_specs: Callable[[Any], Any]
-    forward: Callable[..., tuple[Float[Array, "T D"], jax.Array]]
+    forward: Callable[..., tuple[Float[Array, "T D"], Cache]]
     """forward(params, config, tokens [T], positions [T], cache, attend) -> hidden [T, D], cache"""
     logits: Callable[[Params, Any, Float[Array, "S D"]], Float[Array, "S V"]]
     """logits(params, config, hidden [S, D]) -> float32 [S, V]"""
 
+    unused: Callable[[str], bool] = lambda name: False
+    """unused(tensor name) -> whether a checkpoint may hold this tensor although no spec names it: a mask, say."""
+    example: Mapping[str, Any] | None = None
+    """A config.json of few and small layers, for `jaxserve check` to compute with."""
+
     @classmethod
-    def of(cls, module: Any) -> "Model":
-        """The Model of a module. Raises ConfigError naming what the module lacks."""
+    def of(cls, module: Any, name: str | None = None) -> "Model":
+        """The Model of a module, or of any object that has what a model file has. Raises ConfigError for a lack."""
+        name = name or module.__name__.rsplit(".", 1)[-1]
         lacks = [n for n in ("Config", "param_specs", "forward", "logits") if not hasattr(module, n)]
+        if not lacks and not hasattr(module.Config, "from_hf"):
+            lacks = ["Config.from_hf"]
         if lacks:
-            raise ConfigError(f"model file {module.__name__} lacks {', '.join(lacks)}")
+            raise ConfigError(f"model file {name} lacks {', '.join(lacks)}")
         return cls(
-            module.__name__.rsplit(".", 1)[-1],
+            name,
             module.Config.from_hf,
             module.param_specs,
             module.forward,
             module.logits,
+            getattr(module, "unused", cls.unused),
+            getattr(module, "EXAMPLE", None),
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:

@@ -68,6 +68,10 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
 
 
+type Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
 @dataclass
 class TextModel:
     """A served model as text sees it."""

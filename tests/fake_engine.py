@@ -170,8 +170,9 @@ class FakeEngine:
         left = {k: self._tokens(request, k) for k in range(params.n)}
         prompt_logprobs = None
         if params.prompt_logprobs is not None:
-            scored = [_logprobs(t, params.prompt_logprobs, rank=2) for t in prompt[1:]]
-            prompt_logprobs = (None, *scored)
+            first = max(1, params.prompt_logprobs_from)
+            scored = [_logprobs(t, params.prompt_logprobs, rank=2) for t in prompt[first:]]
+            prompt_logprobs = (*[None] * first, *scored)
         sent = 0
         first = True
         while left:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def write_checkpoint(path: Path, name: str) -> str:
 
     Returns the sha256 of its tensors' bytes, in order.
     """
+    return write_model(path, _SIZES | CONFIGS[name], _shapes, norm=0.0)
+
+
+def write_model(
+    path: Path, config: dict[str, Any], shapes: Callable[[dict[str, Any]], Mapping[str, Any]], *, norm: float
+) -> str:
+    """The same of any config.json. `shapes` gives its tensors once vocab_size is in it, `norm` is the mean of norms."""
     path.mkdir()
     model = _tokenizer()
     (path / "tokenizer.model").write_bytes(model.SerializeToString())
@@ -52,13 +60,13 @@ def write_checkpoint(path: Path, name: str) -> str:
     named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), CONTROL, strict=True))
     settings = named | {"add_bos_token": True, "added_tokens_decoder": added}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = _SIZES | {"vocab_size": len(model.pieces) + 5} | CONFIGS[name]  # padded, as many are
+    config = {"vocab_size": len(model.pieces) + 5} | config  # padded, as many are
     (path / "config.json").write_text(json.dumps(config))
     weights, digest = {}, hashlib.sha256()
-    for i, (tensor, shape) in enumerate(_shapes(config).items()):
+    for i, (tensor, shape) in enumerate(shapes(config).items()):
         spread = 2 * random_uniform(int(np.prod(shape)), 1000 + i).reshape(shape) - 1
         scale = 0.5 if "norm" in tensor else 0.2 if "embed" in tensor else 0.35
-        weights[tensor] = (scale * spread).astype("<f4")
+        weights[tensor] = (scale * spread + (norm if "norm" in tensor else 0.0)).astype("<f4")
         digest.update(weights[tensor].tobytes())
     save_file(weights, path / "model.safetensors")
     return digest.hexdigest()

@@ -11,6 +11,8 @@ U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 PACKED = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, LAYERS = 32, 2, 1, 16, 64, 12, 2
+EXPERTS = {"expert_count": 3, "expert_used_count": 2}
+"""Metadata of a model with experts, whose feed-forward layers are of FFN too."""
 
 METADATA = {
     "context_length": 64,
@@ -28,8 +30,8 @@ METADATA = {
 """Of a model whose sizes are the constants above, without the architecture before the key."""
 
 
-def model_tensors(architecture: str = "llama", *, tied: bool = False) -> dict[str, np.ndarray]:
-    """Random float32 weights under GGUF's names, as many as the architecture has."""
+def model_tensors(architecture: str = "llama", *, tied: bool = False, experts: bool = False) -> dict[str, np.ndarray]:
+    """Random float32 weights under GGUF's names, as many as the architecture has; `experts`: as EXPERTS says."""
     rng = np.random.default_rng(0)
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (VOCAB, WIDTH), "output_norm.weight": (WIDTH,)}
@@ -45,8 +47,26 @@ def model_tensors(architecture: str = "llama", *, tied: bool = False) -> dict[st
             block |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
         if architecture.startswith("gemma"):
             block |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
-        if architecture in ("qwen3", "gemma3"):
+        if experts:
+            count = EXPERTS["expert_count"]
+            for name in ("ffn_gate", "ffn_up", "ffn_down"):
+                del block[f"{name}.weight"]
+            block |= {
+                "ffn_gate_inp.weight": (count, WIDTH), "ffn_gate_exps.weight": (count, FFN, WIDTH),
+                "ffn_up_exps.weight": (count, FFN, WIDTH), "ffn_down_exps.weight": (count, WIDTH, FFN),
+            }  # fmt: skip
+        if architecture in ("qwen3", "qwen3moe", "gemma3"):
             block |= {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+        if architecture == "olmo2":
+            block = {
+                name: shape for name, shape in block.items() if name not in ("attn_norm.weight", "ffn_norm.weight")
+            }
+            block |= {"post_attention_norm.weight": (WIDTH,), "post_ffw_norm.weight": (WIDTH,)}
+            block |= {"attn_q_norm.weight": (q,), "attn_k_norm.weight": (kv,)}
+        if architecture == "phi3":
+            block |= {"attn_qkv.weight": (q + 2 * kv, WIDTH), "ffn_up.weight": (2 * FFN, WIDTH)}
+            parts = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight")
+            block = {name: shape for name, shape in block.items() if name not in parts}
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 

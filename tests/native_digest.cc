@@ -30,18 +30,30 @@ std::vector<T> numbers(size_t count, uint32_t seed) {  // in [-1, 1), from a lin
   return values;
 }
 
+template <>
+std::vector<int8_t> numbers(size_t count, uint32_t seed) {  // any bytes
+  std::vector<int8_t> values(count);
+  for (int8_t& value : values) {
+    seed = seed * 1664525u + 1013904223u;
+    value = static_cast<int8_t>(seed >> 24);
+  }
+  return values;
+}
+
 template <class Q, class C>
 void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks) {
   const int64_t heads = 6, kv_heads = 2, length = 150, queries = 20, pages = 30;
   const auto q = numbers<Q>(queries * heads * head_dim, 1);
   const auto cache = numbers<C>(pages * page * kv_heads * 2 * head_dim, 2);
   const auto sinks = numbers<float>(heads, 6);
+  auto scales = numbers<float>(pages * kv_heads * 2 * page, 7);
+  for (float& scale : scales) scale *= 0.02f;
   std::vector<Q> out(q.size());
   std::vector<int32_t> table(pages);
   for (int i = 0; i < pages; i++) table[i] = i * 7 % pages;
   const int32_t kv_lens[] = {static_cast<int32_t>(length)}, cu_q_lens[] = {0, static_cast<int32_t>(queries)};
   const jaxserve::Step step{heads, kv_heads, head_dim, page, kv_heads * 2 * head_dim, pages, 0.3f, soft_cap, window,
-                            kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr};
+                            kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr, scales.data()};
   for (int64_t first : {0, 7, 8}) {
     const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12;
     for (int64_t h = 0; h < kv_heads; h++) {
@@ -58,6 +70,19 @@ void keep(int64_t apart) {
   std::vector<C> kept(x.size() * apart);
   jaxserve::keep(x.data(), x.size(), kept.data(), apart);
   add(kept);
+}
+
+template <class Q>
+void keep_bytes(int64_t apart) {
+  std::vector<int8_t> kept(3 * 37 * apart);
+  std::vector<float> scales;
+  for (const float spoiled : {1.0f, 0.0f, INFINITY, NAN}) {
+    auto x = numbers<Q>(37, 9);
+    for (size_t i = 0; i < x.size(); i += spoiled == 0.0f ? 1 : 20) jaxserve::from_float(spoiled, &x[i]);
+    scales.push_back(jaxserve::keep_bytes(x.data(), x.size(), kept.data(), apart));
+    add(kept);
+  }
+  add(scales);
 }
 
 template <class W>
@@ -88,7 +113,7 @@ void blocks(int64_t tokens, int64_t depth) {
   }
   const int tile = jaxserve::tile_of(tokens);
   std::vector<uint8_t> rows(jaxserve::TileBlock{tile, F::runs}.bytes() * layout.blocks);
-  jaxserve::make_tile<F>(x.data(), tokens, depth, 0, tile, rows.data());
+  jaxserve::make_tile<F>(x.data(), tokens, depth, tile, rows.data());
   std::vector<float> y(tile * jaxserve::kPanel), row(depth);
   jaxserve::multiply_tile<F>(tile, panel.data(), layout, rows.data(), y.data());
   jaxserve::row_of<F>(panel.data(), 5, depth, row.data());
@@ -139,19 +164,23 @@ int main() {
       attention<float, float>(page, head_dim, 0, 0.2f, false);  // scores from well below the cap to far above it
       attention<jaxserve::bf16, jaxserve::bf16>(page, head_dim, 40, 0.0f, true);
       attention<float, jaxserve::f16>(page, head_dim, 0, 30.0f, true);
+      attention<float, int8_t>(page, head_dim, 0, 0.0f, false);
+      attention<jaxserve::bf16, int8_t>(page, head_dim, 40, 30.0f, true);
     }
   }
   for (const int64_t apart : {1, 16}) {
     keep<float, jaxserve::f16>(apart);
     keep<jaxserve::bf16, jaxserve::f16>(apart);
     keep<float, jaxserve::bf16>(apart);
+    keep_bytes<float>(apart);
+    keep_bytes<jaxserve::bf16>(apart);
   }
   for (const int64_t tokens : {1, 3, 9}) {
     product<float>(tokens, 100, 30);
     product<jaxserve::bf16>(tokens, 1100, 32);
     product<jaxserve::f16>(tokens, 512, 17);
   }
-  for (const int64_t tokens : {1, 2, 3, 7}) {
+  for (const int64_t tokens : {1, 2, 3, 7, 11}) {
     for (const int64_t code : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39}) {
       jaxserve::with_format(code, [&](auto f) { blocks<decltype(f)>(tokens, 512); });
     }

@@ -15,12 +15,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cache_layout import kept_by
+from cache_layout import kept_by, rows_of
 
 from jaxserve.formats import FORMATS, dequantise, quantise
 
 ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
 LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
+GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_blocks"
 SAMPLE, LOGPROBS = "jaxserve_sample", "jaxserve_token_logprobs"
 
 
@@ -58,11 +59,24 @@ def random_case(rng):
         kv_lens=kv_lens, page_table=table, cu_q_lens=cu, distribution=np.array([decodes, decodes, seqs], np.int32)
     )
     compute = rng.choice(["float32", "bfloat16"])
-    held = rng.choice(["float32", "bfloat16", "float16"])
-    data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held)]
+    held = rng.choice(["float32", "bfloat16", "float16", "int8"])
+    scales = np.zeros(0, np.float32)
+    if held == "int8":  # its unwritten memory is in the scales
+        unwritten = np.isnan(rows_of("cpu", cache, kv_heads).reshape(pages, page, kv_heads * 2, -1)[..., 0])
+        scales = np.where(unwritten, np.nan, 0.02).transpose(0, 2, 1).astype(np.float32)
+        cache = rng.integers(-128, 128, cache.shape)
+    data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held), jnp.asarray(scales)]
     step["sinks"] = rng.normal(size=int(rng.choice([0, kv_heads * group]))).astype(np.float32)  # often none
     window, soft_cap = np.int64(rng.choice([0, 0, 1, 5, 70])), np.float32(rng.choice([0, 0, 0.5, 50]))
     return data, step, {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap}, sum(q_lens)
+
+
+def attend(q, k, v, cache, scales, *step, **attributes):
+    """The step's result, and the cache's values and scales; none of these where they are an empty array."""
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, cache, scales)]
+    aliases = {3: 1, 4: 2} if scales.size else {3: 1}
+    call = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases=aliases)
+    return call(q, k, v, cache, scales, *step, **attributes)
 
 
 def random_product(rng):
@@ -88,6 +102,46 @@ def packed(library, w):
     want[: rows.shape[0]] = rows
     assert (panels.transpose(0, 2, 1).reshape(want.shape) == want).all(), "a packed weight is another weight"
     return jnp.asarray(panels)
+
+
+def grouped(rng, digest, target, x, matrices, single, **attributes):
+    """Rows of x by the matrix of their group, each with the bits of `single(row, matrix)`; bad calls refused.
+
+    `matrices` [E, ...] are packed, all of one shape.
+    """
+    count, name = len(matrices), target.removeprefix("jaxserve_")
+    chosen = np.sort(rng.choice(rng.permutation(count)[: rng.integers(1, count + 1)], len(x)))  # some have no rows
+    sizes = np.bincount(chosen, minlength=count).astype(np.int32)
+    outputs = single(x[:1], matrices[0]).shape[1]
+
+    def product(x, matrices, sizes, **changes):
+        shape = jax.ShapeDtypeStruct((len(x), outputs), "float32")
+        return jax.ffi.ffi_call(target, shape)(x, matrices, sizes, **attributes | changes)
+
+    y = np.asarray(product(x, matrices, sizes))
+    for i, expert in enumerate(chosen):
+        assert np.asarray(single(x[i : i + 1], matrices[expert])).tobytes() == y[i].tobytes(), (name, sizes, i)
+    digest.update(y.tobytes())
+    spoilt, i = sizes.copy(), rng.integers(0, count)
+    spoilt[i] += rng.choice([-1, 1, 2**31 - 1 - len(x), -(2**31) + len(x)])
+    negative = np.array([len(x) + 1, -1, *[0] * (count - 1)], np.int32)[:count]
+    refused = 0
+    for wrong in (
+        lambda: product(x, matrices, spoilt),
+        lambda: product(x, matrices, negative),
+        lambda: product(x, matrices, np.append(sizes, np.int32(0))),
+        lambda: product(x, matrices, sizes[None]),
+        lambda: product(x, matrices, sizes.astype(np.float32)),
+        lambda: product(x[:, 1:], matrices, sizes),
+        lambda: product(x, matrices[0], sizes) if count > 1 else product(x[0], matrices, sizes),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert f"{name}: " in str(error) or "buffer dtype" in str(error), error
+            refused += 1
+    assert refused == 7
+    return refused
 
 
 def quantised_product(library, rng, digest):
@@ -128,7 +182,10 @@ def quantised_product(library, rng, digest):
     ids = rng.integers(-2, outputs + 2, 20).astype(np.int32)
     assert (np.asarray(gather(panels, ids, outputs)) == w[ids.clip(0, outputs - 1)]).all(), format.name
     digest.update(y.tobytes())
-    refused = 0
+    # Any order of the panels' first bytes, which are codes, is another matrix.
+    matrices = jnp.stack([jnp.concatenate([jnp.roll(panels[:512], 64 * e), panels[512:]]) for e in range(3)])
+    single = partial(product, format=code)
+    refused = grouped(rng, digest, GROUPED_BLOCKS, jnp.asarray(x), matrices, single, format=code)
     for wrong in (
         lambda: product(x, panels[:-1], code),
         lambda: product(x, panels, np.int64(rng.choice([-1, 0, 5, 99]))),
@@ -235,15 +292,17 @@ def spoil(rng, step, pages):
     return step
 
 
-def misfit(rng, heads):
+def misfit(rng, heads, scales):
     """An array or an attribute that is wrong in any step."""
+    wrong = [(0, 4), (1, 4, 16), (4096,)] if scales.size else [(1,), (1, 4, 16)]
     return [
+        ({"scales": np.zeros(wrong[rng.integers(0, len(wrong))], np.float32)}, {}),
         ({"sinks": np.zeros(heads + 1, np.float32)}, {}),
         ({"sinks": np.zeros((1, heads), np.float32)}, {}),
         ({"sinks": np.zeros(heads, np.float16)}, {}),
         ({}, {"soft_cap": np.float32(rng.choice([-1, np.inf, np.nan]))}),
         ({}, {"window": np.int64(-1)}),
-    ][rng.integers(0, 5)]
+    ][rng.integers(0, 6)]
 
 
 def main() -> None:
@@ -251,27 +310,27 @@ def main() -> None:
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
-    for target in (ATTENTION, LINEAR, EMBED, LINEAR_BLOCKS, EMBED_BLOCKS, SAMPLE, LOGPROBS):
+    for target in (ATTENTION, LINEAR, EMBED, GROUPED, LINEAR_BLOCKS, EMBED_BLOCKS, GROUPED_BLOCKS, SAMPLE, LOGPROBS):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
         rng = np.random.default_rng([seed, case])
-        (q, k, v, cache), step, attributes, used = random_case(rng)
-        results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype))
-        bound = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases={3: 1})
-        call = jax.jit(partial(bound, **attributes))
-        out, new_cache = call(q, k, v, cache, *step.values())
+        (q, k, v, cache, scales), step, attributes, used = random_case(rng)
+        call = jax.jit(partial(attend, **attributes))
+        out, *kept = call(q, k, v, cache, scales, *step.values())
         assert np.isfinite(np.asarray(out, np.float32)).all(), "unwritten memory was used"
-        digest.update(np.asarray(out).tobytes() + np.asarray(new_cache).tobytes())
+        for a in (out, *kept):
+            digest.update(np.asarray(a).tobytes())
         if used:
             try:
-                jax.block_until_ready(call(q, k, v, cache, *spoil(rng, step, cache.shape[0]).values()))
+                jax.block_until_ready(call(q, k, v, cache, scales, *spoil(rng, step, cache.shape[0]).values()))
             except (ValueError, jax.errors.JaxRuntimeError) as error:  # raised at once, or when it was waited for
                 assert "ragged_paged_attention: " in str(error), error
                 refused += 1
-        arrays, others = misfit(rng, q.shape[1])
+        arrays, others = misfit(rng, q.shape[1], scales)
         try:
-            jax.block_until_ready(bound(q, k, v, cache, *(step | arrays).values(), **attributes | others))
+            arguments = {"scales": scales} | step | arrays
+            jax.block_until_ready(attend(q, k, v, cache, *arguments.values(), **attributes | others))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             assert "ragged_paged_attention: " in str(error) or "buffer dtype" in str(error), error
             refused += 1
@@ -287,6 +346,9 @@ def main() -> None:
         alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], panels)
         assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
         digest.update(y.tobytes())
+        single = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), "float32"))
+        matrices = jnp.stack([jnp.roll(panels, e, axis=1) for e in range(rng.integers(1, 6))])
+        refused += grouped(rng, digest, GROUPED, x, matrices, single)
         ids = rng.integers(-2, w.shape[0] + 2, 5).astype(np.int32)
         gather = jax.ffi.ffi_call(EMBED, jax.ShapeDtypeStruct((5, w.shape[1]), "float32"))
         rows = gather(panels, ids, outputs=np.int64(w.shape[0]))

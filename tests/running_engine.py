@@ -23,11 +23,16 @@ class Result:
 class Running:
     """`with Running(path, ...) as engine: engine.run({...})`"""
 
-    def __init__(self, path, *, pages=None, seqs=4, budget=32, page=4, length=None, warmup="full", **schedule):
+    def __init__(
+        self, path, *, pages=None, seqs=4, budget=32, page=4, length=None, warmup="full", mesh=None, attention="auto",
+        code=None, cache="auto", **schedule,
+    ):  # fmt: skip
         options = EngineOptions(
-            model=ModelOptions(dtype="float32", max_model_len=length),
+            model=ModelOptions(dtype="float32", max_model_len=length, model_code=code),
             schedule=ScheduleOptions(max_num_seqs=seqs, max_num_batched_tokens=budget, **schedule),
-            device=DeviceOptions(block_size=page, num_kv_pages=pages, warmup=warmup),
+            device=DeviceOptions(
+                block_size=page, num_kv_pages=pages, warmup=warmup, mesh=mesh, attention=attention, kv_cache_dtype=cache
+            ),
         )
         self._deltas = queue.Queue()
         self.thread = EngineThread(options, path, model_name="test", deliver=self._deltas.put)

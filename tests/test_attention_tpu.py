@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -180,3 +181,17 @@ def test_the_kernel_is_chosen_on_tpu_only():
     assert (name, reason, kernel) == ("tpu", "auto on tpu", tpu.ragged_paged_attention)
     with pytest.raises(ConfigError, match="attention='tpu' does not run on cpu; use auto"):
         attention.choose("tpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (dict(kv_dtype="int8"), "does not read a cache of int8"),
+        (dict(block_size=1), "pages of 1 tokens .* multiple of 16"),
+    ],
+)
+def test_what_the_kernel_does_not_read_the_reference_does_and_says_so(what, why):
+    name, reason, _ = attention.choose("auto", "tpu", **what)
+    assert name == "reference" and re.search(f"slower by far than the TPU's own kernel, but .*{why}", reason)
+    with pytest.raises(ConfigError, match=why):
+        attention.choose("tpu", "tpu", **what)

@@ -141,7 +141,9 @@ def field_docs(section: type) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["generate"], ["bench"], ["bench", "serve"], ["convert"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["generate"], ["batch"], ["bench"], ["bench", "serve"], ["convert"], ["doctor"]]
+)
 def test_every_command_has_help(command, capsys) -> None:
     assert cli.call([*command, "--help"]) == 0
     assert "Usage: jaxserve" in capsys.readouterr().out

@@ -268,7 +268,9 @@ def test_as_many_biased_ids_as_are_allowed(engine):
     assert refused.error == "InvalidParameter"
 
 
-@pytest.mark.parametrize("name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"])
+@pytest.mark.parametrize(
+    "name", ["n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "prompt_logprobs_from"]
+)
 def test_what_must_be_whole_is(name):
     for value in (1.5, 1.0, "1", True):
         with pytest.raises(InvalidParameter, match=f"{name} must be an integer"):

@@ -25,7 +25,7 @@ from jaxserve.gguf import GgufFile, find_gguf
 from jaxserve.layers import Rope
 from jaxserve.models import find_model
 from jaxserve.weights import open_checkpoint
-from jaxserve.weights.gguf import GgufCheckpoint, halves_from_pairs
+from jaxserve.weights.gguf import ARCHITECTURES, GgufCheckpoint, halves_from_pairs
 from jaxserve.weights.load import splits
 
 
@@ -270,10 +270,12 @@ def test_which_file_a_path_means(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "qwen3moe"])  # which is below
 def test_a_model_file_finds_its_tensors_and_nothing_else(tmp_path, architecture, tied, kind) -> None:
     tensors = gguf_files.model_tensors(architecture, tied=tied)
-    checkpoint = open_checkpoint(gguf_files.write_model(tmp_path / "m.gguf", architecture, tensors=tensors, kind=kind))
+    keys = {"logit_scale": 1.0} if architecture == "granite" else {}
+    path = gguf_files.write_model(tmp_path / "m.gguf", architecture, tensors=tensors, metadata=keys, kind=kind)
+    checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config)
     assert model.name == architecture
     assert config.tied is tied and config.head_dim == 16 and config.eps == 1e-5 and config.max_positions == 64
@@ -282,10 +284,54 @@ def test_a_model_file_finds_its_tensors_and_nothing_else(tmp_path, architecture,
     specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: hasattr(leaf, "axes"))
     assert {spec.name for spec in specs} == checkpoint.names()
     for spec in specs:
-        assert splits(checkpoint.shape(spec.name), spec.shape)
+        shape = checkpoint.shape(spec.name)
+        assert splits(shape if spec.rows is None else (spec.rows[1] - spec.rows[0], *shape[1:]), spec.shape)
         read = checkpoint.read(spec.name)
         assert read.shape == checkpoint.shape(spec.name) and read.dtype == checkpoint.dtype(spec.name) == np.float32
         assert (checkpoint.blocks(spec.name) is not None) == (kind == "Q8_0" and read.ndim == 2)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize(("architecture", "name"), [("llama", "mixtral"), ("qwen3moe", "qwen3_moe")])
+def test_a_stack_of_experts_is_as_many_tensors(tmp_path, architecture, name, kind) -> None:
+    import gguf
+    import jax
+
+    tensors = gguf_files.model_tensors(architecture, experts=True)
+    path = gguf_files.write_model(
+        tmp_path / "m.gguf", architecture, tensors=tensors, metadata=gguf_files.EXPERTS, kind=kind
+    )
+    checkpoint = open_checkpoint(path)
+    model, config = find_model(checkpoint.config)
+    assert model.name == name and (config.experts, config.experts_used) == (3, 2)
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: hasattr(leaf, "axes"))
+    names = [n for spec in specs for n in spec.names]
+    assert set(names) == checkpoint.names()
+    # Of qwen3moe's experts the file does not say the width: it is that of the layer, shared out.
+    wrong = {n for s in specs for n in s.names if not splits(checkpoint.shape(n), s.tensor_shape)}
+    assert all(".experts." in n for n in wrong) and bool(wrong) == (architecture == "qwen3moe")
+    down = {"mixtral": "block_sparse_moe.experts.2.w2", "qwen3_moe": "mlp.experts.2.down_proj"}[name]
+    down, stack = f"model.layers.1.{down}.weight", tensors["blk.1.ffn_down_exps.weight"]
+    packed = gguf.quants.quantize(stack, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(
+        checkpoint.read(down), gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])[2]
+    )
+    if kind != "F32":
+        np.testing.assert_array_equal(checkpoint.blocks(down).rows, packed[2])
+    checkpoint.release(down)
+    assert sum(checkpoint.nbytes(n) for n in names) == sum(t.nbytes for t in checkpoint.file.tensors.values())
+    if architecture == "qwen3moe":
+        metadata = gguf_files.EXPERTS | {"expert_feed_forward_length": gguf_files.FFN}
+        path = gguf_files.write_model(tmp_path / "n.gguf", architecture, tensors=tensors, metadata=metadata)
+        assert find_model(open_checkpoint(path).config)[1].expert_ffn == gguf_files.FFN
+
+
+def test_experts_that_are_no_stack_are_named(tmp_path) -> None:
+    tensors = gguf_files.model_tensors(experts=True)
+    tensors["blk.0.ffn_up_exps.weight"] = tensors["blk.0.ffn_up_exps.weight"][0]
+    path = gguf_files.write_model(tmp_path / "m.gguf", tensors=tensors, metadata=gguf_files.EXPERTS)
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up_exps\.weight is \[64, 32\], not a stack of matrices"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
@@ -441,7 +487,8 @@ def test_other_rope_factors_are_refused_and_ones_do_nothing(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"expert_count": 8}, r"asks for what is not computed here: llama\.expert_count = 8"),
+        ({"expert_count": 8}, r"lacks llama\.expert_used_count; served is one whole number above 0"),
+        ({"expert_shared_count": 1}, r"asks for what is not computed here: llama\.expert_shared_count = 1"),
         ({"logit_scale": 0.5, "x": "y"}, r"not computed here: llama\.logit_scale = 0\.5, llama\.x = 'y'"),
         ({"rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'; served is none or linear"),
         ({"rope.scaling.attn_factor": 2.0}, r"llama\.rope\.scaling\.attn_factor is 2\.0; served is 1\.0"),
@@ -473,7 +520,9 @@ def test_what_is_not_served_is_named(tmp_path, metadata, message) -> None:
 
 
 def test_an_architecture_that_is_not_served_is_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="architecture 'gemma' is not served; served are llama, qwen2, qwen3, gemma2"):
+    with pytest.raises(
+        ConfigError, match="architecture 'gemma' is not served; served are llama, qwen2, qwen3, qwen3moe"
+    ):
         config_of(tmp_path, "gemma")
     with pytest.raises(ConfigError, match="architecture None is not served"):
         open_checkpoint(saved(tmp_path / "m.gguf", file_bytes()))

@@ -1,6 +1,7 @@
 """Every block format in a whole model: log-probabilities against llama.cpp's, from files that are made here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,10 +18,12 @@ from jaxserve.weights.load import load_params
 GOLDENS = Path(__file__).parent / "goldens" / "gguf_blocks"
 
 
-def scored(path, prompts, pack=None):
+def scored(path, prompts, pack=None, max_positions=None):
     """float32 [prompts, V]: log-probabilities of what follows each prompt."""
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config)
+    if max_positions is not None:
+        config = replace(config, max_positions=max_positions)
     params = load_params(
         model, config, checkpoint, dtype=np.float32, device_put=lambda a, spec: jax.device_put(a), pack=pack
     )

@@ -133,6 +133,7 @@ EVERY_PARAM = dict(
     seed=-12345678901234,
     logprobs=3,
     prompt_logprobs=0,
+    prompt_logprobs_from=1,
 )
 
 

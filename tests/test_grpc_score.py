@@ -54,7 +54,9 @@ def test_score(toy: Path, prompt: str, continuation: str) -> None:
             assert [len(t.top) for t in two.tokens] == [2, 2, 2]
             assert two.tokens[0].bytes == b"d"
             seen = {request.prompt_token_ids[-3:]: request for request in r.engine.requests}[ids_of("dé")]
-            assert seen.params == SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=2)
+            assert seen.params == SamplingParams(
+                max_tokens=0, temperature=0.0, prompt_logprobs=2, prompt_logprobs_from=len(seen.prompt_token_ids) - 3
+            )
             assert (seen.cache_salt, seen.priority) == ("salt", 4)
             assert two.usage == pb.Usage(prompt_tokens=len(seen.prompt_token_ids))
             assert len({request.id for request in r.engine.requests}) == 2

@@ -13,7 +13,7 @@ from hub_stand_in import HubStandIn, Repo
 from safetensors.numpy import save
 
 from jaxserve.errors import ConfigError
-from jaxserve.hub import resolve_model
+from jaxserve.hub import choose_gguf, resolve_model
 from jaxserve.weights import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ def test_a_download_that_stopped_goes_on_with_what_it_lacks(resolve):
 
 def test_refusals_name_the_cure(resolve):
     _, _, files = checkpoint()
-    pickled = {"config.json": b"{}", "pytorch_model.bin": b"", "model.Q4_0.gguf": b""}
+    pickled = {"config.json": b"{}", "pytorch_model.bin": b"", "model.onnx": b"", "mmproj-F16.gguf": b""}
     repos = {
         "org/tiny-llama": Repo(files),
         "org/gated": Repo(files, gated=True),
@@ -157,7 +157,7 @@ def test_refusals_name_the_cure(resolve):
         said = resolve(hub, "org/tiny-llama", "v9", succeeds=False)
         assert said == "org/tiny-llama has no revision 'v9'; give a branch, tag or commit"
         said = resolve(hub, "org/pickled", succeeds=False)
-        assert "org/pickled holds no safetensors; it has pytorch_model.bin, model.Q4_0.gguf;" in said
+        assert "org/pickled holds no safetensors; it has pytorch_model.bin, model.onnx, mmproj-F16.gguf;" in said
         assert "; it has no weights;" in resolve(hub, "org/empty", succeeds=False)
         said = resolve(hub, "org/tiny-llama", "v1", offline=True, succeeds=False)
         assert "org/tiny-llama at revision 'v1' is not in the cache and HF_HUB_OFFLINE is set" in said
@@ -171,6 +171,75 @@ def test_an_unreachable_hub_is_named(resolve):
         said = resolve(url, "org/tiny-llama", succeeds=False)
     assert f"org/tiny-llama is not complete in the cache and {url} did not serve it: Got: ConnectError" in said
     assert "HF_ENDPOINT" in said
+
+
+GGUF_FILES = [
+    "README.md", "mmproj-F16.gguf", "tiny-Q4_K_M.gguf", "tiny-q8_0.gguf", "tiny-UD-Q4_K_XL.gguf", "imatrix_x.gguf",
+    "BF16/tiny-BF16-00001-of-00002.gguf", "BF16/tiny-BF16-00002-of-00002.gguf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [
+        (None, "tiny-Q4_K_M.gguf"),
+        ("latest", "tiny-Q4_K_M.gguf"),
+        ("q4_k_m", "tiny-Q4_K_M.gguf"),
+        ("Q8_0", "tiny-q8_0.gguf"),
+        ("Q4_K_XL", "tiny-UD-Q4_K_XL.gguf"),
+        ("UD-Q4_K_XL", "tiny-UD-Q4_K_XL.gguf"),
+        ("bf16", "BF16/tiny-BF16-00001-of-00002.gguf"),
+    ],
+)
+def test_a_kind_of_quantisation_names_a_file(kind, chosen):
+    found = choose_gguf("org/repo", GGUF_FILES, kind, None)
+    assert found[0] == chosen and len(found) == (2 if "BF16" in chosen else 1)
+    assert choose_gguf("org/repo", GGUF_FILES, None, found[-1]) == found
+
+
+def test_files_that_cannot_be_chosen():
+    held = "it has tiny-BF16-00001-of-00002.gguf, tiny-Q4_K_M.gguf, tiny-UD-Q4_K_XL.gguf, tiny-q8_0.gguf"
+    for names, kind, file, said in (
+        (GGUF_FILES, "Q4_K", None, f"org/repo holds no Q4_K; {held}; name one as org/repo:KIND or org/repo/FILE"),
+        (GGUF_FILES, "F16", None, "holds no F16"),  # a projector is no model, and BF16 another kind
+        (GGUF_FILES, None, "tiny.gguf", f"org/repo holds no tiny.gguf; {held}"),
+        (GGUF_FILES, None, "mmproj-F16.gguf", "holds no mmproj-F16.gguf"),
+        (
+            ["a-Q8_0.gguf", "b-Q8_0.gguf"],
+            "Q8_0",
+            None,
+            "several Q8_0: a-Q8_0.gguf, b-Q8_0.gguf; name one as org/repo/F",
+        ),
+        (["a-Q8_0.gguf", "b-Q5_0.gguf"], None, None, "holds no Q4_K_M; it has a-Q8_0.gguf, b-Q5_0.gguf"),
+        (["a-Q8_0.gguf"], "Q5_0", None, "holds no Q5_0"),
+        (GGUF_FILES[:-1], "BF16", None, "of the 2 shards of BF16/tiny-BF16-00001-of-00002.gguf 1 are there"),
+        (["mmproj.gguf"], "Q8_0", None, "holds no GGUF file of a model"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            choose_gguf("org/repo", names, kind, file)
+        assert said in error.value.message
+    assert choose_gguf("org/repo", ["a-Q8_0.gguf"], None, None) == ["a-Q8_0.gguf"]
+
+
+def test_gguf_files_come_from_the_hub(resolve):
+    files = {name: name.encode() for name in GGUF_FILES} | {"config.json": b"{}"}
+    with HubStandIn({"org/tiny-GGUF": Repo(files)}) as hub:
+        path = Path(resolve(hub, "hf.co/org/tiny-GGUF:BF16"))
+        assert path.name == "tiny-BF16-00001-of-00002.gguf" and path.read_bytes() == files["BF16/" + path.name]
+        assert sorted(f.name for f in path.parents[1].rglob("*.gguf")) == [path.name, "tiny-BF16-00002-of-00002.gguf"]
+        path = Path(resolve(hub, "org/tiny-GGUF/tiny-q8_0.gguf"))
+        assert path.name == "tiny-q8_0.gguf"
+        assert Path(resolve(hub, "org/tiny-GGUF")).name == "tiny-Q4_K_M.gguf", "no safetensors: the default kind"
+        fetched = {name for name in GGUF_FILES if hub.gets(name)}
+        assert fetched == {"tiny-q8_0.gguf", "tiny-Q4_K_M.gguf", *GGUF_FILES[-2:]}
+        said = resolve(hub, "org/tiny-GGUF:Q2_K", succeeds=False)
+        assert said.startswith("org/tiny-GGUF holds no Q2_K; it has tiny-BF16-00001-of-00002.gguf, tiny-Q4_K_M.gguf")
+        assert resolve(hub, "org/other:Q2_K", succeeds=False).startswith("no directory and no repository org/other on")
+        asked = len(hub.log)
+        assert resolve(hub, "org/tiny-GGUF:q8_0", offline=True) == str(path) and len(hub.log) == asked
+    assert resolve(hub, "org/tiny-GGUF:q8_0") == str(path)  # the hub is gone, the cache is whole
+    said = resolve(hub, "org/other-GGUF:q8_0", offline=True, succeeds=False)
+    assert said.startswith("org/other-GGUF is not in the cache and HF_HUB_OFFLINE is set")
 
 
 def test_a_directory_is_itself(tmp_path, monkeypatch):
@@ -193,7 +262,11 @@ def test_names_that_mean_nothing(tmp_path):
         resolve_model(str(tmp_path / "model.gguf"), "main")
     for name, said in {
         str(tmp_path / "config.json"): "is no GGUF file; give one",
-        "there/is/none.gguf": "no such file: there/is/none.gguf",
+        "none.gguf": "no such file: none.gguf",
+        "/there/is/none.gguf": "no such file: /there/is/none.gguf",
+        "there/is/none.gguf": "there/is is not in the cache and HF_HUB_OFFLINE is set",
+        "org/model:": "not a Hugging Face id",
+        "org/model:Q4 0": "not a Hugging Face id",
         str(tmp_path / "none"): "no such directory: /",
         "./none": "no such directory",
         "../none": "no such directory",

@@ -73,17 +73,14 @@ def test_closing_ends_the_calls_of_other_threads():
 
 def test_score(llm):
     prompt = "What is the capital of France?"
-    right, wrong = llm.score([ask_text(llm, prompt)] * 2, ["The capital of France is Paris.", "A dog is green."])
+    asked = llm.text.encode_chat(ask(prompt))  # as text its last newline would count as the continuation's
+    right, wrong = llm.score([asked] * 2, ["The capital of France is Paris.", "A dog is green."])
     assert right.logprob > wrong.logprob and right.is_greedy and not wrong.is_greedy
     assert right.logprob == pytest.approx(math.fsum(right.token_logprobs))
     assert len(right.token_ids) == len(right.token_logprobs)
     by_ids = llm.score([[5, 6]], [[7, 8, 9]])[0]
     whole = llm.generate([[5, 6, 7, 8, 9]], SamplingParams(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs
     assert by_ids.token_logprobs == pytest.approx([t.logprob for t in whole[2:]])
-
-
-def ask_text(llm, question):
-    return llm.text.template.render(ask(question))
 
 
 def test_logprobs_and_stop(llm):

@@ -1,6 +1,7 @@
 """Every model file against transformers in float32: committed checkpoints, both spellings of config.json."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from jaxserve import attention
+from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.errors import ConfigError
+from jaxserve.loading import load_model
 from jaxserve.models import ARCHITECTURES, find_model
+from jaxserve.random_weights import write_checkpoint
 from jaxserve.spec import ParamSpec
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
@@ -98,7 +102,7 @@ def test_axes_are_sized_by_the_config(name):
     path = next(p for p in GOLDENS if name in (p / "config.json").read_text())
     model, config = find_model(json.loads((path / "config.json").read_text()))
     specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda s: isinstance(s, ParamSpec))
-    assert len({s.name for s in specs}) == len(specs)
+    assert len({(s.name, s.rows) for s in specs}) == len(specs)
     for spec in specs:
         assert spec.shape == tuple(getattr(config, axis) for axis in spec.axes)
 
@@ -151,3 +155,68 @@ def test_what_gemma3_is_not_served_with(change, message):
     hf = json.loads((GOLDENS[0].parent / "gemma3" / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         find_model(hf | change)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope scaling 'yarn' of phi3 is not served",
+        ),
+        (
+            "phi3",
+            {"partial_rotary_factor": 0.2, "rope_parameters": None},
+            "partial_rotary_factor 0.2 of head_dim 16 is 3",
+        ),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "incomplete for Phi3ForCausalLM: KeyError.'short_fac"),
+        ("olmo2", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("granite", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; served are 4 or more of 0 and 1"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, r"no_rope_layers=\[1, 0, 2, 1\]"),
+        ("smollm3", {"layer_types": ["chunked_attention"] * 4}, "layer_types=.'chunked_attention'"),
+        ("smollm3", {"sliding_window": None}, "sliding_attention in layer_types and no sliding_window"),
+        ("smollm3", {"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not served"),
+    ],
+)
+def test_what_other_families_are_not_served_with(family, change, message):
+    hf = json.loads((GOLDENS[0].parent / family / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        find_model(hf | change)
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("divisors", [[1.0] * 5, [1.0] * 5 + [0.0]])
+def test_lists_of_phi3_that_fit_no_frequencies(key, divisors):
+    hf = json.loads((GOLDENS[0].parent / "phi3" / "config.json").read_text())
+    hf["rope_parameters"][key] = divisors
+    with pytest.raises(ConfigError, match=rf"{key}=.*; served are 6 numbers above 0"):
+        find_model(hf)
+
+
+def test_the_longest_sequence_decides_which_list_of_phi3_counts():
+    """As in transformers, where it is the sequence at hand: of one that is longer, the keys are computed anew."""
+    _, config = find_model(json.loads((GOLDENS[0].parent / "phi3_long" / "config.json").read_text()))
+    assert (config.max_positions, config.original_positions) == (256, 32)
+    long, short = (replace(config, max_positions=n).rope_in_use for n in (33, 32))
+    assert long.divisors[-1] == 9.0 and short.divisors[-1] == 3.0
+    assert long.magnitude == short.magnitude == pytest.approx((1 + np.log(8) / np.log(32)) ** 0.5)
+
+
+def test_max_model_len_is_the_longest_sequence():
+    def loaded(length):
+        options = ModelOptions(max_model_len=length), DeviceOptions(attention="reference", compile_cache_dir="")
+        return load_model(*options, GOLDENS[0].parent / "phi3_long", lambda message: None).config
+
+    assert loaded(None).rope_in_use.divisors == loaded(33).rope_in_use.divisors != loaded(32).rope_in_use.divisors
+
+
+def test_weights_that_share_a_tensor_are_drawn_apart_and_written_together(tmp_path):
+    hf = json.loads((GOLDENS[0].parent / "phi3" / "config.json").read_text()) | {"vocab_size": 2048}
+    count = write_checkpoint(find_model(hf)[0], hf, tmp_path / "m")
+    _, _, params = load(tmp_path / "m")
+    assert count == sum(leaf.size for leaf in jax.tree.leaves(params))
+    block = params["blocks"][1]
+    assert block["gate"].shape == block["up"].shape and not np.array_equal(block["gate"], block["up"])

@@ -78,6 +78,61 @@ def test_neon_gives_the_same_bits(compiler, tmp_path):
     assert digest([cross], isas["neon"], tmp_path / "neon", [emulator]) == want
 
 
+def wide_digest(compiler, isa, folder, runner=(), *, reencoded=False):
+    """What wide.h's operations give, compiled for `isa`; `reencoded`: AVX-VNNI's product is AVX512-VNNI's instead."""
+    source, program = folder / f"{isa.name}.s", folder / isa.name
+    flags = [*build.FLAGS, *isa.compiler_flags, "-O1", "-I", str(build.SOURCES)]
+    command = [*compiler, *flags, "-S", "-o", str(source), str(FUZZ.with_name("native_wide.cc"))]
+    subprocess.run(command, check=True, timeout=280)
+    if reencoded:
+        text = source.read_text()
+        assert "{vex} vpdpbusd" in text
+        source.write_text(text.replace("{vex} vpdpbusd", "vpdpbusd"))
+    subprocess.run([*compiler, "-static", "-o", str(program), str(source)], check=True, timeout=280)
+    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=280).stdout
+
+
+@pytest.fixture(scope="module")
+def scalar_wide_digest(compiler, tmp_path_factory):
+    (scalar,) = (isa for isa in build.ISAS if isa.name == "scalar")
+    if not scalar.runs_here():
+        pytest.skip("the scalar kernels do not run here")
+    return wide_digest(compiler, scalar, tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.parametrize("name", [isa.name for isa in build.ISAS if isa.name != "scalar"])
+def test_products_of_bytes_are_the_same_on_every_instruction_set(compiler, scalar_wide_digest, tmp_path, name):
+    """What differs between two of a processor's family is in wide.h alone, and whole numbers are exact."""
+    isas = {isa.name: isa for isa in build.ISAS}
+    isa, cross, runner, reencoded = isas[name], compiler, [], False
+    if not isa.runs_here():
+        if name == "avx2vnni" and isas["avx512vnni"].runs_here():
+            reencoded = True
+        elif "neon" in name:
+            cross, runner = [shutil.which("aarch64-linux-gnu-g++")], [shutil.which("qemu-aarch64")]
+            if None in cross + runner:
+                pytest.skip(
+                    "aarch64-linux-gnu-g++ and qemu-aarch64 are needed (Debian: g++-aarch64-linux-gnu, qemu-user)"
+                )
+        else:
+            pytest.skip("this processor does not run it")
+    if not build.knows(cross, isa):
+        pytest.skip(f"{cross[0]} is too old for it")
+    assert wide_digest(cross, isa, tmp_path, runner, reencoded=reencoded) == scalar_wide_digest
+
+
+def test_a_compiler_that_is_older_than_the_processor_gets_what_it_knows(monkeypatch, compiler, tmp_path):
+    best, *others = (isa for isa in build.ISAS if isa.runs_here())
+    monkeypatch.setattr(build, "knows", lambda compiler, isa: isa != best)
+    monkeypatch.setattr(build, "build", lambda isa, compiler, path: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = build.library(prebuilt=False)
+    assert found.isa == others[0] and found.reason.endswith(f"{compiler[0]} is too old for {best.name}")
+    monkeypatch.undo()
+    assert build.knows(compiler, others[-1])
+    assert not build.knows(compiler, build.Isa("none", (), (), ("-mno-such-thing",)))
+
+
 def test_sanitizers_find_nothing(compiler, tmp_path):
     """Address and undefined-behaviour sanitizers over good and bad calls."""
     runtime = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()

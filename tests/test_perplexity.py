@@ -18,8 +18,9 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.evaluate import Evaluator, check_models, token_scores
 from jaxserve.hub import resolve_model
 from jaxserve.loading import load_model
+from jaxserve.logits_file import LogitsFile, LogitsWriter, Rows
 from jaxserve.models import find_model
-from jaxserve.perplexity import Scores, chunks, compare
+from jaxserve.perplexity import Running, Scores, chunks, compare, windows
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.load import load_params
 
@@ -76,6 +77,35 @@ def test_what_cannot_be_cut_is_told_with_the_cure():
         chunks(Letters(), "a" * 99, 7)
     with pytest.raises(ConfigError, match="chunks must be at least 1, got 0"):
         chunks(Letters(), "a" * 99, 8, 0)
+
+
+def test_windows_score_every_token_but_the_first_once():
+    text = "abcdefghijklmnopqrstuvwxyz"
+    for length, ctx, stride in [
+        (26, 8, 4),
+        (26, 8, 1),
+        (26, 8, 7),
+        (24, 8, 4),
+        (8, 8, 3),
+        (9, 8, 7),
+        (5, 8, 4),
+        (3, 8, 4),
+    ]:
+        found = windows(Letters(), text[:length] + "\n", ctx, stride)
+        assert found[0].first == 0 and all(len(w.tokens) == ctx for w in found[:-1])
+        assert all(w.first + 1 >= ctx - stride for w in found[1:])
+        scored = [chr(token) for w in found for token in w.tokens[w.first + 1 :]]
+        assert "".join(scored) == text[1:length]
+        for i, w in enumerate(found):
+            assert "".join(map(chr, w.tokens)) == text[:length][i * stride : i * stride + ctx]
+    (first, *_) = windows(Letters((0,), (1,)), text, 8, 4)
+    assert first.tokens.tolist() == [0, *map(ord, "abcdefg")], "BOS, and no EOS, where the tokenizer puts them"
+    assert len(windows(Letters(), text, 8, 4, 2)) == 2
+    for stride in (0, 8):
+        with pytest.raises(ConfigError, match=r"stride must be in \[1, 7\]"):
+            windows(Letters(), text, 8, stride)
+    with pytest.raises(ConfigError, match="2 tokens long"):
+        windows(Letters(), "ab", 8, 4)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -156,6 +186,16 @@ def test_scores_of_logits_are_exact(noise):
     np.testing.assert_allclose(-found.reference_logprob, base, rtol=1e-5)
     np.testing.assert_allclose(found.kl, kl, rtol=1e-3, atol=1e-7)
     assert np.array_equal(found.same_top, same)
+
+
+def test_a_mean_of_parts_is_that_of_the_whole():
+    nll = np.random.default_rng(0).gamma(1.0, 2.0, 300)
+    running = Running()
+    for part in np.split(nll, [1, 2, 90, 180]):
+        running.add(part)
+    assert running.perplexity() == pytest.approx(tuple(perplexity.perplexity(nll)))
+    mean, error = sums(nll)
+    assert running.perplexity() == pytest.approx((math.exp(mean), math.exp(mean) * error))
 
 
 def test_what_neither_model_ever_says_costs_nothing():
@@ -272,6 +312,23 @@ def test_models_that_do_not_fit_are_refused():
         check_models([llama2, llama3], 256)
 
 
+# --- transformers' figures ---
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
+def test_perplexities_are_those_of_transformers_in_float32(shared_data, capsys, tmp_path, name):
+    """To four digits: of a sliding window, and of llama-perplexity's chunks."""
+    golden = json.loads((GOLDENS / "score.json").read_text())["shared"][name]["wikitext"]
+    text = tmp_path / "wiki.txt"
+    text.write_bytes((shared_data / "eval/wikitext-2/test.txt").read_bytes()[: golden["bytes"]])
+    path = shared_data / "models" / name
+    ctx = json.loads((path / "config.json").read_text())["max_position_embeddings"]
+    for kind, flags in (("stride", [f"--stride={ctx // 2}"]), ("chunks", [])):
+        assert cli.call(["perplexity", str(path), str(text), f"-c={ctx}", *flags, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["ppl"]["value"]
+        assert found == pytest.approx(golden["perplexity"][kind], rel=1e-4), kind
+
+
 # --- llama.cpp's figures --------------------------------------------------------------------------------------------
 
 
@@ -311,6 +368,81 @@ def test_divergences_are_llama_perplexitys(shared_data, capsys, tmp_path):
         assert found[name]["error"] == pytest.approx(error, rel=0.05), name
 
 
+def test_llama_perplexitys_own_file_is_read_and_ours_is_as_it_writes(shared_data, capsys, tmp_path):
+    """The golden is what `llama-perplexity -c 64 --chunks 2 --kl-divergence-base` writes of 3,000 bytes."""
+    text, ours = tmp_path / "wiki.txt", tmp_path / "ours.logits"
+    text.write_bytes((shared_data / "eval/wikitext-2/test.txt").read_bytes()[:3000])
+    model = str(shared_data / "models/babyllama361/babyllama361-f32.gguf")
+    theirs = LogitsFile(GOLDENS / "babyllama361.logits")
+    assert (theirs.ctx_size, theirs.vocab, theirs.tokens.shape) == (64, 361, (2, 64))
+    argv = ["perplexity", model, str(text), "-c=64", "--chunks=2", "--json", "--kv-cache-dtype=float16"]
+    assert cli.call([*argv, "--save-all-logits", str(ours)]) == 0
+    assert ours.stat().st_size == theirs.path.stat().st_size
+    mine = LogitsFile(ours)
+    np.testing.assert_array_equal(mine.tokens[:, 1:], theirs.tokens[:, 1:])
+    for i in range(2):
+        a, b = mine.rows(i), theirs.rows(i)
+        logp, want = (r.scale[:, None] * r.numbers + r.lowest[:, None] for r in (a, b))
+        np.testing.assert_allclose(logp, want, atol=0.02)  # float16 caches that round apart
+    capsys.readouterr()
+    assert cli.call(["perplexity", model, "--kl-divergence-base", str(theirs.path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scored_tokens"] == 2 * 31 and found["text"] is None and found["ctx_size"] == 64
+    assert abs(found["kl"]["value"]) < 1e-4 and found["same_top"]["value"] > 0.95
+    rows, words = [theirs.rows(i) for i in range(2)], theirs.tokens[:, 33:]  # each predicted by the token before it
+    logp = [r.scale * r.numbers[np.arange(31), w] + r.lowest for r, w in zip(rows, words, strict=True)]
+    assert found["reference_ppl"]["value"] == pytest.approx(math.exp(-np.mean(logp)), rel=1e-5)
+
+
+def test_a_comparison_by_file_is_nearly_that_by_model(capsys, tmp_path, text):
+    argv, file = ["perplexity", EMBEDDED, text, "--ctx-size=64", "--chunks=2"], str(tmp_path / "base.logits")
+    assert cli.call([*argv, "--save-all-logits", file]) == 0
+    assert os.listdir(tmp_path).count("base.logits.part") == 0
+    capsys.readouterr()
+    found = []
+    for reference in (["--kl-divergence", EMBEDDED], ["--kl-divergence-base", file]):
+        assert cli.call([*argv, *reference, "--quantization=q4_0", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    whole, kept = found
+    for name in ("reference_ppl", "kl", "delta_p_rms"):
+        assert kept[name]["value"] == pytest.approx(whole[name]["value"], rel=0.01), name
+    assert kept["same_top"] == whole["same_top"] and kept["kl"]["value"] > 1e-3
+    assert kept["reference"] == file and kept["text"] == text
+    assert cli.call(["perplexity", EMBEDDED, "--kl-divergence-base", file, "--chunks=1"]) == 0, "no text, fewer chunks"
+
+
+def test_a_file_of_logits_that_does_not_fit_is_refused(capsys, tmp_path, text):
+    tokens = np.full((2, 64), 5)
+    rows = Rows(np.zeros((31, 7), np.uint16), np.ones(31, np.float32), np.zeros(31, np.float32))
+    file = tmp_path / "x.logits"
+
+    def write(tokens, vocab):
+        with LogitsWriter(file, tokens, vocab) as out:
+            for _ in tokens:
+                out.add(Rows(np.resize(rows.numbers, (31, vocab)), rows.scale, rows.lowest))
+
+    base = ["--kl-divergence-base", str(file)]
+    assert "cannot read" in refused(capsys, EMBEDDED, *base)
+    write(tokens, 7)
+    assert "of a vocabulary of 7 tokens and the model has 2048; give" in refused(capsys, EMBEDDED, *base)
+    assert "has chunks of 64 tokens, not 128" in refused(capsys, EMBEDDED, *base, "-c=128")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert f"has {len(whole) - 1} bytes, and its 2 chunks need {len(whole)}" in refused(capsys, EMBEDDED, *base)
+    file.write_bytes(b"_logits_")
+    assert "is no file of logits; write one with --save-all-logits" in refused(capsys, EMBEDDED, *base)
+    write(tokens, 2048)
+    assert "is of another text" in refused(capsys, EMBEDDED, text, *base)
+    assert "chunks must be at least 1" in refused(capsys, EMBEDDED, *base, "--chunks=0")
+    write(np.full((1, 64), 2048), 2048)
+    assert "a token is not in its vocabulary of 2048" in refused(capsys, EMBEDDED, *base)
+    assert "TEXT is missing" in refused(capsys, EMBEDDED)
+    assert "holds chunks, not windows; leave stride out" in refused(capsys, EMBEDDED, *base, "--stride=8")
+    assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--kl-divergence", EMBEDDED)
+    assert "are two runs; leave one out" in refused(capsys, EMBEDDED, text, *base, "--save-all-logits=y")
+    assert "cannot write" in refused(capsys, EMBEDDED, text, "-c=64", "--save-all-logits=/absent/y")
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +461,11 @@ def test_the_command_prints_running_and_final_figures(capsys, text):
     steps = [float(part.split("]")[1]) for part in running.rstrip(",").split(",")]
     assert running.startswith("[1]") and ",[2]" in running and len(steps) == 3
     assert last.startswith(f"PPL = {steps[-1]:.4f} +/- ") and 1 < steps[-1] < 100
+    assert cli.call(["perplexity", EMBEDDED, text, "--ctx-size=64", "--stride=48", "--chunks=3", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert "3 windows of 64 tokens" in shown.err and found["stride"] == 48
+    assert found["scored_tokens"] == 63 + 2 * 48 and 1 < found["ppl"]["value"] < 100
 
 
 def test_the_command_compares(capsys, text):
@@ -353,6 +490,7 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_bad_input_is_told_with_the_cure(capsys, tmp_path, text):
+    assert "stride must be in [1, 63]" in refused(capsys, EMBEDDED, text, "-c=64", "--stride=64")
     assert "cannot read " in refused(capsys, EMBEDDED, str(tmp_path / "absent"), "-c=64")
     assert "cannot read " in refused(capsys, EMBEDDED, str(tmp_path), "-c=64")
     (tmp_path / "latin").write_bytes(b"caf\xe9 " * 999)

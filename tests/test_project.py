@@ -121,7 +121,7 @@ def test_readme_names_targets_and_commands_that_exist() -> None:
     for target in targets:
         assert re.search(rf"^(\w+ )*{target}( \w+)*:", makefile, re.MULTILINE), target
     commands = {c for c in cli.make_app() if not c.startswith("-")}
-    named = set(re.findall(r"^    jaxserve (\w+)", README, re.MULTILINE))
+    named = set(re.findall(r"^    jaxserve ([\w-]+)", README, re.MULTILINE))
     assert named <= commands
     assert {"serve", "run", "generate", "bench", "convert"} <= named
 

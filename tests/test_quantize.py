@@ -18,6 +18,7 @@ from jaxserve.cli import quantize as command
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, dequantise, quantise
 from jaxserve.gguf import GgufFile
+from jaxserve.models import find_model
 from jaxserve.tokenizer import load_tokenizer
 from jaxserve.tokenizer.gguf_export import text_metadata
 from jaxserve.weights import open_checkpoint
@@ -393,13 +394,22 @@ def test_choices_by_name_and_shape() -> None:
     found = choose(MIXES["Q2_K"], {n: (dense, s) for n, s in shapes.items()}, layers=8, sharing=4)
     assert {name: choice.format.name for name, choice in found.items()} == {
         "token_embd.weight": "Q2_K", "output.weight": "Q6_K", "blk.0.attn_norm.weight": "F32",
-        "blk.0.ffn_gate_inp.weight": "F16", "blk.0.ffn_down_exps.weight": "Q2_K", "blk.0.attn_v.weight": "Q4_K",
+        "blk.0.ffn_gate_inp.weight": "F16", "blk.0.ffn_down_exps.weight": "Q3_K", "blk.0.attn_v.weight": "Q4_K",
         "blk.0.ffn_down.weight": "F16", "blk.0.attn_q.bias": "F32",
     }  # fmt: skip
     assert found["blk.0.ffn_down.weight"].instead_of is FORMATS["Q3_K"]
     assert found["blk.0.attn_v.weight"].instead_of is None
     few = choose(MIXES["Q2_K"], {"blk.0.attn_v.weight": (dense, (64, 256))}, layers=8, sharing=1)
     assert few["blk.0.attn_v.weight"].format.name == "Q3_K"
+    # Eight experts make attention a small part of the model.
+    attention = {f"blk.0.attn_{part}.weight": (dense, (256, 256)) for part in ("q", "k", "v", "output")}
+    for mix, wanted in {
+        "Q4_K_M": "Q4_K Q8_0 Q8_0 Q5_K",
+        "Q4_0": "Q4_0 Q8_0 Q8_0 Q4_0",
+        "F16": "F16 F16 F16 F16",
+    }.items():
+        found = choose(MIXES[mix], attention, layers=8, sharing=1, experts=8)
+        assert [choice.format.name for choice in found.values()] == wanted.split()
 
 
 # --- what is refused
@@ -446,6 +456,66 @@ def test_what_gguf_has_no_word_for(tmp_path, capsys) -> None:
     for architecture, (config, message) in cases.items():
         src = checkpoint(tmp_path / architecture, architecture, layers=1, **config)
         assert message in refused(capsys, src, tmp_path / "m.gguf", "Q8_0")
+
+
+def expert_checkpoint(path: Path, architecture: str, *, experts: int = 8, **config: object) -> Path:
+    """`checkpoint` with experts of FFN / 4 in place of the feed-forward layers."""
+    checkpoint(
+        path, architecture, layers=2, norms=architecture.startswith("Qwen3"), num_local_experts=experts,
+        num_experts_per_tok=2, moe_intermediate_size=FFN // 4, norm_topk_prob=True,
+        intermediate_size=FFN // 4 if architecture.startswith("Mixtral") else FFN, **config,
+    )  # fmt: skip
+    rng, weights = np.random.default_rng(1), load_file(path / "model.safetensors")
+    mixtral = architecture.startswith("Mixtral")
+    names = dict(zip(("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), strict=True)) if mixtral else {}
+    at = "block_sparse_moe" if mixtral else "mlp"
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        for part, shape in {"gate": (128, WIDTH), "up": (128, WIDTH), "down": (WIDTH, 128)}.items():
+            del weights[f"{layer}.mlp.{part}_proj.weight"]
+            name = names.get(f"{part}_proj", f"{part}_proj")
+            for e in range(experts):
+                weights[f"{layer}.{at}.experts.{e}.{name}.weight"] = rng.normal(scale=0.05, size=shape).astype(
+                    np.float32
+                )
+        weights[f"{layer}.{at}.gate.weight"] = rng.normal(size=(experts, WIDTH)).astype(np.float32)
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_experts_are_written_as_stacks_and_come_back(tmp_path, architecture) -> None:
+    src = expert_checkpoint(tmp_path / "src", architecture)
+    for kind in ("F32", "Q4_0"):
+        assert quantize(src, tmp_path / f"{kind}.gguf", kind) == 0
+    want, plain, small = (open_checkpoint(tmp_path / name) for name in ("src", "F32.gguf", "Q4_0.gguf"))
+    assert want.names() == plain.names() == small.names()
+    # The tensors say the same through the file; `find_model` that the sizes do.
+    assert find_model(want.config)[1] == find_model(plain.config)[1] == find_model(small.config)[1]
+    for name in want.names():
+        np.testing.assert_array_equal(plain.read(name), want.read(name))
+        if ".experts." in name:
+            stored = small.blocks(name)
+            np.testing.assert_array_equal(stored.rows, quantise(FORMATS["Q4_0"], want.read(name)))
+    router = "block_sparse_moe.gate" if architecture == "MixtralForCausalLM" else "mlp.gate"
+    assert small.blocks(f"model.layers.0.{router}.weight") is None
+
+
+def test_experts_that_gguf_has_no_word_for(tmp_path, capsys) -> None:
+    for i, (change, message) in enumerate(
+        {
+            ("norm_topk_prob", False): "experts' weights that are not normalised (norm_topk_prob) have no key",
+            ("mlp_only_layers", (0,)): "mlp_only_layers",
+            ("decoder_sparse_step", 2): "decoder_sparse_step=2",
+            ("num_experts_per_tok", 9): "num_experts_per_tok=9",
+            ("num_local_experts", 7): "experts that do not make a stack (6): model.layers.0.mlp.experts.*.down_proj",
+        }.items()
+    ):
+        src = expert_checkpoint(tmp_path / str(i), "Qwen3MoeForCausalLM") if i == 0 else src
+        config = json.loads((src / "config.json").read_text())
+        (src / "config.json").write_text(json.dumps(config | dict([change])))
+        assert message in refused(capsys, src, tmp_path / "m.gguf", "Q8_0")
+        (src / "config.json").write_text(json.dumps(config))
 
 
 def test_tensors_without_a_name_are_all_told(tmp_path, capsys) -> None:

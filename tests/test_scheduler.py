@@ -7,13 +7,24 @@ import pytest
 
 from jaxserve.errors import Overloaded
 from jaxserve.pages import PagePool
-from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.request import FinishReason, Logprobs, Request, SamplingParams
 from jaxserve.scheduler import Sampled, Scheduler
 
 
 def next_token(request_id, index, position):
     """What the pretended model samples at a position: a sequence's tokens depend on itself alone."""
     return zlib.crc32(f"{request_id} {index} {position}".encode()) % 50
+
+
+def logprob(tokens, position):
+    """What the pretended model says of a prompt's token."""
+    return Logprobs(-float(zlib.crc32(bytes(tokens[: position + 1])) % 1000), 1)
+
+
+def scores(prompt, first):
+    """What a request for prompt_logprobs_from=first is to hear."""
+    first = max(1, first)
+    return (*[None] * first, *(logprob(list(prompt), p) for p in range(first, len(prompt))))
 
 
 class Device:
@@ -41,7 +52,8 @@ class Device:
             token = next_token(s.request.id, s.index, end)
             self.last[row.slot] = token
             tokens.append(token)
-        return Sampled(tokens)
+        scored = {i: [logprob(row.sequence.tokens, p) for p in row.scored] for i, row in enumerate(plan.rows)}
+        return Sampled(tokens, prompt_logprobs={i: found for i, found in scored.items() if found})
 
 
 def scheduler(pages=16, size=4, seqs=4, budget=16, length=40, **options):
@@ -143,8 +155,8 @@ def test_n_shares_also_when_there_is_room_not_to():
 
 def test_what_was_preempted_is_not_overtaken():
     s, device = scheduler(pages=8, size=2, seqs=3, budget=16, length=16), Device(8, 2)
-    for name in "ab":
-        s.add(request(name, range(7), max_tokens=9), 0.0)
+    for name, first in (("a", 0), ("b", 10)):
+        s.add(request(name, range(first, first + 7), max_tokens=9), 0.0)
     pending = None
     while not s.stats.preemptions:  # both have 4 pages; a needs a fifth
         if pending is None:
@@ -163,8 +175,10 @@ def test_what_was_preempted_is_not_overtaken():
 def test_n_shares_the_prompts_pages(caching):
     s, device = scheduler(pages=12, size=4, seqs=8, budget=32, length=40, prefix_caching=caching), Device(12, 4)
     s.add(request("a", range(29), max_tokens=3, n=4), 0.0)
-    assert len(s.waiting) == 4 and s.num_deferred == 3, "all but the first wait for its pages"
-    deltas = run(s, device)  # 8 pages a sequence: four would need 32 if they did not share
+    plan = s.plan(0.0)
+    assert len(plan.rows) == 1 and s.num_deferred == 3, "all but the first wait for its pages"
+    deltas = s.commit(plan, device.launch(plan), 0.0)
+    deltas += run(s, device)  # 8 pages a sequence: four would need 32 if they did not share
     for index in range(4):
         assert output(deltas, "a", index) == expected("a", 29, 3, index)
     assert [d.num_cached_tokens for d in deltas if d.num_cached_tokens is not None] == [0, 28, 28, 28]
@@ -210,8 +224,52 @@ def test_queue_limit_and_deadlines():
 def test_scoring_only_generates_nothing():
     s = scheduler()
     s.add(request("a", range(9), max_tokens=0), 0.0)
-    deltas = run(s, Device(16, 4))
-    assert [(d.token_ids, d.finish) for d in deltas] == [((), FinishReason.LENGTH)]
+    assert s.plan(0.0).num_tokens == 8, "the last token predicts nothing that is wanted"
+    s, device = scheduler(), Device(16, 4)
+    for name, prompt in (("a", range(9)), ("b", [5]), ("c", range(9))):
+        s.add(request(name, prompt, max_tokens=0), 0.0)
+    deltas = run(s, device)
+    assert sorted((d.request_id, d.token_ids, d.finish) for d in deltas) == [
+        (name, (), FinishReason.LENGTH) for name in "abc"
+    ]
+    assert s.plan(0.0) is None
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_begins_alike_is_computed_once(size):
+    """Three endings of one context, and another context that begins like it, all at once."""
+    s, device = scheduler(pages=128 // size, size=size, seqs=8, budget=64, length=40), Device(128 // size, size)
+    context = list(range(13))
+    prompts = {"a": [*context, 20, 21, 22], "b": [*context, 30, 31], "c": [*context, 40], "d": [*context[:5], 9, 9]}
+    for name, prompt in prompts.items():
+        first = 5 if name == "d" else 13
+        s.add(request(name, prompt, max_tokens=0, prompt_logprobs=0, prompt_logprobs_from=first), 0.0)
+    plan = s.plan(0.0)
+    assert [(r.sequence.request.id, r.count) for r in plan.rows] == [("a", 15)] and s.num_deferred == 3
+    sampled = device.launch(plan)
+    follow = s.plan(0.0)
+    # Each computes anew what is in no full page, and the last token of the context: it says how the ending begins.
+    starts = {"b": 12, "c": 12, "d": 4}
+    assert {r.sequence.request.id: r.start for r in follow.rows} == starts, "12 and 4 are multiples of 4, too"
+    deltas = s.commit(plan, sampled, 0.0) + s.commit(follow, device.launch(follow), 0.0)
+    assert {d.request_id: d.prompt_logprobs for d in deltas} == {
+        name: scores(prompt, 5 if name == "d" else 13) for name, prompt in prompts.items()
+    }
+    assert s.idle and not s.plan(0.0)
+    s.check_integrity()
+
+
+def test_who_waits_for_the_pages_of_another_goes_on_when_that_one_goes():
+    s, device = scheduler(pages=20, size=2, seqs=3, budget=20, length=20), Device(20, 2)
+    for name in "ab":
+        s.add(request(name, range(11), max_tokens=2), 0.0)
+    device.launch(s.plan(0.0))
+    assert s.num_deferred == 1
+    s.abort("a")
+    plan = s.plan(0.0)
+    assert [(r.sequence.request.id, r.start) for r in plan.rows] == [("b", 10)], "its step is under way"
+    deltas = s.commit(plan, device.launch(plan), 0.0) + run(s, device)
+    assert output(deltas, "b") == expected("b", 11, 2) and s.num_deferred == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -226,7 +284,7 @@ def test_ten_thousand_random_events(seed):
         max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8,
     )  # fmt: skip
     device, pending, now = Device(pages, size), None, 0.0
-    asked, got, ended, refused = {}, {}, {}, 0
+    asked, got, ended, scored, refused = {}, {}, {}, set(), 0
     prefixes = [[rng.randrange(50) for _ in range(rng.randrange(1, 25))] for _ in range(4)]
 
     def hear(deltas):
@@ -234,6 +292,10 @@ def test_ten_thousand_random_events(seed):
             key = (d.request_id, d.index)
             assert key not in ended, "a delta after the last one"
             got.setdefault(key, []).extend(d.token_ids)
+            if d.prompt_logprobs is not None:
+                r = asked[d.request_id]
+                assert d.prompt_logprobs == scores(r.prompt_token_ids, r.params.prompt_logprobs_from)
+                scored.add(key)
             if d.finish is not None:
                 ended[key] = d.finish
 
@@ -247,6 +309,7 @@ def test_ten_thousand_random_events(seed):
                 str(event), prompt, n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randrange(0, length - len(prompt) + 1),
                 stop_token_ids=tuple(rng.sample(range(50), rng.choice([0, 2]))), priority=rng.randrange(3),
                 timeout_s=rng.choice([None, 30.0]), cache_salt=rng.choice(["", "", "x"]),
+                **rng.choice([{}, {"prompt_logprobs": 0, "prompt_logprobs_from": rng.randrange(len(prompt))}]),
             )  # fmt: skip
             try:
                 s.add(r, now)
@@ -269,6 +332,8 @@ def test_ten_thousand_random_events(seed):
     assert refused and s.stats.hit_tokens and s.pages.usage == 0
     for (name, index), tokens in got.items():
         r = asked[name]
+        if index == 0 and r.params.prompt_logprobs is not None:
+            assert (name, index) in scored or ended.get((name, index)) in (FinishReason.ERROR, None)
         want = expected(name, len(r.prompt_token_ids), r.params.max_tokens, index)
         stop = next((i for i, t in enumerate(want) if t in r.params.stop_token_ids), len(want) - 1)
         assert tokens == want[: len(tokens)], "another's tokens"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.spec import Model, ParamSpec
+from jaxserve.spec import Model, ParamSpec, stacked
 from jaxserve.weights import open_checkpoint
 from jaxserve.weights.convert import convert
 from jaxserve.weights.load import load_params, splits
@@ -117,6 +117,39 @@ def test_two_leaves_may_share_a_tensor(tmp_path):
     params = load(write(tmp_path / "m", weights), specs=specs)
     same(params["a"], weights[NORM])
     same(params["b"], weights[NORM].reshape(2, 4))
+
+
+STACKED = stacked(SimpleNamespace(heads=2, kv_heads=1, head_dim=2, width=8), QUERY,
+                  q="heads head_dim width", k="kv_heads head_dim width", v="kv_heads head_dim width")  # fmt: skip
+
+
+def test_specs_may_be_rows_of_a_tensor(tmp_path):
+    whole = tensors()[QUERY]
+    path = write(tmp_path / "m", {QUERY: whole})
+    seen = []
+    params = load(path, specs=STACKED, progress=lambda done, total: seen.append((done, total)))
+    same(params["q"], whole[:4].reshape(2, 2, 8))
+    same(params["k"], whole[4:6].reshape(1, 2, 8))
+    same(params["v"], whole[6:].reshape(1, 2, 8))
+    assert seen[-1] == (whole.nbytes, whole.nbytes)
+    handed = []
+    load_params(
+        fake_model(STACKED),
+        None,
+        open_checkpoint(path),
+        dtype=np.float32,
+        device_put=lambda array, spec: jnp.asarray(array),
+        pack=lambda w, spec: handed.append((w, spec.rows)) or w,
+    )
+    assert sorted(rows for _, rows in handed) == [(0, 4), (4, 6), (6, 8)]
+    assert all(np.array_equal(w, whole[slice(*rows)]) for w, rows in handed)
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_rows_that_no_spec_wants_or_that_are_not_there(tmp_path, rows):
+    path = write(tmp_path / "m", {QUERY: np.ones((rows, 8), np.float32)})
+    with pytest.raises(CheckpointError, match=rf"{QUERY} is \[{rows}, 8\], the model needs \[8, 8\]"):
+        load(path, specs=STACKED)
 
 
 def test_the_loaded_array_is_not_the_file(tmp_path):

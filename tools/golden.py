@@ -72,6 +72,12 @@ def shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: 
 # next two are blended and the rest divided.
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
+# Six pairs of dimensions rotate: all of head_dim 12, or three quarters of 16.
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.25, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.5, 9.0],
+}
+
 GOLDENS = [
     Golden(
         "llama2",
@@ -254,6 +260,142 @@ GOLDENS = [
             "all local": {"layer_types": ["sliding_attention"] * 3},
         },
     ),
+    Golden(
+        "phi3",
+        "phi3",
+        seed=14,
+        prompt_tokens=40,
+        # As long as the original context, so that the short list counts; the factor alone says how far it is stretched.
+        config=shape(64, 72, 2, heads=4, kv_heads=2, vocab=176, tie_word_embeddings=True, rms_norm_eps=1e-5)
+        | {"max_position_embeddings": 64, "original_max_position_embeddings": 64, "pad_token_id": 0}
+        | rope(100.0, "longrope", factor=16.0, partial_rotary_factor=0.75, **LONGROPE),
+        classic={
+            "rope_scaling": {"type": "longrope", "factor": 16.0} | LONGROPE,
+            "partial_rotary_factor": 0.75,
+        },
+        mistakes={
+            "unscaled": rope(100.0, partial_rotary_factor=0.75),
+            "magnitude": rope(100.0, "longrope", attention_factor=1.0, partial_rotary_factor=0.75, **LONGROPE),
+            "long list": rope(
+                100.0,
+                "longrope",
+                factor=16.0,
+                partial_rotary_factor=0.75,
+                **LONGROPE | {"short_factor": LONGROPE["long_factor"]},
+            ),
+            "whole head": rope(100.0),
+        },
+    ),
+    Golden(
+        "phi3_long",
+        "phi3",
+        seed=15,
+        prompt_tokens=60,
+        config=shape(48, 64, 2, heads=4, kv_heads=4, vocab=168, sliding_window=9, rms_norm_eps=1e-5)
+        | {"original_max_position_embeddings": 32, "pad_token_id": 0}
+        | rope(10000.0, "longrope", **LONGROPE),
+        dtype=torch.bfloat16,
+        classic={"rope_scaling": {"type": "su", "original_max_position_embeddings": 32} | LONGROPE},  # its first name
+        classic_lacks=("num_key_value_heads",),
+        mistakes={
+            "unscaled": rope(10000.0),
+            "magnitude": rope(10000.0, "longrope", attention_factor=1.0, **LONGROPE),
+            "short list": rope(10000.0, "longrope", **LONGROPE | {"long_factor": LONGROPE["short_factor"]}),
+            "no window": {"sliding_window": None},
+            **{f"window {w}": {"sliding_window": w} for w in (8, 10)},
+        },
+    ),
+    Golden(
+        "olmo2",
+        "olmo2",
+        seed=16,
+        prompt_tokens=40,
+        config=shape(48, 64, 2, heads=6, kv_heads=2, vocab=168, rms_norm_eps=1e-3, pad_token_id=0) | rope(500000.0),
+        mistakes={"theta": rope(10000.0), "eps": {"rms_norm_eps": 1e-6}},
+    ),
+    Golden(
+        "granite",
+        "granite",
+        seed=17,
+        prompt_tokens=40,
+        config=shape(48, 64, 2, heads=4, kv_heads=2, vocab=168, rms_norm_eps=1e-5)
+        | {"embedding_multiplier": 3.0, "attention_multiplier": 0.15, "residual_multiplier": 0.6, "logits_scaling": 0.5}
+        | {"attention_bias": True, "mlp_bias": True, "pad_token_id": 0}
+        | rope(10000.0),
+        mistakes={
+            key: {key: 1.0}
+            for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+        }
+        | {"usual scale": {"attention_multiplier": 12**-0.5}},
+    ),
+    Golden(
+        "smollm3",
+        "smollm3",
+        seed=18,
+        prompt_tokens=48,
+        config=shape(48, 64, 4, heads=4, kv_heads=2, vocab=168, tie_word_embeddings=True, rms_norm_eps=1e-6)
+        | {"no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 9, "pad_token_id": 0}
+        | rope(2000000.0),
+        classic_lacks=("no_rope_layers", "layer_types", "tie_word_embeddings", "rope_theta", "attention_bias"),
+        mistakes={
+            "rope in all": {
+                "no_rope_layers": [1] * 4,
+                "layer_types": ["full_attention"] * 2 + ["sliding_attention", "full_attention"],
+            },
+            "other layers": {"no_rope_layers": [1, 0, 1, 1]},
+            "no window": {"layer_types": ["full_attention"] * 4},
+            **{f"window {w}": {"sliding_window": w} for w in (8, 10)},
+        },
+    ),
+    Golden(
+        "mixtral",
+        "mixtral",
+        seed=14,
+        prompt_tokens=40,
+        config=shape(48, 40, 2, heads=4, kv_heads=2, vocab=160, sliding_window=9, rms_norm_eps=1e-5)
+        | {"num_local_experts": 5, "num_experts_per_tok": 2}
+        | rope(10000.0),
+        classic_lacks=("head_dim",),
+        mistakes={
+            "one expert": {"num_experts_per_tok": 1},
+            "three experts": {"num_experts_per_tok": 3},
+            "no window": {"sliding_window": None},
+        },
+    ),
+    Golden(
+        "qwen3_moe",
+        "qwen3_moe",
+        seed=15,
+        prompt_tokens=40,
+        config=shape(48, 56, 3, heads=4, kv_heads=2, vocab=160, head_dim=16, rms_norm_eps=1e-6)
+        | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        | {"mlp_only_layers": [1]}
+        | rope(10000.0),
+        dtype=torch.bfloat16,
+        classic={"num_experts": 8},  # the key's name before it was Mixtral's
+        classic_lacks=("num_local_experts",),
+        mistakes={
+            "two experts": {"num_experts_per_tok": 2},
+            "weights not normalised": {"norm_topk_prob": False},
+            "theta": rope(500.0),
+        },
+    ),
+    Golden(
+        "qwen3_moe_step",
+        "qwen3_moe",
+        seed=19,
+        prompt_tokens=40,
+        config=shape(40, 48, 2, heads=4, kv_heads=1, vocab=168, tie_word_embeddings=True, rms_norm_eps=1e-6)
+        | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False}
+        | {"attention_bias": True, "decoder_sparse_step": 2}
+        | rope(10000.0),
+        classic_lacks=("norm_topk_prob", "mlp_only_layers"),
+        mistakes={
+            "one expert": {"num_experts_per_tok": 1},
+            "weights normalised": {"norm_topk_prob": True},
+            "theta": rope(500.0),
+        },
+    ),
 ]
 
 
@@ -352,10 +494,10 @@ def effects(golden: Golden, directory: Path, tokens: np.ndarray, right: np.ndarr
 
     for mistake, changes in golden.mistakes.items():
         record(mistake, load(directory, config_of(golden, **changes)))
-    # One kind of weight at a time is made neutral; q_proj at zero is uniform attention.
+    # One kind of weight at a time is made neutral; q_proj at zero is uniform attention, qkv_proj none.
     kinds = {name.split(".", 3)[-1] if ".layers." in name else name for name, _ in load(directory).named_parameters()}
     for kind in sorted(kinds):
-        if "norm" in kind or kind.endswith("bias") or kind.endswith("q_proj.weight"):
+        if "norm" in kind or kind.endswith(("bias", "q_proj.weight", "qkv_proj.weight")):
             model = load(directory)
             for name, weight in model.named_parameters():
                 if name.endswith(kind):
@@ -441,7 +583,12 @@ Each directory is a checkpoint as `save_pretrained` leaves it, and
 `llama_bias` has biases on all seven projections, `qwen2*` on q, k and v, `qwen3_f16` on q, k, v and o. `qwen3` is
 sharded. `linear` spells `type` for `rope_type` in its classic config; the classic config of `qwen2` has a window that
 is not to be used; the `layer_types` of `qwen3_f16` overrule its `max_window_layers`. `gemma2` caps scores and
-logits, `gemma3_untied` logits; `gemma3` has one global layer, the sixth, whose rope alone is stretched.
+logits, `gemma3_untied` logits; `gemma3` has one global layer, the sixth, whose rope alone is stretched. `phi3` rotates
+three quarters of a head and is stretched by its short list, `phi3_long` by its long one: its prompts are longer than
+the original context, and for shorter ones transformers takes the other list. `granite` has biases on all seven
+projections; the third layer of `smollm3` has no rope. `mixtral` has 5 experts, of which a token goes through 2;
+`qwen3_moe` 8 and 3, and none in its second layer; `qwen3_moe_step` 6 and 2 in its second layer only, and does not
+normalise their weights.
 
 The weakest mistake is the wrong model that comes closest: the largest difference that it makes to any logit. Float32
 rounding is below 1e-4.

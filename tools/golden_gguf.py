@@ -1,4 +1,4 @@
-"""Writes tests/goldens/gguf_blocks and gguf_gemma: what llama.cpp computes with small random models.
+"""Writes tests/goldens/gguf_blocks, gguf_gemma and gguf_families: what llama.cpp computes with small random models.
 
 python tools/golden_gguf.py [--folder FOLDER]
 
@@ -9,8 +9,8 @@ gguf_blocks: tests/gguf_blocks.py's models of random blocks, one for each format
 file: for its products llama.cpp rounds activations to 8 bits, so these are no exact target. `exact` are from the same
 weights as float32, which llama-quantize made of the file: what a computation in float32 must give, to 1e-4.
 
-gguf_gemma: tests/gemma_files.py's checkpoints as `jaxserve quantize` writes them in F32, which llama.cpp has to load.
-`exact` is as above, `ids` is how llama.cpp cuts each of `texts`.
+gguf_gemma, gguf_families: the checkpoints of tests/gemma_files.py and family_files.py as `jaxserve quantize` writes
+them in F32, which llama.cpp has to load. `exact` is as above, `ids` is how llama.cpp cuts each of `texts`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import numpy as np
@@ -28,6 +29,7 @@ from llamacpp import build, default_folder, free_port, running, server_argv, ver
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+import family_files  # noqa: E402
 import gemma_files  # noqa: E402
 from gguf_blocks import TYPES, VOCAB, write_random_model  # noqa: E402
 
@@ -97,13 +99,12 @@ def blocks(programs: Path, types: list[str], *, write: bool) -> None:
             (goldens / f"{name}.json").write_text(json.dumps(golden) + "\n")
 
 
-def gemma(programs: Path) -> None:
-    goldens = ROOT / "tests" / "goldens" / "gguf_gemma"
+def checkpoints(programs: Path, files: ModuleType, goldens: Path) -> None:
     goldens.mkdir(exist_ok=True)
-    for name in gemma_files.CONFIGS:
+    for name in files.CONFIGS:
         with tempfile.TemporaryDirectory() as scratch:
-            model, checkpoint = Path(scratch, f"{name}.gguf"), Path(scratch, name)
-            digest = gemma_files.write_checkpoint(checkpoint, name)
+            model, checkpoint = Path(scratch, f"{name}.gguf"), Path(scratch, "checkpoint")
+            digest = files.write_checkpoint(checkpoint, name)
             command = [sys.executable, "-m", "jaxserve", "quantize", str(checkpoint), str(model), "F32"]
             subprocess.run(command, check=True, capture_output=True)
             vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
@@ -118,14 +119,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=default_folder(), help="for llama.cpp: %(default)s")
     parser.add_argument(
-        "--types", default=",".join(TYPES), help="only these, which are printed and not written; none: gguf_gemma only"
+        "--types", default=",".join(TYPES), help="only these, which are printed and not written; none: the others only"
     )
     args = parser.parse_args()
     programs = build(args.folder)
     whole = args.types == parser.get_default("types")
     blocks(programs, args.types.split(",") if args.types else [], write=whole)
     if whole or not args.types:
-        gemma(programs)
+        checkpoints(programs, gemma_files, ROOT / "tests" / "goldens" / "gguf_gemma")
+        checkpoints(programs, family_files, ROOT / "tests" / "goldens" / "gguf_families")
 
 
 if __name__ == "__main__":

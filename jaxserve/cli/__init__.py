@@ -18,10 +18,15 @@ COMMANDS = {
     "serve": "serve:serve",
     "run": "run:run",
     "generate": "generate:generate",
+    "batch": "batch:batch",
     "convert": "convert:convert",
     "quantize": "quantize:quantize",
     "show": "show:show",
+    "check": "check:check",
+    "new-model": "new_model:new_model",
+    "new-checkpoint": "new_model:new_checkpoint",
     "perplexity": "perplexity:perplexity",
+    "score": "score:score_file",
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }
@@ -62,7 +67,10 @@ def make_app() -> App:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 failed, 2 wrong usage, configuration or checkpoint, 130 interrupted."""
+    """Runs a command and exits: 0 done, 1 failed, 2 wrong usage, configuration or checkpoint, 130 interrupted.
+
+    `batch` also exits with 3: done, and some rows have an error for an answer.
+    """
     sys.exit(call(sys.argv[1:] if argv is None else argv))
 
 

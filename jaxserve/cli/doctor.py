@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxserve import __version__
 from jaxserve.cli import options as cli
-from jaxserve.config import DeviceOptions, ServerOptions
+from jaxserve.config import DeviceOptions, MeshShape, ServerOptions
 from jaxserve.host_memory import host_memory
 
 PACKAGES = (
@@ -28,10 +28,12 @@ CPU_FLAGS = (
     "f16c",
     "avx512f",
     "avx512_vnni",
+    "avx_vnni",
     "avx512_bf16",
     "amx_bf16",
     "amx_int8",
     "asimd",
+    "asimddp",
     "bf16",
     "i8mm",
 )
@@ -103,6 +105,7 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
     from jaxserve.errors import ConfigError
     from jaxserve.loading import dtype_for
     from jaxserve.native.build import BuildError
+    from jaxserve.sharding import meshes
 
     try:
         found = jax.devices()
@@ -115,6 +118,12 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
         stats = d.memory_stats() or {}
         memory = f", {_size(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
         yield f"device {d.id}", f"{d.platform}: {d.device_kind}{memory}"
+    shape = MeshShape.parse(options.mesh or "1")
+    try:
+        rows = [" ".join(str(d.id) for d in mesh.devices.flat) for mesh in meshes(shape, found)]
+        yield "mesh", f"{shape}: " + ", ".join(f"replica {i} on device {ids}" for i, ids in enumerate(rows))
+    except ConfigError as e:
+        problems.append(str(e))
     kind = found[0].platform
     if kind == "cpu" and shutil.which("nvidia-smi") and not importlib.util.find_spec("jax_cuda13_plugin"):
         problems.append("an NVIDIA GPU is here, but JAX lacks its plugin: pip install 'jaxserve[cuda]'")
@@ -124,10 +133,13 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
             yield "C++ kernels", str(native.origin())
         except BuildError as e:
             yield "C++ kernels", f"none: {e}"
-    reason = f"auto on {kind}" if models.dtype == "auto" else "asked for by name"
-    yield "dtype", f"{dtype_for(models.dtype, kind)} ({reason})"
+    reason, dtype = f"auto on {kind}" if models.dtype == "auto" else "asked for by name", dtype_for(models.dtype, kind)
+    yield "dtype", f"{dtype} ({reason})"
     try:
-        name, reason, _ = choose(options.attention, kind, print)
+        name, reason, _ = choose(
+            options.attention, kind, print, devices=shape.per_replica, block_size=options.block_size,
+            kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
+        )  # fmt: skip
         yield "attention", f"{name} ({reason})"
     except ConfigError as e:
         problems.append(str(e))

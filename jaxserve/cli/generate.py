@@ -22,7 +22,7 @@ from jaxserve.text import TextModel
 AHEAD = 2
 
 _SAMPLING = {f.name: f.type for f in msgspec.structs.fields(SamplingParams)}
-_NOT_HERE = ("prompt_logprobs", "logprobs")
+_NOT_HERE = ("prompt_logprobs", "prompt_logprobs_from", "logprobs")
 
 
 class Choice(msgspec.Struct):

@@ -48,12 +48,12 @@ async def start_model(options: EngineOptions, name: str, *, in_process: bool) ->
 
 
 @contextlib.asynccontextmanager
-async def opened(options: EngineOptions, name: str) -> AsyncIterator[TextModel]:
-    """The model's text over an engine in this process, ready to generate. Shows progress on stderr.
+async def opened(options: EngineOptions, name: str, *, in_process: bool = True) -> AsyncIterator[TextModel]:
+    """The model's text over an engine, in this process or one of its own, ready to generate. Shows progress on stderr.
 
     The engine ends with the body, however that ends.
     """
-    text = await start_model(options, name, in_process=True)
+    text = await start_model(options, name, in_process=in_process)
     try:
         async with progress(text.client):
             await text.client.wait_ready()

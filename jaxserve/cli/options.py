@@ -114,6 +114,9 @@ Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling", 
 ConfigFile = Annotated[Path | None, Parameter(group=Group("Model", sort_key=1))]
 
 
+model_name = config.model_name
+
+
 def engine_options(
     model: str | None, rest: ModelOptions, schedule: ScheduleOptions, device: DeviceOptions
 ) -> EngineOptions:
@@ -123,18 +126,6 @@ def engine_options(
         schedule=schedule,
         device=DeviceOptions(**{f.name: getattr(device, f.name) for f in fields(DeviceOptions)}),
     )
-
-
-def model_name(model: str | None, served_model_name: str | None = None) -> str:
-    """The name that requests use: the one given, the directory's or file's, the hub id, or the embedded model's."""
-    if served_model_name:
-        return served_model_name
-    if model is None:
-        return config.DEFAULT_MODEL_NAME
-    path = Path(model)
-    if path.is_file():
-        return path.stem
-    return path.resolve().name if path.is_dir() else model
 
 
 def sources() -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Shows on stderr how far a model has come until it is ready: one live line on a terminal, plain lines elsewhere."""
+"""Shows on stderr how far a model's loading or a job's rows are: live on a terminal, plain lines elsewhere."""
 
 import asyncio
 import contextlib
@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxserve.client import EngineClient, EngineState
 
 _EVERY_S = 0.1
 _PLAIN_EVERY_S = 2.0
+_ROWS_EVERY_S = 10.0
 
 
 @contextlib.asynccontextmanager
@@ -36,6 +38,49 @@ def reporting() -> Iterator[Callable[[str], None]]:
         return
     with console.status("loading") as line:
         yield line.update
+
+
+class RowProgress:
+    """How many of about `total` rows are done, tokens a second, the time that is left, and errors."""
+
+    def __init__(self, total: int):
+        console = Console(stderr=True)
+        self._total = total
+        self._begun = self._said = time.monotonic()
+        self._before: tuple[int, int] | None = None  # rows and tokens of an earlier run
+        self._bar = Progress(
+            TextColumn("rows"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[rest]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, rest="")
+
+    def __enter__(self) -> "RowProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def update(self, rows: int, failed: int, tokens: int) -> None:
+        """Shows the counts, which are those of the whole job."""
+        if self._before is None:
+            self._before = rows, tokens
+            self._bar.reset(self._task, completed=rows)  # what an earlier run did is no speed of this one
+        now = time.monotonic()
+        elapsed = max(now - self._begun, 1e-9)
+        rest = f"{(tokens - self._before[1]) / elapsed:.0f} tokens/s, {failed} errors"
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=rows, rest=rest)
+        elif now - self._said >= _ROWS_EVERY_S:
+            self._said = now
+            speed = (rows - self._before[0]) / elapsed
+            left = f"{max(0, self._total - rows) / speed:.0f} s left" if speed else "time left unknown"
+            print(f"{rows}/{self._total} rows, {rest}, {left}", file=sys.stderr, flush=True)
 
 
 async def _watch(client: EngineClient) -> None:

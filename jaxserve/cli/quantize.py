@@ -37,6 +37,8 @@ class _Source:
     layers: int
     sharing: int
     """Query heads of a key-value head."""
+    experts: int
+    """Of a layer; 0 without."""
 
 
 def quantize(src: str, dst: Path, type: str, *, threads: int | None = None, revision: str | None = None) -> int:
@@ -72,6 +74,7 @@ def quantize(src: str, dst: Path, type: str, *, threads: int | None = None, revi
         {name: (tensor.format, tensor.shape) for name, tensor in source.tensors.items()},
         layers=source.layers,
         sharing=source.sharing,
+        experts=source.experts,
     )
     for line in _remarks(source.tensors, choices):
         print(line, file=sys.stderr)
@@ -126,6 +129,7 @@ def _open_gguf(path: Path) -> _Source:
         gguf_tensors(file),
         whole("block_count"),
         heads // (whole("attention.head_count_kv") or heads or 1),
+        whole("expert_count"),
     )
 
 
@@ -153,7 +157,8 @@ def _open_checkpoint(path: Path, name: str) -> _Source:
     metadata = dict([architecture, kind]) | general | dict(others)
     metadata |= text_metadata(path, embed.shape[0], template.sources if template else {})
     heads, kv_heads = (hyper[f"{architecture[1]}.attention.{key}"] for key in ("head_count", "head_count_kv"))
-    return _Source(metadata, tensors, hyper[f"{architecture[1]}.block_count"], heads // kv_heads)
+    layers, experts = hyper[f"{architecture[1]}.block_count"], hyper.get(f"{architecture[1]}.expert_count", 0)
+    return _Source(metadata, tensors, layers, heads // kv_heads, experts)
 
 
 def _to_write(name: str, source: "SourceTensor", choice: "Choice", pool: ThreadPoolExecutor, threads: int) -> Any:

@@ -32,7 +32,7 @@ Ctrl-C                      stops the answer"""
 OTHER_NAMES = {"num_predict": "max_tokens", "repeat_penalty": "repetition_penalty"}
 
 # Sampling parameters that a conversation has no use for.
-NOT_HERE = ("n", "logprobs", "prompt_logprobs")
+NOT_HERE = ("n", "logprobs", "prompt_logprobs", "prompt_logprobs_from")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def serve(
     Parameters
     ----------
     model
-        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model is served.
+        Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
+        or org/repo/file.gguf); without it the embedded model is served.
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
     """
@@ -79,6 +80,7 @@ def ready_text(info: EngineInfo, name: str, chat: bool, url: str, grpc: str | No
     lines = [
         f"{name} is ready: {info.architecture}, {info.num_params / 1e6:.1f} M parameters, "
         f"{info.dtype} on {info.platform}",
+        *([f"  devices  mesh {info.mesh}"] if info.mesh != "1x1" else []),
         f"  steps    up to {info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens, "
         f"attention {info.attention}",
         f"  context  {info.max_model_len} tokens; KV cache {info.num_pages} pages of {info.page_size} tokens",

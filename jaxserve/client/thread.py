@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.client import EngineState, EngineStatus
+from jaxserve.client.replicas import Replicas, open_engine
 from jaxserve.config import EngineOptions
 from jaxserve.engine import Engine
 from jaxserve.errors import EngineStopped, JaxserveError
@@ -29,7 +30,7 @@ class EngineThread:
     ):
         self.status = EngineStatus(EngineState.LOADING, "starting")
         self.error: JaxserveError | None = None
-        self.engine: Engine | None = None
+        self.engine: Engine | Replicas | None = None
         self._options, self._path, self._model_name = options, path, model_name
         self._deliver, self._changed = deliver, changed
         self._stopping = threading.Event()
@@ -76,7 +77,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            engine = Engine(
+            engine = open_engine(
                 self._options,
                 self._path,
                 model_name=self._model_name,

@@ -5,31 +5,60 @@ from importlib import import_module
 from typing import Any
 
 from jaxserve.errors import ConfigError
+from jaxserve.model_code import brief, load_model_code, place
 from jaxserve.spec import Model
 
 ARCHITECTURES = {
     "Gemma2ForCausalLM": "jaxserve.models.gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
+    "GraniteForCausalLM": "jaxserve.models.granite",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "MixtralForCausalLM": "jaxserve.models.mixtral",
+    "Olmo2ForCausalLM": "jaxserve.models.olmo2",
+    "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
+    "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
 
 
-def find_model(hf: Mapping[str, Any]) -> tuple[Model, Any]:
-    """The model and its config for a config.json. Raises ConfigError for what is not served or not complete."""
+def find_model(hf: Mapping[str, Any], code: str | None = None) -> tuple[Model, Any]:
+    """The model and its config for a config.json; `code` names a model of somebody's own, which goes before the table.
+
+    Raises ConfigError for what is not served or not complete.
+    """
+    if code is not None:
+        return _own_model(hf, code)
     names = hf.get("architectures") or []
     module = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
     if module is None:
         raise ConfigError(
             f"architecture {', '.join(names) or '(none in config.json)'} is not served; "
-            f"served are {', '.join(ARCHITECTURES)}"
+            f"served are {', '.join(ARCHITECTURES)}; --model-code serves a model file of your own"
         )
-    if "quantization_config" in hf:
-        raise ConfigError("quantised checkpoints (quantization_config) are not served; use the unquantised one")
+    _refuse_quantised(hf)
     model = Model.of(import_module(module))
     try:
         return model, model.config_from_hf(hf)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"config.json is incomplete for {names[0]}: {error!r}") from error
+
+
+def _own_model(hf: Mapping[str, Any], code: str) -> tuple[Model, Any]:
+    _refuse_quantised(hf)
+    model = load_model_code(code)
+    try:
+        return model, model.config_from_hf(hf)
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise ConfigError(f"{place(error)}config.json has no {error}, which Config.from_hf asks for") from error
+    except Exception as error:
+        raise ConfigError(f"{place(error)}Config.from_hf does not take this config.json: {brief(error)}") from error
+
+
+def _refuse_quantised(hf: Mapping[str, Any]) -> None:
+    if "quantization_config" in hf:
+        raise ConfigError("quantised checkpoints (quantization_config) are not served; use the unquantised one")

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers import Rope, geglu, offset_rms_norm, project, rotate, soft_cap
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, cap_of, matrix, only_served, sliding_layers, weight
+from jaxserve.spec import Attend, Cache, cap_of, matrix, only_served, sliding_layers, weight
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def block(
     layer: int,
     x: Float[Array, "T D"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     h = offset_rms_norm(x, p["attn_norm"], c.eps)
     q = rotate(project(p, "q", h, out=2), positions, c.rope)  # [T, N, H]
     k = rotate(project(p, "k", h, out=2), positions, c.rope)  # [T, K, H]
@@ -108,9 +107,9 @@ def forward(
     c: Config,
     tokens: Int[Array, " T"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     x = embed(p["embed"], tokens)  # [T, D]
     x = x * jnp.asarray(c.width**0.5, x.dtype)  # rounded as it was in training
     for i, layer in enumerate(p["blocks"]):

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers import Rope, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
-from jaxserve.spec import Attend, matrix, only_served, weight
+from jaxserve.spec import Attend, Cache, matrix, only_served, weight
 
 
 @dataclass(frozen=True)
@@ -95,9 +94,9 @@ def block(
     layer: int,
     x: Float[Array, "T D"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     h = rms_norm(x, p["attn_norm"], c.eps)
     q = rotate(project(p, "q", h, out=2), positions, c.rope)  # [T, N, H]
     k = rotate(project(p, "k", h, out=2), positions, c.rope)  # [T, K, H]
@@ -112,9 +111,9 @@ def forward(
     c: Config,
     tokens: Int[Array, " T"],
     positions: Int[Array, " T"],
-    cache: jax.Array,
+    cache: Cache,
     attend: Attend,
-) -> tuple[Float[Array, "T D"], jax.Array]:
+) -> tuple[Float[Array, "T D"], Cache]:
     x = embed(p["embed"], tokens)  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)

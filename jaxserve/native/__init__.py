@@ -11,8 +11,10 @@ from jaxserve.native.build import BuildError, Library, library
 
 TARGETS = (
     "jaxserve_linear",
+    "jaxserve_grouped_linear",
     "jaxserve_embed",
     "jaxserve_linear_blocks",
+    "jaxserve_grouped_linear_blocks",
     "jaxserve_embed_blocks",
     "jaxserve_ragged_paged_attention",
     "jaxserve_untouched",
@@ -43,8 +45,11 @@ def origin() -> Library:
 
 
 def by_platform[Result](cpu: Callable[..., Result], otherwise: Callable[..., Result], *arguments: Any) -> Result:
-    """`cpu`, which calls the kernels, where they are loaded and the program is for CPU; `otherwise` does the same."""
-    if not loaded():
+    """`cpu`, which calls the kernels, where they are loaded and the program is for one CPU; `otherwise` does the same.
+
+    A custom call cannot be divided: on a mesh XLA would gather its arguments first.
+    """
+    if not loaded() or jax.sharding.get_abstract_mesh().size > 1:
         return otherwise(*arguments)
     result: Result = jax.lax.platform_dependent(*arguments, cpu=cpu, default=otherwise)
     return result

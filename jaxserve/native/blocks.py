@@ -46,6 +46,22 @@ def linear(
     return jax.ffi.ffi_call("jaxserve_linear_blocks", shape)(x, panels, format=np.int64(format.code))
 
 
+def grouped_linear(
+    x: Float[Array, "R K"],
+    panels: UInt8[Array, "E B"],
+    sizes: Int[Array, " E"],
+    format: Format,
+    outputs: int,
+    dtype: DTypeLike,
+) -> Float[Array, "R N"]:
+    """The same with E packed matrices: the first sizes[0] rows of x by the first one, and so on up to the last row.
+
+    Only the matrices that have rows are read. Sizes that do not add up to R are an error when the program runs.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
+    return jax.ffi.ffi_call("jaxserve_grouped_linear_blocks", shape)(x, panels, sizes, format=np.int64(format.code))
+
+
 def embed(
     panels: UInt8[Array, " B"], tokens: Int[Array, " T"], format: Format, outputs: int, depth: int, dtype: DTypeLike
 ) -> Float[Array, "T K"]:

@@ -61,19 +61,31 @@ ISAS = (
         ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
         ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
     ),
+    Isa("avx2vnni", _X86, ("avx_vnni", "avx2", "fma", "f16c"), ("-mavxvnni", "-mavx2", "-mfma", "-mf16c")),
     Isa("avx2", _X86, ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-    Isa("neon", _ARM, (), ()),
+    Isa("neoni8mm", _ARM, ("i8mm", "asimddp", "atomics"), ("-march=armv8.2-a+dotprod+i8mm",)),
+    Isa("neondotprod", _ARM, ("asimddp", "atomics"), ("-march=armv8.2-a+dotprod",)),
+    Isa("neon", _ARM, (), ()),  # on a Mac the compiler's default has products of bytes, too
     Isa("scalar", (*_X86, *_ARM), (), ("-DJAXSERVE_SCALAR",)),
 )
-"""Best first. `scalar` uses no vectors at all: it is the oracle of the others."""
+"""Best first. `scalar` uses no vectors at all: it is the oracle of the others.
+
+AVX512-BF16 is left out: its product wants rows of bfloat16, and rows of x are float32 unless the user asks otherwise.
+"""
 
 
-def best_isa() -> Isa:
-    """The best instruction set of this processor. Raises BuildError where there is none."""
+def best_isa(compiler: list[str] | None = None) -> Isa:
+    """The best instruction set of this processor that `compiler` knows, if one is given. Raises BuildError for none."""
     for isa in ISAS:
-        if isa.runs_here():
+        if isa.runs_here() and (compiler is None or knows(compiler, isa)):
             return isa
     raise BuildError(f"no kernels are written for {platform.machine()}")
+
+
+def knows(compiler: list[str], isa: Isa) -> bool:
+    """Whether the compiler, which may be older than the processor, takes the instruction set's flags."""
+    command = [*compiler, *isa.compiler_flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,9 @@ def library(progress: Callable[[str], None] = lambda message: None, *, prebuilt:
     else:
         reason = "built here: the package brings none"
     compiler = find_compiler()
+    if (known := best_isa(compiler)) != isa:
+        reason += f"; {compiler[0]} is too old for {isa.name}"
+        isa = known
     version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
     name = file_name(isa, version.decode(errors="replace"), jaxlib.__version__)
     path = (cache_home() or _temporary_home()) / "native" / name

@@ -44,6 +44,17 @@ def linear(
     return jax.ffi.ffi_call("jaxserve_linear", shape)(x, panels)
 
 
+def grouped_linear(
+    x: Float[Array, "R K"], panels: Float[Array, "E P K 16"], sizes: Int[Array, " E"], outputs: int, dtype: DTypeLike
+) -> Float[Array, "R N"]:
+    """The same with E packed matrices: the first sizes[0] rows of x by the first one, and so on up to the last row.
+
+    Only the matrices that have rows are read. Sizes that do not add up to R are an error when the program runs.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
+    return jax.ffi.ffi_call("jaxserve_grouped_linear", shape)(x, panels, sizes)
+
+
 def embed(
     panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, dtype: DTypeLike
 ) -> Float[Array, "T K"]:

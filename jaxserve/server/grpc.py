@@ -328,7 +328,9 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         context: grpc.aio.ServicerContext,
     ) -> pb.ContinuationScore:
         ids, start = await self._sequence(request, prompt, i)
-        params = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=request.top_logprobs)
+        params = SamplingParams(
+            max_tokens=0, temperature=0.0, prompt_logprobs=request.top_logprobs, prompt_logprobs_from=start
+        )
         deltas = self._model.generate(
             ids,
             params,
@@ -343,7 +345,7 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             async for delta in deltas:
                 scored += (entry for entry in (delta.prompt_logprobs or ())[start:] if entry is not None)
                 cached_tokens = delta.num_cached_tokens or cached_tokens
-        assert len(scored) == len(ids) - start, "the engine scores every prompt token but the first"
+        assert len(scored) == len(ids) - start, "the engine scores every prompt token from `start` on"
         return pb.ContinuationScore(
             log_likelihood=sum(entry.logprob for entry in scored),
             is_greedy=all(entry.rank == 1 for entry in scored),

@@ -1,10 +1,9 @@
 """The HTTP front end as one ASGI application: routes, server-sent events, hang-ups and limits."""
 
 import asyncio
-import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,25 +13,24 @@ from starlette.routing import Route, Router
 from jaxserve import __version__
 from jaxserve.client import EngineClient, EngineState
 from jaxserve.config import ServerOptions
-from jaxserve.errors import EngineStopped, JaxserveError, RequestError
+from jaxserve.errors import EngineStopped, JaxserveError
 from jaxserve.metrics import FrontMetrics
-from jaxserve.request import SamplingParams
 from jaxserve.server import about
 from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
-from jaxserve.server.openai import (
-    chat_messages,
-    chat_params,
-    check_model,
-    completion_params,
-    completion_prompts,
-    template_arguments,
+from jaxserve.server.generation import (
+    SLOW_TO_ENCODE_CHARS,
+    Generation,
+    in_thread_if,
+    read_chat,
+    read_completion,
+    system_fingerprint,
 )
-from jaxserve.server.replies import ChatReply, CompletionReply, Echo, Head, Reply
+from jaxserve.server.openai import check_model
+from jaxserve.server.replies import Head, Reply
 from jaxserve.server.wire import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody, parse_body
-from jaxserve.text import TextDelta, TextModel, TokenLogprob
+from jaxserve.text import TextModel
 
-SLOW_TO_ENCODE_CHARS = 16_384  # a longer text is tokenised in a thread, so that other streams go on
 FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
 
 _SSE_HEADERS = (
@@ -112,46 +110,11 @@ class HttpApp:
 
     async def _chat(self, exchange: Exchange) -> None:
         body = await self._read(exchange, ChatBody)
-        params, options = chat_params(body, self._model.defaults, self._model.tokenizer)
-        messages = chat_messages(body.messages)
-        arguments = template_arguments(body)
-        prompt = await _in_thread_if(
-            sum(len(str(m["content"])) for m in messages) > SLOW_TO_ENCODE_CHARS,
-            lambda: self._model.encode_chat(messages, **arguments),
-        )
-        try:
-            sources = self._start([prompt], params, body)
-        except RequestError as error:
-            if error.param == "prompt":
-                error.param = "messages"
-            raise
-        reply = ChatReply(self._head("chatcmpl", body), [prompt], options)
-        await self._answer(exchange, reply, sources, bool(body.stream))
+        await self._answer(exchange, await read_chat(body, self._model, self._head("chatcmpl", body)))
 
     async def _completion(self, exchange: Exchange) -> None:
         body = await self._read(exchange, CompletionBody)
-        params, options = completion_params(body, self._model.defaults, self._model.tokenizer)
-        given = completion_prompts(body.prompt, options.n)
-        texts = [p for p in given if isinstance(p, str)]
-        encoded = await _in_thread_if(
-            sum(map(len, texts)) > SLOW_TO_ENCODE_CHARS, lambda: [self._model.encode_prompt(p) for p in texts]
-        )
-        prompts = encoded if texts else [p for p in given if not isinstance(p, str)]
-        sources = self._start(prompts, params, body)
-        tokenizer = self._model.tokenizer
-        shown: list[str] = []
-        firsts: list[TokenLogprob] = []
-        if options.echo:
-            skip = params.skip_special_tokens
-            shown = texts or [tokenizer.decode(p, skip_special_tokens=skip) for p in prompts]
-            for prompt in prompts:
-                token = prompt[0]
-                name, spelled = tokenizer.token_str(token), tokenizer.token_bytes(token)
-                firsts.append(TokenLogprob(token_id=token, token=name, bytes=spelled, logprob=0.0, rank=1))
-        hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset()
-        echoed = Echo(shown, firsts, hidden, 1 if options.echo and tokenizer.strips_leading_space else 0)
-        reply = CompletionReply(self._head("cmpl", body), prompts, options, echoed)
-        await self._answer(exchange, reply, sources, bool(body.stream))
+        await self._answer(exchange, await read_completion(body, self._model, self._head("cmpl", body)))
 
     async def _read[Body: SamplingBody](self, exchange: Exchange, kind: type[Body]) -> Body:
         """The body of a request to generate, if there is an engine to do it and it is asked for by its name."""
@@ -169,33 +132,13 @@ class HttpApp:
             exchange.notes["user"] = ascii(body.user[:64])
         return body
 
-    def _start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, body: SamplingBody
-    ) -> list[AsyncGenerator[TextDelta]]:
-        """The deltas of each prompt; nothing is queued before they are iterated. Raises RequestError."""
-        unique = uuid.uuid4().hex  # a client may give two requests one request_id
-        return [
-            self._model.generate(
-                prompt,
-                params,
-                request_id=f"{unique}-{i}",
-                priority=body.priority or 0,
-                timeout_s=body.timeout,
-                cache_salt=body.cache_salt or "",
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-
     def _head(self, prefix: str, body: SamplingBody) -> Head:
-        info = self._client.info
-        served = f"{__version__} {info.architecture} {info.num_params} {info.dtype} {info.platform} {info.attention}"
-        fingerprint = "b" + hashlib.sha256(served.encode()).hexdigest()[:12]
         name = body.request_id or uuid.uuid4().hex
-        return Head(f"{prefix}-{name}", int(time.time()), self._model.name, fingerprint)
+        return Head(f"{prefix}-{name}", int(time.time()), self._model.name, system_fingerprint(self._client.info))
 
-    async def _answer(
-        self, exchange: Exchange, reply: Reply, sources: Sequence[AsyncGenerator[TextDelta]], stream: bool
-    ) -> None:
+    async def _answer(self, exchange: Exchange, asked: Generation) -> None:
+        reply, stream = asked.reply, bool(asked.body.stream)
+        sources = asked.start(self._model, uuid.uuid4().hex)  # a client may give two requests one request_id
         exchange.notes["reply"] = reply.head.id
         try:
             # As many prompts at once as the engine computes at once: one request cannot fill the queue by itself.
@@ -288,7 +231,7 @@ class HttpApp:
         check_model(body.model, self._model.name)
         info = self._client.info
         size = len(body.prompt or "") + len(body.content or "") + sum(len(str(m)) for m in body.messages or ())
-        answer = await _in_thread_if(size > SLOW_TO_ENCODE_CHARS, lambda: about.tokenize(body, self._model, info))
+        answer = await in_thread_if(size > SLOW_TO_ENCODE_CHARS, lambda: about.tokenize(body, self._model, info))
         await exchange.reply_json(answer)
 
     async def _detokenize(self, exchange: Exchange) -> None:
@@ -297,7 +240,7 @@ class HttpApp:
         check_model(body.model, self._model.name)
         info = self._client.info
         slow = len(body.tokens) > SLOW_TO_ENCODE_CHARS
-        await exchange.reply_json(await _in_thread_if(slow, lambda: about.detokenize(body, self._model, info)))
+        await exchange.reply_json(await in_thread_if(slow, lambda: about.detokenize(body, self._model, info)))
 
     async def _tokenizer_info(self, exchange: Exchange) -> None:
         await exchange.reply_json(about.tokenizer_info(self._model, self._client.info))
@@ -331,7 +274,3 @@ class _Endpoint:
 def _check_complete(reply: Reply) -> None:
     if not reply.complete:
         raise JaxserveError("the engine ended a request without finishing all of its sequences")
-
-
-async def _in_thread_if[Result](slow: bool, work: Callable[[], Result]) -> Result:
-    return await asyncio.to_thread(work) if slow else work()

@@ -25,7 +25,7 @@ class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -97,7 +97,10 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class ReplyOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller wants to see. top_logprobs None: no logprobs at all."""
+    """What the caller wants to see. top_logprobs None: no logprobs at all.
+
+    cached_tokens: usage says how much of the prompts was cached, which depends on what ran before.
+    """
 
     n: int = 1
     include_usage: bool = False
@@ -105,6 +108,7 @@ class ReplyOptions(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False
     top_logprobs: int | None = None
     echo: bool = False
+    cached_tokens: bool = True
 
 
 class _Whole:
@@ -178,7 +182,8 @@ class Reply:
 
     def usage(self) -> Usage:
         total = self.prompt_tokens + self.completion_tokens
-        return Usage(self.prompt_tokens, self.completion_tokens, total, CachedTokens(sum(self._cached)))
+        details = CachedTokens(sum(self._cached)) if self.options.cached_tokens else UNSET
+        return Usage(self.prompt_tokens, self.completion_tokens, total, details)
 
     def _add_logprobs(self, whole: _Whole, index: int, delta: TextDelta) -> None:
         raise NotImplementedError

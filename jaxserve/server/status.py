@@ -33,6 +33,7 @@ STATUS: dict[type[errors.JaxserveError], Status] = {
     errors.Overloaded: Status(503, _C.RESOURCE_EXHAUSTED, _BUSY, "overloaded"),
     errors.DeadlineExceeded: Status(504, _C.DEADLINE_EXCEEDED, "timeout_error", "deadline_exceeded"),
     errors.EngineStopped: Status(503, _C.UNAVAILABLE, _BUSY, "engine_unavailable"),
+    errors.BatchStopped: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
 }
 
 INTERNAL_MESSAGE = "internal error: see the server's log"

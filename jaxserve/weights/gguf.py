@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import numpy as np
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import Blocks, dequantise
-from jaxserve.gguf import GgufFile
+from jaxserve.gguf import GgufFile, TensorInfo
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
-"""general.architecture to the name that jaxserve.models knows; `llama` with a sliding window is Mistral."""
+"""general.architecture to the name that jaxserve.models knows; `llama` with experts is Mixtral, with a sliding window
+alone Mistral."""
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -40,12 +47,30 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Under blk.N and model.layers.N, before .weight or .bias."""
+"""Under blk.N and model.layers.N, before .weight or .bias. A `*` stands for a tensor's place in a stack."""
+_MIXTRAL_NAMES = LAYER_NAMES | {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.*.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.*.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.*.w2",
+}
+_QWEN3_MOE_NAMES = LAYER_NAMES | {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+}
 _GEMMA_NAMES = LAYER_NAMES | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_OLMO2_NAMES = {name: hf for name, hf in _GEMMA_NAMES.items() if name not in ("attn_norm", "ffn_norm")}
+_PHI3_NAMES = LAYER_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_NAMES = {
+    "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES, "olmo2": _OLMO2_NAMES, "phi3": _PHI3_NAMES,
+    "llama": _MIXTRAL_NAMES, "qwen3moe": _QWEN3_MOE_NAMES,
+}  # fmt: skip
 
 GEMMA = {"gemma2": 2, "gemma3": 6}
 """Gemma's architectures: every how manyth layer has no sliding window where the file does not say. Their norm weights
@@ -54,8 +79,11 @@ _GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers
 
 ROPE_FREQS = "rope_freqs.weight"
 """Llama 3's scaling: what each rotary frequency is divided by."""
+ROPE_LISTS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+"""The same of Phi-3, by its names."""
 
-_INTERLEAVED = ("llama", "mistral")  # what general.architecture `llama` stands for
+INTERLEAVED = ("llama", "granite", "smollm3")
+"""Architectures that store those rows of a q or k head side by side that rotate together."""
 _LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)")
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CHUNK = 2**20  # weights that are dequantised at a time: what that needs besides its result stays in the cache
@@ -70,8 +98,30 @@ _IDLE = (
 )
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where one of Hugging Face's tensors is: a tensor of the file, or one of the matrices that it stacks."""
+
+    name: str
+    info: TensorInfo
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.info.shape if self.index is None else self.info.shape[1:]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which of how many equal parts of the tensor."""
+        return (0, 1) if self.index is None else (self.index, self.info.shape[0])
+
+    def rows(self, raw: np.ndarray) -> np.ndarray:
+        """Its own of all the tensor's."""
+        return raw if self.index is None else raw.reshape(self.info.shape[0], -1, raw.shape[1])[self.index]
+
+
 class GgufCheckpoint:
-    """jaxserve.weights.Checkpoint over one GGUF file or split.
+    """jaxserve.weights.Checkpoint over one GGUF file or split. A stack of experts is as many tensors.
 
     Tensors that no name of Hugging Face's belongs to keep their own, so that whoever asks for names meets them.
     """
@@ -81,33 +131,41 @@ class GgufCheckpoint:
         self.path = path
         self.file = GgufFile(path)
         self.config = make_config(self.file)
-        self._sources: dict[str, str] = {}
-        for name in self.file.tensors:
-            if name == ROPE_FREQS and self.config["model_type"] in _INTERLEAVED:
-                continue  # what it says is in the config
-            hf = hf_name(name, self.file.metadata["general.architecture"])
-            if hf in self._sources:
-                raise CheckpointError(f"{path}: tensors {self._sources[hf]!r} and {name!r} are both {hf}")
-            self._sources[hf] = name
+        self._sources: dict[str, _Source] = {}
+        self._architecture = self.file.metadata["general.architecture"]
+        in_config = {"llama": (ROPE_FREQS,), "phi3": tuple(ROPE_LISTS.values())}.get(self._architecture, ())
+        for name, info in self.file.tensors.items():
+            if name in in_config:
+                continue
+            hf = hf_name(name, self._architecture)
+            found = {hf: _Source(name, info)}
+            if "*" in hf:
+                if len(info.shape) != 3:
+                    raise CheckpointError(f"{path}: {name} is {list(info.shape)}, not a stack of matrices")
+                found = {hf.replace("*", str(i)): _Source(name, info, i) for i in range(info.shape[0])}
+            for hf, source in found.items():
+                if hf in self._sources:
+                    raise CheckpointError(f"{path}: tensors {self._sources[hf].name!r} and {name!r} are both {hf}")
+                self._sources[hf] = source
 
     def names(self) -> frozenset[str]:
         return frozenset(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.file.tensors[self._sources[name]].shape
+        return self._sources[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that `read` gives: float32 for a quantised tensor, and for a norm with its 1 added."""
         if self._one_added(name):
             return np.dtype(np.float32)
-        return _DTYPES.get(self.file.tensors[self._sources[name]].format.name, np.dtype(np.float32))
+        return _DTYPES.get(self._sources[name].info.format.name, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
         """A tensor of plain numbers as it is, a quantised one dequantised to float32."""
-        info, raw = self.file.tensors[self._sources[name]], self.file.raw(self._sources[name])
-        order = self._row_order(name)
+        source, order = self._sources[name], self._row_order(name)
+        info, raw = source.info, source.rows(self.file.raw(source.name))
         if not info.format.quantised:
-            dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(info.shape)
+            dense = raw.reshape(-1).view(_DTYPES[info.format.name]).reshape(source.shape)
             if self._one_added(name):
                 return dense.astype(np.float32) - np.float32(1)
             return dense if order is None else dense[order]
@@ -117,35 +175,35 @@ class GgufCheckpoint:
             for begin in range(0, len(raw), step):
                 rows = slice(begin, begin + step)
                 out[rows] = dequantise(info.format, raw[rows if order is None else order[rows]])
-        return out.reshape(info.shape)
+        return out.reshape(source.shape)
 
     def blocks(self, name: str) -> Blocks | None:
         """A quantised tensor as it is stored; None for any other.
 
         The rows are a read-only view of the map, or an array of their own where their order had to change.
         """
-        source = self._sources[name]
-        kind, order = self.file.tensors[source].format, self._row_order(name)
-        if not kind.quantised:
+        source, order = self._sources[name], self._row_order(name)
+        if not source.info.format.quantised:
             return None
-        raw = self.file.raw(source)
-        return Blocks(kind, raw if order is None else raw[order])
+        raw = source.rows(self.file.raw(source.name))
+        return Blocks(source.info.format, raw if order is None else raw[order])
 
     def release(self, name: str) -> None:
-        self.file.release(self._sources[name])
+        source = self._sources[name]
+        self.file.release(source.name, source.part)
 
     def nbytes(self, name: str) -> int:
-        return self.file.tensors[self._sources[name]].nbytes
+        return self._sources[name].info.nbytes // self._sources[name].part[1]
 
     def _one_added(self, name: str) -> bool:
         return self.config["model_type"] in GEMMA and name.endswith("norm.weight")
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """Which stored row is each row of `name`; None where they agree."""
-        source, head_dim = self._sources[name], self.config["head_dim"]
+        source, head_dim = self._sources[name].name, self.config["head_dim"]
         part = _LAYER.fullmatch(source)
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(part[2] if part else "")
-        if heads is None or self.config["model_type"] not in _INTERLEAVED:
+        if heads is None or self._architecture not in INTERLEAVED:
             return None
         rows, count = self.shape(name)[0], self.config[heads]
         if rows != count * head_dim:
@@ -155,7 +213,7 @@ class GgufCheckpoint:
 
 def layer_names(architecture: str) -> dict[str, str]:
     """LAYER_NAMES of one architecture."""
-    return _GEMMA_NAMES if architecture in GEMMA else LAYER_NAMES
+    return _NAMES.get(architecture, LAYER_NAMES)
 
 
 def hf_name(name: str, architecture: str) -> str:
@@ -169,7 +227,7 @@ def hf_name(name: str, architecture: str) -> str:
 
 
 def halves_from_pairs(heads: int, head_dim: int) -> np.ndarray:
-    """Of each row of a q or k whose heads rotate (i, i + H/2), its place in a `llama` GGUF: int [heads * head_dim].
+    """Of each row of a q or k whose heads rotate (i, i + H/2), its place where they are INTERLEAVED: int [heads * H].
 
     There a head's rows are interleaved, so that the pairs that rotate together are neighbours. argsort is the way back.
     """
@@ -195,7 +253,7 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         raise ConfigError(f"{file.path}: {architecture}.block_count is {layers}, the tensors are {len(file.tensors)}")
     head_dim = keys.whole("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.whole(key, head_dim) != head_dim:
+        if keys.whole(key, head_dim) != head_dim and (architecture, key) != ("phi3", "rope.dimension_count"):
             raise keys.refused(key, f"head_dim {head_dim}")
     if head_dim % 2:
         raise keys.refused("attention.key_length", "an even one")
@@ -215,22 +273,43 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": keys.whole("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(keys),
+        "rope_scaling": None if architecture == "phi3" else _rope_scaling(keys),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": _has_biases(file, "attn_q", "attn_k", "attn_v", "attn_output"),
         "mlp_bias": _has_biases(file, "ffn_gate", "ffn_up", "ffn_down"),
     }
     if architecture == "llama":
-        if window := keys.whole("attention.sliding_window", 0):
+        window, experts = keys.whole("attention.sliding_window", 0), keys.whole("expert_count", 0)
+        if window and not experts:
             config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+        if experts:
+            config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | _experts(keys, experts)
+            config["sliding_window"] = window or None
         if ROPE_FREQS in file.tensors:
             if config["rope_scaling"] is not None:
                 raise ConfigError(f"{file.path}: both {ROPE_FREQS} and linear rope scaling; served is one of them")
             config["rope_scaling"] = _llama3_scaling(file, config)
+    if architecture == "qwen3moe":
+        config |= _experts(keys, keys.whole("expert_count"))
+        share = config["intermediate_size"] // config["num_experts_per_tok"] or None
+        config["moe_intermediate_size"] = keys.whole("expert_feed_forward_length", share)
     if architecture in GEMMA:
         config |= _gemma(keys, architecture, config)
+    if architecture == "phi3":
+        config |= _phi3(keys, config)
+    if architecture == "granite":
+        config |= _granite(keys, config)
     keys.all_taken()
     return config
+
+
+def _experts(keys: "_Keys", count: int) -> dict[str, Any]:
+    """What both architectures with experts say of them; that weights are normalised neither can deny."""
+    return {
+        "num_local_experts": count,
+        "num_experts_per_tok": keys.whole("expert_used_count"),
+        "norm_topk_prob": True,
+    }
 
 
 def _gemma(keys: "_Keys", architecture: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -258,6 +337,39 @@ def _gemma(keys: "_Keys", architecture: str, config: dict[str, Any]) -> dict[str
     if second:
         return found | {"attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0)}
     return found | {"rope_local_base_freq": local_theta}
+
+
+def _phi3(keys: "_Keys", config: dict[str, Any]) -> dict[str, Any]:
+    """Its window, how much of a head rotates, and what the frequencies are divided by."""
+    if keys.take("rope.scaling.type", "none") not in ("none", "longrope"):
+        raise keys.refused("rope.scaling.type", "none or longrope")
+    dims = keys.whole("rope.dimension_count", config["head_dim"])
+    magnitude = keys.number("rope.scaling.attn_factor", 1.0)
+    positions = config["max_position_embeddings"]
+    found: dict[str, Any] = {
+        "partial_rotary_factor": dims / config["head_dim"],
+        "sliding_window": keys.whole("attention.sliding_window", 0) or None,
+        "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length", positions),
+    }
+    if not keys.file.tensors.keys() & ROPE_LISTS.values():
+        if magnitude != 1.0:
+            raise keys.refused("rope.scaling.attn_factor", f"1.0 without {' and '.join(ROPE_LISTS.values())}")
+        return found
+    lists = {key: _float32(keys.file, name, dims // 2) for key, name in ROPE_LISTS.items()}
+    scaling: dict[str, Any] = {key: [float(str(d)) for d in divisors] for key, divisors in lists.items()}
+    return found | {"rope_scaling": {"rope_type": "longrope", "attention_factor": magnitude} | scaling}
+
+
+def _granite(keys: "_Keys", config: dict[str, Any]) -> dict[str, Any]:
+    """What Granite multiplies by."""
+    if keys.take("rope.scaling.finetuned", True) is not True:  # there it says whether there is rope at all
+        raise keys.refused("rope.scaling.finetuned", "True")
+    return {
+        "embedding_multiplier": keys.number("embedding_scale", 1.0),
+        "attention_multiplier": keys.number("attention.scale", config["head_dim"] ** -0.5),
+        "residual_multiplier": keys.number("residual_scale", 1.0),
+        "logits_scaling": keys.number("logit_scale"),
+    }
 
 
 def query_scalar(config: Mapping[str, Any], architecture: str) -> int:
@@ -333,11 +445,8 @@ def _rope_scaling(keys: _Keys) -> dict[str, Any] | None:
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """The parameters whose divisors rope_freqs.weight holds: Llama 3's usual ones, with any factor."""
-    info = file.tensors[ROPE_FREQS]
     half = config["head_dim"] // 2
-    if info.format.name != "F32" or info.shape != (half,):
-        raise ConfigError(f"{file.path}: {ROPE_FREQS} is {info.format.name} {list(info.shape)}, not F32 [{half}]")
-    divisors = file.raw(ROPE_FREQS).reshape(-1).view(np.float32).astype(np.float64)
+    divisors = _float32(file, ROPE_FREQS, half).astype(np.float64)
     if np.allclose(divisors, 1.0, rtol=1e-5, atol=0):
         return None
     scaling: dict[str, Any] = {
@@ -356,6 +465,15 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
         f"{file.path}: {ROPE_FREQS} is not Llama 3's rope scaling (low 1, high 4, original context 8192), "
         "and no other one is served"
     )
+
+
+def _float32(file: GgufFile, name: str, size: int) -> np.ndarray:
+    """A vector of the file. Raises ConfigError for one that is not there, or not float32 [size]."""
+    info = file.tensors.get(name)
+    if info is None or info.format.name != "F32" or info.shape != (size,):
+        found = "missing" if info is None else f"{info.format.name} {list(info.shape)}"
+        raise ConfigError(f"{file.path}: {name} is {found}, not F32 [{size}]")
+    return file.raw(name).reshape(-1).view(np.float32)
 
 
 def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """A checkpoint directory in GGUF's terms, the way back of weights/gguf.py: hyperparameters, tensor names, row order."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, Format
 from jaxserve.gguf import GgufFile
-from jaxserve.spec import only_served, sliding_layers
+from jaxserve.spec import expert_counts, only_served, sliding_layers
 from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.gguf import (
     ARCHITECTURES,
     GEMMA,
+    INTERLEAVED,
     ROPE_FREQS,
+    ROPE_LISTS,
     TOP_NAMES,
     halves_from_pairs,
     layer_names,
@@ -24,13 +27,16 @@ from jaxserve.weights.gguf import (
 )
 from jaxserve.weights.problems import Problems
 
-_FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {"MistralForCausalLM": "llama"}
+_FAMILIES = {hf: name for name, hf in ARCHITECTURES.items()} | {
+    "MistralForCausalLM": "llama", "MixtralForCausalLM": "llama",
+}  # fmt: skip
+_EXPERT = re.compile(r"(?P<before>.*\.experts\.)(?P<number>0|[1-9]\d*)(?P<after>\..*)", re.DOTALL)
 _FORMATS = dict(zip(FLOATS, (FORMATS["F32"], FORMATS["BF16"], FORMATS["F16"]), strict=True))
 _TOP = {hf: gguf for gguf, hf in TOP_NAMES.items()}
 _LAYER = "model.layers."
 # Tables that follow from the config, which older checkpoints hold.
 _COMPUTED = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
-# What Gemma's config.json may leave out.
+# What a config.json may leave out.
 _GEMMA = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
@@ -39,6 +45,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA
     | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": _GEMMA | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    "olmo2": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    "granite": {"max_position_embeddings": 2048}
+    | dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+}
+# Of Granite.
+_MULTIPLIERS = {
+    "embedding_scale": "embedding_multiplier",
+    "attention.scale": "attention_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 
 
@@ -86,14 +104,16 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if config.get("head_dim"):
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if architecture == "llama":
+    if architecture in INTERLEAVED:
         found |= {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim}
-    if architecture in GEMMA:
-        found |= _gemma(config, architecture)
+    if architecture in _OWN_KEYS:
+        found |= _OWN_KEYS[architecture](config)
     elif config.get("sliding_window") and (architecture == "llama" or config.get("use_sliding_window")):
         if architecture != "llama":
             raise ConfigError(f"sliding windows of {architecture} have no key in GGUF; its checkpoint stays as it is")
         found["attention.sliding_window"] = config["sliding_window"]
+    if "num_experts_per_tok" in config:
+        found |= _experts(config, architecture)
     if _scaling_kind(config) == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(_scaling(config)["factor"])}
     return {"general.architecture": architecture, "general.type": "model"} | {
@@ -106,21 +126,29 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     GGUF name or a dtype that is not read."""
     architecture = _architecture(checkpoint.config)
     config = _DEFAULTS.get(architecture, {}) | checkpoint.config
-    llama = architecture == "llama"
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads} if llama else {}
+    interleaved = {"attn_q": heads, "attn_k": config.get("num_key_value_heads") or heads}
+    if architecture not in INTERLEAVED:
+        interleaved = {}
     problems = Problems(checkpoint.path)
     found: dict[str, SourceTensor] = {}
-    for name in sorted(checkpoint.names(), key=lambda name: _place(name, architecture)):
+    groups = _stacks(checkpoint.names())
+    for name in sorted(groups, key=lambda name: _place(name, architecture)):
         if name.endswith(_COMPUTED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
-        theirs = gguf_name(name, architecture)
-        shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+        theirs, members = gguf_name(name, architecture), groups[name]
+        shape, dtype = checkpoint.shape(members[0]), checkpoint.dtype(members[0])
         if theirs is None:
             problems.add("tensor without a name in GGUF", name)
         elif dtype not in _FORMATS:
             problems.add("unsupported dtype", f"{name} is {dtype}")
+        elif "*" in name:
+            if len(members) != expert_counts(config)[0] or any(
+                (checkpoint.shape(member), checkpoint.dtype(member)) != (shape, dtype) for member in members
+            ):
+                problems.add("experts that do not make a stack", name)
+            found[theirs] = SourceTensor(_FORMATS[dtype], (len(members), *shape), _stack_reader(checkpoint, members))
         else:
             part = theirs.split(".")[2] if theirs.startswith("blk.") else ""
             order = None
@@ -129,6 +157,9 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
                     problems.add("wrong shape", f"{name} is {list(shape)} for {interleaved[part]} heads of {head_dim}")
                     continue
                 order = np.argsort(halves_from_pairs(interleaved[part], head_dim))
+            if theirs.endswith("ffn_gate_inp.weight"):  # a router, of which llama.cpp keeps every digit
+                found[theirs] = SourceTensor(FORMATS["F32"], shape, _as_float32(checkpoint, name))
+                continue
             if architecture in GEMMA and theirs.endswith("norm.weight"):
                 found[theirs] = SourceTensor(FORMATS["F32"], shape, _one_added(checkpoint, name))
                 continue
@@ -137,7 +168,39 @@ def hf_tensors(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     if _scaling_kind(config) == "llama3":
         factors = _llama3_factors(config, head_dim)
         found = {ROPE_FREQS: SourceTensor(FORMATS["F32"], factors.shape, _bytes_of(factors))} | found
+    if _scaling_kind(config) == "longrope":
+        lists = {name: np.array(_scaling(config)[key], np.float32) for key, name in ROPE_LISTS.items()}
+        found = {n: SourceTensor(FORMATS["F32"], d.shape, _bytes_of(d)) for n, d in lists.items()} | found
     return found
+
+
+def _stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what they are written as: those of a layer's experts, in their order, by one name with a `*`."""
+    found: dict[str, list[str]] = {}
+    stacks: dict[str, dict[int, str]] = {}
+    for name in names:
+        if expert := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{expert['before']}*{expert['after']}", {})[int(expert["number"])] = name
+        else:
+            found[name] = [name]
+    for stack, members in stacks.items():
+        if sorted(members) == list(range(len(members))):
+            found[stack] = [members[i] for i in range(len(members))]
+        else:  # which have no name as they are
+            found |= {name: [name] for name in members.values()}
+    return found
+
+
+def _experts(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The keys of a model with experts. Raises ConfigError for what llama.cpp would compute otherwise."""
+    experts, used = expert_counts(config)
+    found = {"expert_count": experts, "expert_used_count": used}
+    if architecture == "llama":
+        return found
+    if not config.get("norm_topk_prob"):
+        raise ConfigError("experts' weights that are not normalised (norm_topk_prob) have no key in GGUF's qwen3moe")
+    only_served(config, decoder_sparse_step=1, mlp_only_layers=[])
+    return found | {"expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
 def _gemma(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
@@ -167,6 +230,67 @@ def _gemma(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
         if sliding != tuple((i + 1) % GEMMA[architecture] != 0 for i in range(len(sliding))):
             found["attention.sliding_window_pattern"] = np.array(sliding)
     return found
+
+
+def _phi3(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu")
+    _usual_head_dim(config, "phi3")
+    scaling = _scaling(config)
+    part = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    dims = int(part * (config["hidden_size"] // config["num_attention_heads"]))
+    original = config["original_max_position_embeddings"]
+    found = {
+        "rope.dimension_count": dims,
+        "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.get("sliding_window") or 0,  # 0, as llama.cpp writes it
+    }
+    if _scaling_kind(config) == "longrope":
+        for key in ROPE_LISTS:
+            if len(scaling[key]) != dims // 2:
+                raise ConfigError(f"{key} has {len(scaling[key])} numbers for {dims} dimensions that rotate in pairs")
+        stretch = max(scaling.get("factor") or config["max_position_embeddings"] / original, 1.0)
+        magnitude = scaling.get("attention_factor") or math.sqrt(1 + math.log(stretch) / math.log(original))
+        found["rope.scaling.attn_factor"] = float(magnitude)
+    return found
+
+
+def _olmo2(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
+    _usual_head_dim(config, "olmo2")
+    return {}
+
+
+def _granite(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu")
+    return {key: float(config[hf]) for key, hf in _MULTIPLIERS.items()}
+
+
+def _smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
+    only_served(config, hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False)
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise ConfigError("sliding windows of smollm3 have no key in GGUF; its checkpoint stays as it is")
+    layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
+    if len(rotated) < layers or any(bool(rotated[i]) != ((i + 1) % 4 != 0) for i in range(layers)):
+        raise ConfigError("which layers of smollm3 have rope has no key in GGUF, where all but every fourth have it")
+    return {}
+
+
+def _usual_head_dim(config: Mapping[str, Any], architecture: str) -> None:
+    given, usual = config.get("head_dim"), config["hidden_size"] // config["num_attention_heads"]
+    if given not in (None, usual):
+        raise ConfigError(f"head_dim={given} of {architecture} cannot be written as GGUF; there it is {usual}")
+
+
+_OWN_KEYS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gemma2": lambda config: _gemma(config, "gemma2"),
+    "gemma3": lambda config: _gemma(config, "gemma3"),
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "granite": _granite,
+    "smollm3": _smollm3,
+}
+"""By architecture, its own hyperparameters. Each raises ConfigError for what llama.cpp would compute otherwise."""
 
 
 def gguf_name(name: str, architecture: str) -> str | None:
@@ -207,6 +331,10 @@ def _scaling(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _scaling_kind(config: Mapping[str, Any]) -> str:
     scaling = _scaling(config)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if _architecture(config) == "phi3":
+        if kind not in ("default", "longrope", "su"):
+            raise ConfigError(f"rope scaling {kind!r} of phi3 is not served; served are default and longrope")
+        return "longrope" if kind == "su" else str(kind)
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(f"rope scaling {kind!r} is not served; served are default, linear and llama3")
     if kind == "llama3" and _architecture(config) != "llama":
@@ -239,6 +367,25 @@ def _reader(checkpoint: Checkpoint, name: str, order: np.ndarray | None) -> Call
         return _as_bytes(whole[rows] if order is None else whole[order[rows]])
 
     return raw
+
+
+def _stack_reader(checkpoint: Checkpoint, names: Sequence[str]) -> Callable[[slice], np.ndarray]:
+    """Rows of matrices of one shape that follow one another."""
+    each = checkpoint.shape(names[0])[0]
+
+    def raw(rows: slice) -> np.ndarray:
+        first, last = rows.start // each, (rows.stop - 1) // each
+        parts = [
+            checkpoint.read(names[i])[max(rows.start - i * each, 0) : rows.stop - i * each]
+            for i in range(first, last + 1)
+        ]
+        return _as_bytes(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+    return raw
+
+
+def _as_float32(checkpoint: Checkpoint, name: str) -> Callable[[slice], np.ndarray]:
+    return lambda rows: _as_bytes(checkpoint.read(name)[rows].astype(np.float32))
 
 
 def _one_added(checkpoint: Checkpoint, name: str) -> Callable[[slice], np.ndarray]:

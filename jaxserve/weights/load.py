@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxserve.formats import Blocks
+from jaxserve.quant import stack
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.weights import FLOATS, Checkpoint
 from jaxserve.weights.problems import Problems
@@ -22,6 +23,7 @@ def load_params(
     *,
     dtype: Any,
     device_put: Callable[[Any, ParamSpec], Any],
+    divide: Callable[[list[np.ndarray], ParamSpec], Any] | None = None,
     pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
@@ -29,36 +31,54 @@ def load_params(
     """The model's tree of parameters: each read, given its spec's shape, cast to `dtype` and put on the device.
 
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
-    not, to the leaf that `device_put` then gets.
+    not, to the leaf that `device_put` then gets. Experts are packed one by one and then stacked.
 
-    `threads` tensors (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
-    Two specs may name one tensor. `progress(done, total)` counts the checkpoint's bytes.
+    `divide` takes the place of all that, for weights of several devices: it gets the leaf's tensors as the checkpoint
+    has them, which may be memory maps that have not been read yet, and reads of them what it needs.
+
+    `threads` leaves (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
+    Two specs may name one tensor, or rows of it. `progress(done, total)` counts the checkpoint's bytes.
     Raises one CheckpointError with every tensor that is missing, unexpected, misshapen or of a dtype that is not
     float32, bfloat16 or float16; nothing is read in that case.
     """
     specs, tree = jax.tree.flatten(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
     assert all(isinstance(spec, ParamSpec) for spec in specs), "every leaf of param_specs is a ParamSpec"
-    _check(specs, checkpoint)
+    _check(specs, checkpoint, model.unused)
 
-    sizes = [checkpoint.nbytes(spec.name) for spec in specs]
+    sizes = [_nbytes(spec, checkpoint) for spec in specs]
     total, done, lock = sum(sizes), 0, threading.Lock()
 
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
-        if pack is not None and spec.matrix and len(checkpoint.shape(spec.name)) == 2:
-            host = pack(checkpoint.blocks(spec.name) or checkpoint.read(spec.name), spec)
+        # Waiting here is what bounds the staging: a thread takes its next leaf when this one has arrived.
+        if divide is not None:
+            tensors = [_rows(checkpoint.read(name), spec) for name in spec.names]
+            array = jax.block_until_ready(divide(tensors, spec))
         else:
-            stored = checkpoint.read(spec.name)
-            # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
-            host = stored.astype(dtype, copy=not stored.flags.writeable).reshape(spec.shape)
-        # Waiting here is what bounds the staging: a thread takes its next tensor when this one has arrived.
-        array = jax.block_until_ready(device_put(host, spec))
-        checkpoint.release(spec.name)
+            array = jax.block_until_ready(device_put(whole(spec), spec))
+        for name in spec.names:
+            checkpoint.release(name)
         with lock:
             done += nbytes
             if progress is not None:
                 progress(done, total)
         return array
+
+    def whole(spec: ParamSpec) -> Any:
+        if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
+            packed = (pack(w, spec) for w in _matrices(checkpoint, spec))
+            return stack(packed, len(spec.names)) if spec.spread else next(packed)
+        if spec.spread:
+            host = np.empty(spec.shape, dtype)
+            for i, name in enumerate(spec.names):
+                host[i] = checkpoint.read(name).astype(dtype).reshape(spec.tensor_shape)
+                checkpoint.release(name)
+            return host
+        stored = _rows(checkpoint.read(spec.name), spec)
+        # A read-only array is the file itself: copy it, so that nothing that befalls the file later reaches us.
+        # A part of an array would keep all of it.
+        copy = spec.rows is not None or not stored.flags.writeable
+        return stored.astype(dtype, copy=copy).reshape(spec.shape)
 
     if progress is not None:
         progress(0, total)
@@ -69,27 +89,66 @@ def load_params(
         pool.shutdown(cancel_futures=True)
 
 
+def _matrices(checkpoint: Checkpoint, spec: ParamSpec) -> Iterator[np.ndarray | Blocks]:
+    """The spec's, one by one, as they are stored; memory need not hold one when the next is asked for."""
+    for name in spec.names:
+        blocks = checkpoint.blocks(name)
+        if blocks is not None:
+            yield Blocks(blocks.format, _rows(blocks.rows, spec))
+        else:
+            yield _rows(checkpoint.read(name), spec)
+        if spec.spread:
+            checkpoint.release(name)
+
+
+def _rows(stored: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """The spec's rows of a tensor: a view."""
+    return stored if spec.rows is None else stored[slice(*spec.rows)]
+
+
+def _nbytes(spec: ParamSpec, checkpoint: Checkpoint) -> int:
+    """What the spec's rows, or tensors, have in the checkpoint."""
+    nbytes = sum(checkpoint.nbytes(name) for name in spec.names)
+    if spec.rows is None:
+        return nbytes
+    return nbytes * (spec.rows[1] - spec.rows[0]) // checkpoint.shape(spec.name)[0]
+
+
+def check_params(model: Model, config: Any, checkpoint: Checkpoint) -> None:
+    """Raises what `load_params` would raise, without reading a tensor."""
+    specs = jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    _check(specs, checkpoint, model.unused)
+
+
 def ignored(name: str, tied: bool) -> bool:
     """Whether a tensor that no spec names may be passed over; `tied`: the config does not deny tied embeddings."""
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 
-def _check(specs: list[ParamSpec], checkpoint: Checkpoint) -> None:
+def _check(specs: list[ParamSpec], checkpoint: Checkpoint, unused: Callable[[str], bool]) -> None:
     problems = Problems(checkpoint.path)
     held = checkpoint.names()
+    ends: dict[str, int] = {}
     for spec in specs:
-        if spec.name not in held:
-            problems.add("missing tensor", spec.name)
+        if spec.rows is not None:
+            ends[spec.name] = max(spec.rows[1], ends.get(spec.name, 0))
+    wanted = [(name, leaf) for leaf in specs for name in leaf.names]
+    for name, spec in wanted:
+        if name not in held:
+            problems.add("missing tensor", name)
             continue
-        found = checkpoint.shape(spec.name)
-        if not splits(found, spec.shape):
-            problems.add("misshapen tensor", f"{spec.name} is {list(found)}, the model needs {list(spec.shape)}")
-        if checkpoint.dtype(spec.name) not in FLOATS:
+        found = checkpoint.shape(name)
+        needed = spec.tensor_shape if spec.rows is None else (ends[name], spec.shape[-1])
+        if not splits(found, needed):
+            problems.add("misshapen tensor", f"{name} is {list(found)}, the model needs {list(needed)}")
+        if checkpoint.dtype(name) not in FLOATS:
             kinds = ", ".join(d.name for d in FLOATS)
-            problems.add(f"unsupported dtype, not of {kinds}", f"{spec.name} is {checkpoint.dtype(spec.name).name}")
+            problems.add(f"unsupported dtype, not of {kinds}", f"{name} is {checkpoint.dtype(name).name}")
+        elif spec.names[0] in held and checkpoint.dtype(name) != checkpoint.dtype(spec.names[0]):
+            problems.add("unlike the others of its stack", f"{name} is {checkpoint.dtype(name).name}")
     tied = checkpoint.config.get("tie_word_embeddings") is not False
-    for name in held.difference(spec.name for spec in specs):
-        if not ignored(name, tied):
+    for name in held.difference(name for name, _ in wanted):
+        if not ignored(name, tied) and not unused(name):
             problems.add("unexpected tensor", name)
     problems.raise_any()
 

@@ -86,6 +86,12 @@ MIXES = _MIXES | {name: _MIXES[f"{name}_M"] for name in ("Q3_K", "Q4_K", "Q5_K")
 _KEPT = ("ffn_gate_inp", "position_embd", "token_types", "conv1d", "shortconv", "attn_rel_b", "_norm")
 
 
+def _beside_eight_experts(base: str) -> dict[str, _Rule]:
+    """The rules for attention where it is a small part of the model, as llama.cpp has them."""
+    output = "Q5_K" if base in ("Q2_K", "Q3_K", "Q4_K", "IQ4_NL", "IQ4_XS") else base
+    return {"attn_k": _always("Q8_0"), "attn_v": _always("Q8_0"), "attn_output": _always(output)}
+
+
 @dataclass(frozen=True)
 class Choice:
     """What one tensor becomes."""
@@ -96,21 +102,21 @@ class Choice:
 
 
 def choose(
-    mix: Mix, tensors: Mapping[str, tuple[Format, tuple[int, ...]]], *, layers: int, sharing: int
+    mix: Mix, tensors: Mapping[str, tuple[Format, tuple[int, ...]]], *, layers: int, sharing: int, experts: int = 0
 ) -> dict[str, Choice]:
     """Each tensor's format, from its present one and its shape (last axis packed), under GGUF names.
 
     Vectors become F32, matrices that are no weights of a product stay what they are. `sharing`: query heads of a
-    key-value head.
+    key-value head. `experts`: of a layer.
     """
     return {
-        name: _choice(mix, name, *tensor, layers, sharing, tied="output.weight" not in tensors)
+        name: _choice(mix, name, *tensor, layers, sharing, experts, tied="output.weight" not in tensors)
         for name, tensor in tensors.items()
     }
 
 
 def _choice(
-    mix: Mix, name: str, format: Format, shape: tuple[int, ...], layers: int, sharing: int, *, tied: bool
+    mix: Mix, name: str, format: Format, shape: tuple[int, ...], layers: int, sharing: int, experts: int, *, tied: bool
 ) -> Choice:
     if len(shape) < 2:
         return Choice(FORMATS["F32"], None)
@@ -122,8 +128,11 @@ def _choice(
     elif name.startswith("blk."):
         layer, part = name.split(".")[1:3]
         rule: _Rule | None = {
-            "attn_v": mix.attn_v, "ffn_down": mix.ffn_down, "attn_output": mix.attn_output,
+            "attn_v": mix.attn_v, "attn_qkv": mix.attn_v, "ffn_down": mix.ffn_down, "ffn_down_exps": mix.ffn_down,
+            "attn_output": mix.attn_output,
         }.get(part)  # fmt: skip
+        if experts == 8 and FORMATS[mix.base].quantised:
+            rule = _beside_eight_experts(mix.base).get(part, rule)
         wanted = (rule and rule(int(layer), layers, sharing)) or mix.base
     found = wanted
     while shape[-1] % FORMATS[found].block:

@@ -19,14 +19,56 @@ A token at position p attends to positions (p - window, p]. k and v are written 
 Its weights are the softmax of cap(scale * q.k), where cap(x) is soft_cap * tanh(x / soft_cap) (Gemma 2, 2024). A sink
 (gpt-oss, 2025) is one more logit of each head in that softmax, neither scaled nor capped, whose value is zero.
 Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
+
+A cache of bytes is an Int8Cache: rows as above, and a scale for each token and head of K and of V. What a token sees of
+itself and of its past are the rounded numbers, so they do not depend on how a prompt was cut.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
+
+LEAST = 1e-30
+"""A head's keys or values of a token that are all nearer to zero than this are kept as zeros in an Int8Cache."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8Cache:
+    """Keys and values as signed bytes; byte * scale is the number. Both arrays are donated and updated in place."""
+
+    values: Int8[Array, "P page row"]
+    scales: Float[Array, "P K2 page"]
+    """[P, K*2, page], rows k0, v0, k1, ...: a head's scales lie along its scores, and a page of 128 fills the lanes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[P, page, K*2*H], as of the other caches."""
+        return self.values.shape
+
+
+type Cache = jax.Array | Int8Cache
+"""A cache of floats [P, page, row], or one of bytes."""
+
+
+def quantised(x: Float[Array, "*rows H"]) -> tuple[Int8[Array, "*rows H"], Float[Array, "*rows"]]:
+    """What an Int8Cache keeps of x: the largest of a row becomes 127, the others are rounded to nearest, ties to even.
+
+    A row that holds a NaN or an infinity has a NaN for its scale.
+    """
+    x = x.astype(jnp.float32)
+    most = jnp.abs(x).max(axis=-1, keepdims=True)
+    finite = jnp.isfinite(most)
+    some = finite & (most > LEAST)
+    inverse = 127.0 / jnp.where(some, most, 1.0)
+    values = jnp.round(jnp.where(some, x * inverse, 0.0)).astype(jnp.int8)
+    scale = jnp.where(finite, jnp.where(some, most * (1.0 / 127.0), 0.0), jnp.nan)
+    return values, scale[..., 0]
 
 
 class RaggedPagedAttention(Protocol):
@@ -37,7 +79,7 @@ class RaggedPagedAttention(Protocol):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        cache: Float[Array, "P page row"],
+        cache: Cache,
         kv_lens: Int[Array, " S"],
         page_table: Int[Array, "S B"],
         cu_q_lens: Int[Array, " S1"],
@@ -47,14 +89,14 @@ class RaggedPagedAttention(Protocol):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]: ...
+    ) -> tuple[Float[Array, "T N H"], Cache]: ...
 
 
 def validate(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     kv_lens: jax.Array,
     page_table: jax.Array,
     cu_q_lens: jax.Array,
@@ -69,8 +111,17 @@ def validate(
     tokens, heads, head_dim = q.shape
     if k.shape[0] != tokens or k.shape[2] != head_dim or heads % k.shape[1]:
         raise ValueError(f"k {k.shape} does not fit q {q.shape}: same T and head_dim, heads a multiple of kv heads")
-    if cache.ndim != 3 or cache.shape[2] != k.shape[1] * 2 * head_dim:
+    if len(cache.shape) != 3 or cache.shape[2] != k.shape[1] * 2 * head_dim:
         raise ValueError(f"cache must be [pages, page_size, {k.shape[1] * 2 * head_dim}]; found {cache.shape}")
+    if isinstance(cache, Int8Cache):
+        shape, values, scales = (cache.shape[0], k.shape[1] * 2, cache.shape[1]), cache.values.dtype, cache.scales.dtype
+        if cache.scales.shape != shape or values != jnp.int8 or scales != jnp.float32:
+            raise ValueError(
+                f"an Int8Cache must have int8 values and float32 scales {list(shape)}; "
+                f"found {values} and {scales} {list(cache.scales.shape)}"
+            )
+    elif not jnp.issubdtype(cache.dtype, jnp.floating):
+        raise ValueError(f"cache must be of floats, or an Int8Cache; found {cache.dtype}")
     seqs = kv_lens.shape[0]
     if page_table.ndim != 2 or page_table.shape[0] != seqs or cu_q_lens.shape != (seqs + 1,):
         raise ValueError(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import validate
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, quantised, validate
 
 KV_BLOCK = 128
 """kv tokens read at once. Blocks start at fixed positions, so a sequence is cut alike whatever its neighbours and
@@ -25,7 +25,7 @@ def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
     cu_q_lens: Int[Array, " S1"],
@@ -35,7 +35,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]:
+) -> tuple[Float[Array, "T N H"], Cache]:
     """See contract.py."""
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
     tokens, heads, head_dim = q.shape
@@ -103,12 +103,12 @@ def ragged_paged_attention(
 def _write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
     cu_q_lens: Int[Array, " S1"],
     total: Int[Array, ""],
-) -> Float[Array, "P page row"]:
+) -> Cache:
     """Scatters this step's rows to their pages; rows of no sequence are dropped."""
     tokens, seqs, page = k.shape[0], kv_lens.shape[0], cache.shape[1]
     t = jnp.arange(tokens, dtype=jnp.int32)
@@ -117,11 +117,21 @@ def _write(
     row = page_table[s, jnp.maximum(position, 0) // page] * page + position % page
     dropped = jnp.asarray(cache.shape[0] * page, jnp.int32)  # past the end
     row = jnp.where((t < cu_q_lens[total]) & (position >= 0), row, dropped)
-    new = jnp.stack([k, v], axis=2).reshape(tokens, -1).astype(cache.dtype)  # [T, k0|v0|k1|v1|...]
+    new = jnp.stack([k, v], axis=2)  # [T, K, 2, H]: k0|v0|k1|v1|...
     if tokens == 1:  # XLA makes a scatter of one row a select over a copy of the whole cache
         row, new = jnp.stack([row[0], dropped]), jnp.concatenate([new, new])
-    flat = cache.reshape(-1, cache.shape[2])
-    return flat.at[row].set(new, mode="drop").reshape(cache.shape)
+
+    def scatter(rows: jax.Array, new: jax.Array) -> jax.Array:
+        flat = rows.reshape(-1, rows.shape[2])
+        return flat.at[row].set(new.reshape(len(new), -1).astype(rows.dtype), mode="drop").reshape(rows.shape)
+
+    if not isinstance(cache, Int8Cache):
+        return scatter(cache, new)
+    values, scales = quantised(new)
+    scales = scales.reshape(len(scales), -1)  # [T, K*2]
+    return Int8Cache(
+        scatter(cache.values, values), cache.scales.at[row // page, :, row % page].set(scales, mode="drop")
+    )
 
 
 def _attend_tile(
@@ -130,7 +140,7 @@ def _attend_tile(
     first: Int[Array, " A"],
     ends: Int[Array, " A"],
     table: Int[Array, "A B"],
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     pages: int,
     kv_heads: int,
     scale: float,
@@ -141,7 +151,7 @@ def _attend_tile(
     """A sequences, Q consecutive query tokens each, the first at position `first`; reads positions [0, ends)."""
     (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
     groups, page = heads // kv_heads, cache.shape[1]
-    block = pages * page
+    held, block = cache.values if isinstance(cache, Int8Cache) else cache, pages * page
     rows = max(2, queries * groups)  # XLA:CPU's matrix-vector product sums in another order
     q = q.reshape(seqs, queries, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
     q = q.reshape(seqs, kv_heads, queries * groups, head_dim)  # [A, K, Q*G, H]
@@ -152,16 +162,23 @@ def _attend_tile(
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, norm, acc = carry  # [A, K, rows], [A, K, rows], [A, K, rows, H]
         ids = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)  # [A, pages]
-        kv = jnp.take(cache, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, 2, head_dim)
+        kv = jnp.take(held, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, 2, head_dim)
         kv = kv.transpose(3, 0, 2, 1, 4)  # [2, A, K, C, H]
         at = i * block + jnp.arange(block, dtype=jnp.int32)  # [C]
         written = at[None, :] < ends[:, None]  # [A, C]; what lies past may be NaN, and 0 * NaN is NaN
         kv = jnp.where(written[None, :, None, :, None], kv, jnp.zeros((), kv.dtype))
+        if isinstance(cache, Int8Cache):
+            kv = kv.astype(dtype)  # exactly
+            scales = jnp.take(cache.scales, ids, axis=0, mode="clip").reshape(seqs, pages, kv_heads, 2, page)
+            scales = scales.transpose(3, 0, 2, 1, 4).reshape(2, seqs, kv_heads, 1, block)  # [2, A, K, 1, C]
+            scales = jnp.where(written[None, :, None, None, :], scales, 0.0)
         seen = at[None, None, :] <= position[:, :, None]  # [A, rows, C]
         if window is not None:
             seen &= at[None, None, :] > position[:, :, None] - window
         seen &= written[:, None, :]
         score = jnp.einsum("akrh,akch->akrc", q, kv[0], preferred_element_type=jnp.float32)
+        if isinstance(cache, Int8Cache):
+            score = score * scales[0]
         if soft_cap is not None:
             score = soft_cap * jnp.tanh(score / soft_cap)
         score = jnp.where(seen[:, None], score, -jnp.inf)
@@ -170,6 +187,8 @@ def _attend_tile(
         weight = jnp.exp(score - base[..., None])  # [A, K, rows, C]
         fade = jnp.exp(best - base)
         norm = norm * fade + weight.sum(axis=-1)
+        if isinstance(cache, Int8Cache):
+            weight = weight * scales[1]
         new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), kv[1], preferred_element_type=jnp.float32)
         return new_best, norm, acc * fade[..., None] + new
 

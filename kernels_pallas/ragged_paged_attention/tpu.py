@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import validate, validate_for_tpu
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate, validate_for_tpu
 from kernels_pallas.ragged_paged_attention.tpu_write import pieces, write
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
 
@@ -34,7 +34,7 @@ def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
     cu_q_lens: Int[Array, " S1"],
@@ -48,13 +48,15 @@ def ragged_paged_attention(
     decode: Blocks | None = None,
     prefill: Blocks | None = None,
     interpret: Interpret = False,
-) -> tuple[Float[Array, "T N H"], Float[Array, "P page row"]]:
+) -> tuple[Float[Array, "T N H"], Cache]:
     """See contract.py.
 
     `chip` is the device kind where it cannot be found out; `decode` and `prefill` are block sizes instead of those of
     tuning/tpu.json; `interpret` runs the kernel on a CPU.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
+    if isinstance(cache, Int8Cache):
+        raise ValueError("the TPU's kernel does not read an Int8Cache; use the reference")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a number above 0; found {scale}")
     (tokens, heads, _), kv_heads, page = q.shape, k.shape[1], cache.shape[1]
@@ -316,7 +318,7 @@ def _body(
     if queries > 1:
 
         @pl.when((share == 0) | (block_of[share] != block_of[jnp.maximum(share - 1, 0)]))
-        def _() -> None:
+        def clear() -> None:
             out[...] = jnp.zeros_like(out)
 
     @pl.when(share < count[0])

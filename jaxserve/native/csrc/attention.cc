@@ -8,6 +8,9 @@
 // Where a page holds whole groups of 16 positions, a group's keys and values lie as they are multiplied: for each kv
 // head keys [D][16], then values [16][D]. In other pages each position has its row, as the contract has it, and keys
 // are turned around each time that they are read.
+//
+// A cache of bytes is read as floats. Its scales, which lie in any page as the contract has them, multiply whole sums: a
+// key's its scores, a value's its weights.
 
 #include <cmath>
 #include <limits>
@@ -29,6 +32,7 @@ constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill t
 constexpr int kPositions = 16;     // positions whose keys lie side by side
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kLeast = 1e-30f;  // the contract's LEAST
 
 struct Step {
   int64_t heads, kv_heads, head_dim, page, row, table_width;
@@ -36,6 +40,11 @@ struct Step {
   int64_t window;         // 0: none
   const int32_t *kv_lens, *page_table, *cu_q_lens;
   const float* sinks;  // [heads], or null
+  float* scales;       // [pages][kv_heads][2][page] of a cache of bytes
+
+  float* scales_of(int64_t id, int64_t offset, int64_t head) const {  // of a position's key; its value's is `page` further
+    return scales + (id * kv_heads + head) * 2 * page + offset;
+  }
 };
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -92,21 +101,42 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
   const bool in_place = D == padded && (step == kPositions ? rows <= kRows || std::is_same_v<C, float>
                                                        : std::is_same_v<C, float>);  // values, and keys of groups
 
-  const C* found[2][kBlock];  // the entries of this block and of the next
-  const auto find = [&](int64_t block, const C** at) {
+  constexpr bool scaled = std::is_same_v<C, int8_t>;
+  struct Entries {
+    const C* of[kBlock];
+    const float* scales[scaled ? kBlock : 1];
+  } found[2];  // in this block and in the next
+  const auto find = [&](int64_t block, Entries& at) {
     const int n = static_cast<int>(std::clamp<int64_t>(end - block, 0, kBlock));
     for (int64_t t = 0, page = block / p.page, offset = block % p.page; t < n; page++, offset = 0) {
       const C* from = cache + (pages[page] * p.page + offset) * p.row + h * size;
-      for (; t < n && offset < p.page; t += step, offset += step, from += step * p.row) at[t / step] = from;
+      for (; t < n && offset < p.page; t += step, offset += step, from += step * p.row) {
+        at.of[t / step] = from;
+        if constexpr (scaled) at.scales[t / step] = p.scales_of(pages[page], offset, h);
+      }
     }
     return n;
   };
   // Entries lie too far apart for the processor to foresee; once in a long one it reads ahead by itself.
   const int64_t ahead = std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
-  const auto fetch = [&](const C* const* at, int n, int64_t head) {
+  const auto fetch = [&](const Entries& at, int n, int64_t head) {
     for (int64_t t = 0; t < n; t += step) {
-      const char* part = reinterpret_cast<const char*>(at[t / step] + head * size);
+      const char* part = reinterpret_cast<const char*>(at.of[t / step] + head * size);
       for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(part + i, 0, 2);
+      if constexpr (scaled) {
+        const float* scales = at.scales[t / step] + 2 * head * p.page;
+        __builtin_prefetch(scales, 0, 2);
+        __builtin_prefetch(scales + p.page, 0, 2);
+      }
+    }
+  };
+  // The scales of a head's keys, and of its values; those of positions past the end are never used.
+  float key_scales[kBlock] = {}, value_scales[kBlock] = {};
+  const auto take_scales = [&](const Entries& at, int n, int64_t head) {
+    for (int64_t t = 0; t < n; t += step) {
+      const float* scales = at.scales[t / step] + 2 * head * p.page;
+      std::copy_n(scales, step, key_scales + t);
+      std::copy_n(scales + p.page, step, value_scales + t);
     }
   };
   int64_t block = low / kBlock * kBlock;
@@ -124,7 +154,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       const C* at[kBlock];
       const float* query = queries + head * rows * padded;
       if (step == kPositions) {
-        for (int g = 0; g < scored / kPositions; g++) at[g] = found[turn][g] + head * size;
+        for (int g = 0; g < scored / kPositions; g++) at[g] = found[turn].of[g] + head * size;
         if (in_place) {
           product<false>(rows, scored, query, padded, D, GroupedKeys<C>{at}, scores, kBlock);
         } else {
@@ -137,9 +167,16 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
           product<false>(rows, scored, query, padded, D, GroupedKeys<float>{groups}, scores, kBlock);
         }
       } else {  // past the end the last one again, whose scores are not used
-        for (int t = 0; t < scored; t++) at[t] = found[turn][std::min(t, n - 1)] + head * size;
+        for (int t = 0; t < scored; t++) at[t] = found[turn].of[std::min(t, n - 1)] + head * size;
         for (int t = 0; t < scored; t += 16) transpose16(at + t, static_cast<int>(D), keys + t, kBlock);
         product<false>(rows, scored, query, padded, D, Strided<float>{keys, kBlock}, scores, kBlock);
+      }
+      if constexpr (scaled) {
+        take_scales(found[turn], n, head);
+        for (int r = 0; r < rows; r++) {
+          float* score = scores + r * kBlock;
+          for (int t = 0; t < scored; t += kLanes) store(score + t, mul(load(score + t), load(key_scales + t)));
+        }
       }
       if (p.soft_cap > 0.0f) {
         for (int r = 0; r < rows; r++) cap(scores + r * kBlock, scored, p.soft_cap);
@@ -161,7 +198,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
         for (int i = 0; i < kSums; i += kLanes) store(denominator + i, mul(load(denominator + i), fade));
         for (int t = 0; t < kBlock; t += kLanes) {
           const Vec weight = exp_of_negative(sub(load(score + t), base));
-          store(score + t, weight);
+          store(score + t, scaled ? mul(weight, load(value_scales + t)) : weight);
           store(denominator + t % kSums, add(load(denominator + t % kSums), weight));
         }
         for (int64_t i = 0; i < padded; i += kLanes) {
@@ -244,6 +281,35 @@ void keep(const Q* x, int64_t count, C* to, int64_t apart) {
   }
 }
 
+// What a cache of bytes keeps of x [count], and its scale; see the contract.
+template <class Q>
+float keep_bytes(const Q* x, int64_t count, int8_t* to, int64_t apart) {
+  const int64_t padded = round_up(count, kLanes);
+  float* y = scratch(padded);
+  to_floats(x, count, padded, y);
+  const Vec largest = splat(std::numeric_limits<float>::max());
+  Vec most_of = splat(0.0f);
+  bool finite = true;
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec size = max(load(y + i), sub(splat(0.0f), load(y + i)));
+    finite = finite && !any_above(size, largest);
+    most_of = max(size, most_of);
+  }
+  const float most = highest(most_of);
+  if (!finite || !(most > kLeast)) {
+    for (int64_t i = 0; i < count; i++) to[i * apart] = 0;
+    return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+  const Vec inverse = splat(127.0f / most), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds, ties to even
+  for (int64_t i = 0; i < padded; i += kLanes) store(y + i, add(mul(load(y + i), inverse), magic));
+  for (int64_t i = 0; i < count; i++) {
+    int32_t bits;
+    std::memcpy(&bits, y + i, 4);
+    to[i * apart] = static_cast<int8_t>(bits - 0x4b400000);
+  }
+  return most * (1.0f / 127.0f);
+}
+
 template <class Q, class C>
 void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, const Q* q, const Q* k, const Q* v,
          C* cache, Q* out) {
@@ -261,11 +327,19 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
     for (int64_t t = p.cu_q_lens[s] + first; t < p.cu_q_lens[s] + first + count; t++) {
       const int64_t i = p.kv_lens[s] - p.cu_q_lens[s + 1] + t;
       const int64_t in_page = i % p.page, lane = in_page % step;
-      C* to = cache + (p.page_table[s * p.table_width + i / p.page] * p.page + in_page - lane) * p.row;
+      const int64_t id = p.page_table[s * p.table_width + i / p.page];
+      C* to = cache + (id * p.page + in_page - lane) * p.row;
       for (int64_t h = 0; h < p.kv_heads; h++, to += 2 * D * step) {
         const int64_t from = (t * p.kv_heads + h) * D;
-        keep(k + from, D, to + lane, step);
-        keep(v + from, D, to + (step + lane) * D, 1);
+        C *key = to + lane, *value = to + (step + lane) * D;
+        if constexpr (std::is_same_v<C, int8_t>) {
+          float* scale = p.scales_of(id, in_page, h);
+          scale[0] = keep_bytes(k + from, D, key, step);
+          scale[p.page] = keep_bytes(v + from, D, value, 1);
+        } else {
+          keep(k + from, D, key, step);
+          keep(v + from, D, value, 1);
+        }
       }
     }
   };
@@ -330,16 +404,18 @@ ffi::Error with_cache_type(ffi::ThreadPool& pool, const Step& p, int64_t seqs, i
     case ffi::DataType::F32: return call(float{});
     case ffi::DataType::BF16: return call(bf16{});
     case ffi::DataType::F16: return call(f16{});
-    default: return refused("the cache must be float32, bfloat16 or float16");
+    case ffi::DataType::S8: return call(int8_t{});
+    default: return refused("the cache must be float32, bfloat16, float16 or int8");
   }
 }
 
 ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                                  ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> kv_lens,
+                                  ffi::AnyBuffer cache, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::S32> kv_lens,
                                   ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cu_q_lens,
                                   ffi::Buffer<ffi::S32> distribution, ffi::Buffer<ffi::F32> sinks,
-                                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache, float scale,
-                                  int64_t window, float soft_cap) {
+                                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache,
+                                  ffi::ResultBuffer<ffi::F32> new_scales, float scale, int64_t window,
+                                  float soft_cap) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
   const auto ts = page_table.dimensions();
   if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
@@ -365,9 +441,19 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
     return refused("sinks " + text(sinks.dimensions()) + " for q " + text(qs));
   }
   if (cache.untyped_data() != new_cache->untyped_data()) return refused("the cache must be updated in place");
+  const auto ss = scales.dimensions();
+  if (cache.element_type() == ffi::DataType::S8) {
+    if (ss.size() != 3 || ss[0] != cs[0] || ss[1] != 2 * ks[1] || ss[2] != cs[1] || !same(ss, new_scales->dimensions())) {
+      return refused("scales " + text(ss) + " for a cache of bytes " + text(cs));
+    }
+    if (scales.untyped_data() != new_scales->untyped_data()) return refused("the scales must be updated in place");
+  } else if (scales.element_count() > 0) {  // none: an empty array
+    return refused("scales for a cache that is not of bytes");
+  }
 
   const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, kv_lens.typed_data(),
-               page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr};
+               page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr,
+               new_scales->typed_data()};
   const int64_t seqs = distribution.typed_data()[2];
   if (ffi::Error error = check(p, seqs, all_seqs, tokens, cs[0]); error.failure()) return error;
   switch (q.element_type()) {
@@ -387,6 +473,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
@@ -394,6 +481,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("soft_cap"));

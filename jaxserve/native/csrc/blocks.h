@@ -21,6 +21,7 @@ namespace jaxserve {
 constexpr int kRun = 32;      // steps of k in a block
 constexpr int kGroups = 8;    // of 4 steps
 constexpr int kShared = 256;  // weights under one shared scale
+constexpr int kSharers = kShared / kRun;
 
 // How the scales of a block are kept, for 16 rows:
 enum class Scales {
@@ -101,68 +102,61 @@ struct Panel {
   int64_t scales() const { return blocks * F::code_bytes; }
   int64_t shared() const { return scales() + blocks * F::scale_bytes; }
   int64_t bytes() const {
-    const int64_t end = shared() + (F::shared ? blocks / (kShared / kRun) * F::shared_bytes : 0);
+    const int64_t end = shared() + (F::shared ? blocks / kSharers * F::shared_bytes : 0);
     return (end + 63) / 64 * 64;
   }
 };
 
-// The block's codes, a group each.
-template <class F>
-inline void unpack_codes(const uint8_t* from, Bytes (&codes)[kGroups]) {
-  if constexpr (F::low == 8) {
-    for (int j = 0; j < kGroups; j++) codes[j] = load_bytes(from + 64 * j);
-  } else if constexpr (F::low == 4) {
-    for (int v = 0; v < 4; v++) {
-      const Bytes both = load_bytes(from + 64 * v);
-      codes[v] = low4(both);
-      codes[v + 4] = high4(both);
-    }
-  } else {
-    for (int v = 0; v < 2; v++) {
-      const Bytes four = load_bytes(from + 64 * v);
-      codes[4 * v] = pair<0>(four);
-      codes[4 * v + 1] = pair<1>(four);
-      codes[4 * v + 2] = pair<2>(four);
-      codes[4 * v + 3] = pair<3>(four);
-    }
-  }
+// The codes of one group of the block.
+template <class F, int j>
+inline Bytes group(const uint8_t* from) {
   const uint8_t* more = from + 64 * F::low;
-  if constexpr (F::high == 1) {
-    constexpr int value = 1 << F::low;
-    const Bytes plane = load_bytes(more);
-    codes[0] = with_bit<0, value>(codes[0], plane);
-    codes[1] = with_bit<1, value>(codes[1], plane);
-    codes[2] = with_bit<2, value>(codes[2], plane);
-    codes[3] = with_bit<3, value>(codes[3], plane);
-    codes[4] = with_bit<4, value>(codes[4], plane);
-    codes[5] = with_bit<5, value>(codes[5], plane);
-    codes[6] = with_bit<6, value>(codes[6], plane);
-    codes[7] = with_bit<7, value>(codes[7], plane);
-  } else if constexpr (F::high == 2) {
-    for (int v = 0; v < 2; v++) {
-      const Bytes four = load_bytes(more + 64 * v);
-      codes[4 * v] = with_pair(codes[4 * v], pair<0>(four));
-      codes[4 * v + 1] = with_pair(codes[4 * v + 1], pair<1>(four));
-      codes[4 * v + 2] = with_pair(codes[4 * v + 2], pair<2>(four));
-      codes[4 * v + 3] = with_pair(codes[4 * v + 3], pair<3>(four));
-    }
+  Bytes u;
+  if constexpr (F::low == 8) {
+    u = load_bytes(from + 64 * j);
+  } else if constexpr (F::low == 4) {
+    const Bytes both = load_bytes(from + 64 * (j % 4));
+    u = j < 4 ? low4(both) : high4(both);
+  } else {
+    u = pair<j % 4>(load_bytes(from + 64 * (j / 4)));
   }
-  if constexpr (F::table != nullptr) {
-    for (Bytes& group : codes) group = lookup(group, F::table);
+  if constexpr (F::high == 1) u = with_bit<j, 1 << F::low>(u, load_bytes(more));
+  if constexpr (F::high == 2) u = with_pair(u, pair<j % 4>(load_bytes(more + 64 * (j / 4))));
+  if constexpr (F::table != nullptr) u = lookup(u, F::table);
+  return u;
+}
+
+// Calls `call(j, codes of group j)` for the groups from `j` to before `end`, unrolled.
+template <class F, int j, int end, class Call>
+inline void for_groups(const uint8_t* from, Call&& call) {
+  if constexpr (j < end) {
+    call(j, group<F, j>(from));
+    for_groups<F, j + 1, end>(from, call);
   }
 }
 
-// Scales and minima of the block's runs, 16 rows each. `shared`: of the block's 256 weights.
+inline Floats halves(const uint8_t* p) { return load16(reinterpret_cast<const f16*>(p)); }
+
+// What 256 weights share, 16 rows each.
 template <class F>
-inline void unpack_scales(const uint8_t* from, const uint8_t* shared, Floats (&scale)[F::runs],
+struct SharedScales {
+  Floats scale, minimum;
+  void load(const uint8_t* from) {
+    if constexpr (F::shared) scale = halves(from);
+    if constexpr (F::shared && F::minimum) minimum = halves(from + 32);
+  }
+};
+
+// Scales and minima of the block's runs, 16 rows each.
+template <class F>
+inline void unpack_scales(const uint8_t* from, const SharedScales<F>& shared, Floats (&scale)[F::runs],
                           Floats (&minimum)[F::runs]) {
-  const auto half = [](const uint8_t* p) { return load16(reinterpret_cast<const f16*>(p)); };
   for (int r = 0; r < F::runs; r++) {
     if constexpr (F::scales == Scales::kHalf) {
-      scale[r] = half(from + 32 * r);
+      scale[r] = halves(from + 32 * r);
     } else if constexpr (F::scales == Scales::kHalfMin) {
-      scale[r] = half(from + 64 * r);
-      minimum[r] = half(from + 64 * r + 32);
+      scale[r] = halves(from + 64 * r);
+      minimum[r] = halves(from + 64 * r + 32);
     } else if constexpr (F::scales == Scales::kPower) {
       float powers[16];
       for (int i = 0; i < 16; i++) {
@@ -171,15 +165,15 @@ inline void unpack_scales(const uint8_t* from, const uint8_t* shared, Floats (&s
       }
       scale[r] = load16(powers);
     } else if constexpr (F::scales == Scales::kBytesMin) {
-      scale[r] = mul(half(shared), from_bytes(from + 32 * r));
-      minimum[r] = mul(half(shared + 32), from_bytes(from + 32 * r + 16));
+      scale[r] = mul(shared.scale, from_bytes(from + 32 * r));
+      minimum[r] = mul(shared.minimum, from_bytes(from + 32 * r + 16));
     } else if constexpr (F::scales == Scales::kSigned) {
-      scale[r] = mul(half(shared), from_bytes(reinterpret_cast<const int8_t*>(from + 16 * r)));
+      scale[r] = mul(shared.scale, from_bytes(reinterpret_cast<const int8_t*>(from + 16 * r)));
     } else {
       Floats low, high;
       from_nibbles(from + 16 * r, low, high);
-      scale[r] = mul(half(shared), low);
-      minimum[r] = mul(half(shared + 32), high);
+      scale[r] = mul(shared.scale, low);
+      minimum[r] = mul(shared.minimum, high);
     }
   }
 }

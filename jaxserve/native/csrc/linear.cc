@@ -1,4 +1,5 @@
-// Products with dense weights for CPU: y[t][n] = sum over k of x[t][k] * w[n][k], weights in panels.
+// Products with dense weights for CPU: y[t][n] = sum over k of x[t][k] * w[n][k], weights in panels; with one matrix for
+// all rows of x, or with one for each group of them.
 //
 // A panel holds 16 rows of w side by side, [K][16], so that a row of y grows in vectors, one k after the other. That
 // order is the same for every row: a row of y is the same bit for bit whatever other rows are computed.
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "buffers.h"
+#include "groups.h"
 #include "parallel.h"
 #include "product.h"
 #include "simd.h"
@@ -32,17 +34,33 @@ void block(const float* x, int64_t tokens, const W* w, int64_t depth, int64_t co
   }
 }
 
+// Matrices of [outputs, depth] follow one another from `w` on.
 template <class W>
-void run(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t tokens, int64_t depth, int64_t outputs) {
-  const int64_t wide = tokens == 1 ? kOutputsOfOne : kOutputs;
-  const int64_t n_blocks = (outputs + wide - 1) / wide, t_blocks = (tokens + kTokens - 1) / kTokens;
-  parallel_for(pool, n_blocks * t_blocks, [&](int64_t item) {
-    const int64_t n = item / t_blocks * wide, t = item % t_blocks * kTokens;
-    const int64_t count_n = std::min(wide, outputs - n), count_t = std::min<int64_t>(kTokens, tokens - t);
-    const int64_t columns = (count_n + kPanel - 1) / kPanel * kPanel;
+void run(ffi::ThreadPool& pool, const float* x, const W* w, float* y, const std::vector<Group>& groups, int64_t depth,
+         int64_t outputs) {
+  struct Item {
+    const W* w;
+    int64_t t, n, tokens, outputs;
+  };
+  std::vector<Item> items;
+  const int64_t padded = (outputs + kPanel - 1) / kPanel * kPanel;
+  for (const Group& group : groups) {
+    const int64_t wide = group.count == 1 ? kOutputsOfOne : kOutputs;
+    for (int64_t n = 0; n < outputs; n += wide) {
+      for (int64_t t = 0; t < group.count; t += kTokens) {
+        items.push_back({w + (group.matrix * padded + n) * depth, group.first + t, n,
+                         std::min<int64_t>(kTokens, group.count - t), std::min(wide, outputs - n)});
+      }
+    }
+  }
+  parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const Item& item = items[i];
+    const int64_t columns = (item.outputs + kPanel - 1) / kPanel * kPanel;
     float* sums = scratch(kTokens * kOutputs);
-    block(x + t * depth, count_t, w + n * depth, depth, columns, sums);
-    for (int64_t i = 0; i < count_t; i++) std::copy_n(sums + i * columns, count_n, y + (t + i) * outputs + n);
+    block(x + item.t * depth, item.tokens, item.w, depth, columns, sums);
+    for (int64_t t = 0; t < item.tokens; t++) {
+      std::copy_n(sums + t * columns, item.outputs, y + (item.t + t) * outputs + item.n);
+    }
   });
 }
 
@@ -57,19 +75,36 @@ bool with_weights(ffi::AnyBuffer w, Call&& call) {
   }
 }
 
+ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
+                    const std::vector<Group>& groups) {
+  if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
+  const bool known = with_weights(w, [&](const auto* weights) {
+    std::vector<float> copy;
+    const float* rows = floats_of(x, copy);
+    fill_floats(y, [&](float* to) { run(pool, rows, weights, to, groups, x.dimensions()[1], y.dimensions()[1]); });
+  });
+  return known ? ffi::Error::Success() : invalid(who, "weights must be float32, bfloat16 or float16");
+}
+
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ws[2] != kPanel ||
       ws[0] != (ys[1] + kPanel - 1) / kPanel) {
     return invalid("linear", "x must be [T, K], w [N / 16, K, 16] and the result [T, N]");
   }
-  if (!is_float(x) || !is_float(*y)) return invalid("linear", "x and the result must be float32 or bfloat16");
-  const bool known = with_weights(w, [&](const auto* weights) {
-    std::vector<float> copy;
-    const float* rows = floats_of(x, copy);
-    fill_floats(*y, [&](float* to) { run(pool, rows, weights, to, xs[0], xs[1], ys[1]); });
-  });
-  return known ? ffi::Error::Success() : invalid("linear", "weights must be float32, bfloat16 or float16");
+  return multiply(pool, "linear", x, w, *y, one_group(xs[0]));
+}
+
+ffi::Error grouped_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
+                          ffi::Result<ffi::AnyBuffer> y) {
+  const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || xs[1] != ws[2] || ys[0] != xs[0] || ws[3] != kPanel ||
+      ws[1] != (ys[1] + kPanel - 1) / kPanel || sizes.dimensions().size() != 1 || sizes.dimensions()[0] != ws[0]) {
+    return invalid("grouped_linear", "x must be [T, K], w [E, N / 16, K, 16], sizes [E] and the result [T, N]");
+  }
+  std::vector<Group> groups;
+  if (!groups_of(sizes, xs[0], groups)) return invalid("grouped_linear", bad_sizes(xs[0]));
+  return multiply(pool, "grouped_linear", x, w, *y, groups);
 }
 
 template <class W>
@@ -126,6 +161,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::linear,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_grouped_linear, jaxserve::grouped_linear,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_embed, jaxserve::embed,

@@ -1,4 +1,5 @@
-// Products with quantised weights for CPU, in whole numbers: y[t][n] = sum over k of x[t][k] * w[n][k].
+// Products with quantised weights for CPU, in whole numbers: y[t][n] = sum over k of x[t][k] * w[n][k]; with one matrix
+// for all rows of x, or with one for each group of them.
 //
 // Each row of x is rounded to signed bytes, 32 of them under one scale. A block's products are summed exactly, then
 // scaled and added in the order of the blocks; so a row of y is the same bit for bit whatever other rows are computed,
@@ -12,6 +13,7 @@
 
 #include "blocks.h"
 #include "buffers.h"
+#include "groups.h"
 #include "parallel.h"
 
 namespace jaxserve {
@@ -19,8 +21,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTile = 8;     // rows of x that pass by a block's codes together
-constexpr int kTiles = 8;    // tiles that one item of work takes: they stay in the second-level cache
+constexpr int kTile = 12;  // rows of x that pass by a block's codes together: as many as the registers hold
+constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
 
 // A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
 // row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
@@ -63,29 +65,36 @@ void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
   }
 }
 
+// whole[t] = the sum of run r's codes times the bytes of row t, less the codes' offset.
+template <class F, int tile, int r>
+inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, Ints (&whole)[tile]) {
+  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
+  constexpr int count = kGroups / F::runs;
+  for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? 0 : block.correction(x, r)[t]);
+  for_groups<F, r * count, (r + 1) * count>(codes, [&](int j, Bytes u) {
+    for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], u, block.values(x, t) + 4 * j);
+  });
+}
+
 // y[t][0..16) of one panel, for a tile of rows of x.
 template <class F, int tile>
 void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
-  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
   constexpr TileBlock block{tile, F::runs};
   Floats sums[tile];
   for (Floats& sum : sums) sum = splat16(0.0f);
-  const uint8_t *scales = panel + layout.scales(), *shared = panel + layout.shared();
+  SharedScales<F> shared{};
   for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
-    Bytes codes[kGroups];
-    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    const uint8_t* codes = panel + b * F::code_bytes;
+    if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
-    unpack_scales<F>(scales + b * F::scale_bytes, shared + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
+    Ints whole[tile];
     Floats products[tile];
-    for (int r = 0; r < F::runs; r++) {
-      Ints whole[tile];
-      for (int t = 0; t < tile; t++) whole[t] = splat_int(block.correction(x, r)[t]);
-      for (int j = r * kGroups / F::runs; j < (r + 1) * kGroups / F::runs; j++) {
-        for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], codes[j], block.values(x, t) + 4 * j);
-      }
-      for (int t = 0; t < tile; t++) {
-        products[t] = r == 0 ? mul(to_floats(whole[t]), scale[r]) : fma(to_floats(whole[t]), scale[r], products[t]);
-      }
+    sum_run<F, tile, 0>(codes, block, x, whole);
+    for (int t = 0; t < tile; t++) products[t] = mul(to_floats(whole[t]), scale[0]);
+    if constexpr (F::runs == 2) {
+      sum_run<F, tile, 1>(codes, block, x, whole);
+      for (int t = 0; t < tile; t++) products[t] = fma(to_floats(whole[t]), scale[1], products[t]);
     }
     for (int t = 0; t < tile; t++) {
       sums[t] = fma(products[t], splat16(block.scale(x)[t]), sums[t]);
@@ -97,8 +106,8 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
   for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
 }
 
-// Rows of x in a tile, when there are `tokens`: no more than needed, and at most kTile.
-int tile_of(int64_t tokens) { return tokens > 4 ? kTile : tokens > 2 ? 4 : static_cast<int>(tokens); }
+// Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
+int tile_of(int64_t left) { return left > 8 ? kTile : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left); }
 
 template <class F>
 void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
@@ -106,52 +115,80 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
     case 1: return multiply<F, 1>(panel, layout, x, y);
     case 2: return multiply<F, 2>(panel, layout, x, y);
     case 4: return multiply<F, 4>(panel, layout, x, y);
+    case 8: return multiply<F, 8>(panel, layout, x, y);
     default: return multiply<F, kTile>(panel, layout, x, y);
   }
 }
 
-// Rows [first, first + tile) of x, or as many as there are, as a tile; the others are zero.
+// The first rows of x, `tokens` of them, as a tile; its others are zero.
 template <class F>
-void make_tile(const float* x, int64_t tokens, int64_t depth, int64_t first, int tile, uint8_t* to) {
+void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t* to) {
   const TileBlock block{tile, F::runs};
   for (int64_t b = 0; b < depth / kRun; b++, to += block.bytes()) {
     for (int t = 0; t < tile; t++) {
       float values[kRun] = {};
-      if (first + t < tokens) std::copy_n(x + (first + t) * depth + b * kRun, kRun, values);
+      if (t < tokens) std::copy_n(x + t * depth + b * kRun, kRun, values);
       quantise<F>(values, block, to, t);
     }
   }
 }
 
+// Matrices of [outputs, depth] follow one another from `w` on.
 template <class F>
-void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, int64_t tokens, int64_t depth,
-         int64_t outputs) {
-  if (tokens == 0) return;
+void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, const std::vector<Group>& groups,
+         int64_t depth, int64_t outputs) {
+  struct Tile {
+    int64_t first, count;  // rows of x
+    int size;              // room for so many
+    int64_t at;            // its first byte in `rows`
+  };
+  struct Item {
+    const uint8_t* w;
+    int64_t panel, panels, tile, tiles;
+  };
   const Panel<F> layout(depth);
-  const int tile = tile_of(tokens);
-  const int64_t tiles = (tokens + tile - 1) / tile, panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t tile_bytes = TileBlock{tile, F::runs}.bytes() * layout.blocks;
-  std::vector<uint8_t> rows(tiles * tile_bytes);
+  const int64_t panels = (outputs + kPanel - 1) / kPanel, threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t all_panels = panels * static_cast<int64_t>(groups.size());
+  const int64_t together = std::clamp<int64_t>(all_panels / (8 * threads), 1, 16);
+  std::vector<Tile> tiles;
+  std::vector<Item> items;
+  int64_t bytes = 0, values = 0;
+  for (const Group& group : groups) {
+    const int64_t first = static_cast<int64_t>(tiles.size());
+    for (int64_t t = 0; t < group.count; t += kTile) {
+      const int size = tile_of(group.count - t);
+      tiles.push_back({group.first + t, std::min<int64_t>(size, group.count - t), size, bytes});
+      bytes += TileBlock{size, F::runs}.bytes() * layout.blocks;
+    }
+    values += group.count * depth;
+    const int64_t end = static_cast<int64_t>(tiles.size());
+    for (int64_t p = 0; p < panels; p += together) {
+      for (int64_t i = first; i < end; i += kTiles) {
+        items.push_back({w + (group.matrix * panels + p) * layout.bytes(), p, std::min(together, panels - p), i,
+                         std::min<int64_t>(kTiles, end - i)});
+      }
+    }
+  }
+  std::vector<uint8_t> rows(bytes);
   const auto make = [&](int64_t i) {
-    make_tile<F>(x, tokens, depth, i * tile, tile, rows.data() + i * tile_bytes);
+    make_tile<F>(x + tiles[i].first * depth, tiles[i].count, depth, tiles[i].size, rows.data() + tiles[i].at);
   };
   const int64_t many = 16 * 1024;  // values worth a second thread
-  if (tokens * depth > many) {
-    parallel_for(pool, tiles, make);
+  if (values > many) {
+    parallel_for(pool, static_cast<int64_t>(tiles.size()), make);
   } else {
-    for (int64_t i = 0; i < tiles; i++) make(i);
+    for (size_t i = 0; i < tiles.size(); i++) make(static_cast<int64_t>(i));
   }
-  const int64_t together = std::clamp<int64_t>(panels / (8 * std::max<int64_t>(1, pool.num_threads())), 1, 16);
-  const int64_t groups = (panels + together - 1) / together, chunks = (tiles + kTiles - 1) / kTiles;
-  parallel_for(pool, groups * chunks, [&](int64_t item) {
-    const int64_t group = item / chunks * together, chunk = item % chunks * kTiles;
-    for (int64_t p = group; p < std::min(panels, group + together); p++) {
-      const int64_t count = std::min<int64_t>(kPanel, outputs - p * kPanel);
-      for (int64_t i = chunk; i < std::min(tiles, chunk + kTiles); i++) {
+  parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const Item& item = items[i];
+    for (int64_t p = 0; p < item.panels; p++) {
+      const int64_t column = (item.panel + p) * kPanel, count = std::min<int64_t>(kPanel, outputs - column);
+      for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
+        const Tile& tile = tiles[j];
         float sums[kTile * kPanel];
-        multiply_tile<F>(tile, w + p * layout.bytes(), layout, rows.data() + i * tile_bytes, sums);
-        for (int64_t t = 0; t < std::min<int64_t>(tile, tokens - i * tile); t++) {
-          std::copy_n(sums + t * kPanel, count, y + (i * tile + t) * outputs + p * kPanel);
+        multiply_tile<F>(tile.size, item.w + p * layout.bytes(), layout, rows.data() + tile.at, sums);
+        for (int64_t t = 0; t < tile.count; t++) {
+          std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
         }
       }
     }
@@ -165,13 +202,12 @@ void row_of(const uint8_t* w, int64_t n, int64_t depth, float* to) {
   const uint8_t* panel = w + n / kPanel * layout.bytes();
   const int lane = static_cast<int>(n % kPanel);
   for (int64_t b = 0; b < layout.blocks; b++, to += kRun) {
-    Bytes codes[kGroups];
-    unpack_codes<F>(panel + b * F::code_bytes, codes);
+    SharedScales<F> shared{};
+    shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
-    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes,
-                     panel + layout.shared() + b / (kShared / kRun) * F::shared_bytes, scale, minimum);
+    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
     uint8_t bytes[kGroups][64];
-    std::memcpy(bytes, codes, sizeof(bytes));
+    for_groups<F, 0, kGroups>(panel + b * F::code_bytes, [&](int j, Bytes u) { std::memcpy(bytes[j], &u, 64); });
     for (int r = 0; r < F::runs; r++) {
       float scales[kPanel], minima[kPanel] = {};
       store16(scales, scale[r]);
@@ -184,16 +220,34 @@ void row_of(const uint8_t* w, int64_t n, int64_t depth, float* to) {
   }
 }
 
-// Whether `bytes` are the panels of [outputs, depth] weights.
+// Whether `bytes` are the panels of `count` matrices of [outputs, depth].
 template <class F>
-bool fits(int64_t bytes, int64_t outputs, int64_t depth) {
+bool fits(int64_t bytes, int64_t count, int64_t outputs, int64_t depth) {
   const int64_t step = F::shared ? kShared : kRun;
-  return depth > 0 && depth % step == 0 && outputs > 0 &&
-         bytes == (outputs + kPanel - 1) / kPanel * Panel<F>(depth).bytes();
+  return depth > 0 && depth % step == 0 && outputs > 0 && count > 0 && bytes % count == 0 &&
+         bytes / count == (outputs + kPanel - 1) / kPanel * Panel<F>(depth).bytes();
 }
 
-std::string text(int64_t outputs, int64_t depth) {
-  return "the weights are not [" + std::to_string(outputs) + ", " + std::to_string(depth) + "]";
+std::string text(int64_t count, int64_t outputs, int64_t depth) {
+  const std::string matrix = "[" + std::to_string(outputs) + ", " + std::to_string(depth) + "]";
+  return "the weights are not " + (count == 1 ? matrix : std::to_string(count) + " of " + matrix);
+}
+
+ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w, ffi::AnyBuffer y,
+                    int64_t matrices, const std::vector<Group>& groups, int64_t format) {
+  if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
+  const int64_t outputs = y.dimensions()[1], depth = x.dimensions()[1];
+  bool fit = false;
+  const bool known = with_format(format, [&](auto f) {
+    using F = decltype(f);
+    fit = fits<F>(static_cast<int64_t>(w.element_count()), matrices, outputs, depth);
+    if (!fit) return;
+    std::vector<float> copy;
+    const float* rows = floats_of(x, copy);
+    fill_floats(y, [&](float* to) { run<F>(pool, rows, w.typed_data(), to, groups, depth, outputs); });
+  });
+  if (!known) return invalid(who, "format " + std::to_string(format) + " is not known");
+  return fit ? ffi::Error::Success() : invalid(who, text(matrices, outputs, depth));
 }
 
 ffi::Error linear_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w,
@@ -202,18 +256,18 @@ ffi::Error linear_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0]) {
     return invalid("linear_blocks", "x must be [T, K] and the result [T, N]");
   }
-  if (!is_float(x) || !is_float(*y)) return invalid("linear_blocks", "x and the result must be float32 or bfloat16");
-  bool fit = false;
-  const bool known = with_format(format, [&](auto f) {
-    using F = decltype(f);
-    fit = fits<F>(static_cast<int64_t>(w.element_count()), ys[1], xs[1]);
-    if (!fit) return;
-    std::vector<float> copy;
-    const float* rows = floats_of(x, copy);
-    fill_floats(*y, [&](float* to) { run<F>(pool, rows, w.typed_data(), to, xs[0], xs[1], ys[1]); });
-  });
-  if (!known) return invalid("linear_blocks", "format " + std::to_string(format) + " is not known");
-  return fit ? ffi::Error::Success() : invalid("linear_blocks", text(ys[1], xs[1]));
+  return multiply(pool, "linear_blocks", x, w, *y, 1, one_group(xs[0]), format);
+}
+
+ffi::Error grouped_linear_blocks(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w,
+                                 ffi::Buffer<ffi::S32> sizes, ffi::Result<ffi::AnyBuffer> y, int64_t format) {
+  const auto xs = x.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || sizes.dimensions().size() != 1) {
+    return invalid("grouped_linear_blocks", "x must be [T, K], sizes [E] and the result [T, N]");
+  }
+  std::vector<Group> groups;
+  if (!groups_of(sizes, xs[0], groups)) return invalid("grouped_linear_blocks", bad_sizes(xs[0]));
+  return multiply(pool, "grouped_linear_blocks", x, w, *y, sizes.dimensions()[0], groups, format);
 }
 
 ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffer<ffi::S32> ids,
@@ -226,7 +280,7 @@ ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffe
   bool fit = false;
   const bool known = with_format(format, [&](auto f) {
     using F = decltype(f);
-    fit = fits<F>(static_cast<int64_t>(w.element_count()), outputs, depth);
+    fit = fits<F>(static_cast<int64_t>(w.element_count()), 1, outputs, depth);
     if (!fit) return;
     fill_floats(*y, [&](float* to) {
       const auto one = [&](int64_t t) {
@@ -240,7 +294,7 @@ ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffe
     });
   });
   if (!known) return invalid("embed_blocks", "format " + std::to_string(format) + " is not known");
-  return fit ? ffi::Error::Success() : invalid("embed_blocks", text(outputs, depth));
+  return fit ? ffi::Error::Success() : invalid("embed_blocks", text(1, outputs, depth));
 }
 
 }  // namespace
@@ -251,6 +305,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear_blocks, jaxserve::linear_blocks,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("format"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_grouped_linear_blocks, jaxserve::grouped_linear_blocks,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U8>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("format"));
 

@@ -198,7 +198,7 @@ void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes
       for (int r = 0; r < count; r++) {
         read(F{}, rows + (n + r) * row_bytes, b, runs[r]);
         write_scales<F>(runs[r], r, to + panel.scales() + b * F::scale_bytes,
-                        to + panel.shared() + b / (kShared / kRun) * F::shared_bytes);
+                        to + panel.shared() + b / kSharers * F::shared_bytes);
       }
       write_codes<F>(runs, to + b * F::code_bytes);
     }

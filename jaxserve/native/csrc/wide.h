@@ -149,7 +149,11 @@ template <bool small>
 Ints dot(Ints sum, Bytes u, const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
-  const __m256i xs = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+  const __m256i xs = _mm256_set1_epi32(four);
+#if defined(__AVXVNNI__)
+  for (int i = 0; i < 2; i++) sum.v[i] = _mm256_dpbusd_avx_epi32(sum.v[i], u.v[i], xs);
+#else
+  const __m256i ones = _mm256_set1_epi16(1);
   for (int i = 0; i < 2; i++) {
     if constexpr (small) {
       sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(_mm256_maddubs_epi16(u.v[i], xs), ones));
@@ -159,6 +163,7 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
       sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_add_epi32(low, _mm256_slli_epi32(high, 4)));
     }
   }
+#endif
   return sum;
 }
 inline Floats to_floats(Ints a) { return {{{_mm256_cvtepi32_ps(a.v[0])}, {_mm256_cvtepi32_ps(a.v[1])}}}; }
@@ -178,7 +183,90 @@ inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   high = to_floats(Ints{{_mm256_srli_epi32(first, 4), _mm256_srli_epi32(last, 4)}});
 }
 
-#else  // loops that the compiler turns into vectors where there are any
+#elif defined(JAXSERVE_NEON)
+
+struct Bytes {
+  uint8x16_t v[4];
+};
+struct Ints {
+  int32x4_t v[4];
+};
+inline Bytes load_bytes(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+inline Bytes low4(Bytes b) {
+  for (uint8x16_t& v : b.v) v = vandq_u8(v, vdupq_n_u8(15));
+  return b;
+}
+inline Bytes high4(Bytes b) {
+  for (uint8x16_t& v : b.v) v = vshrq_n_u8(v, 4);
+  return b;
+}
+template <int s>
+Bytes pair(Bytes b) {
+  for (uint8x16_t& v : b.v) v = vandq_u8(vshlq_u8(v, vdupq_n_s8(-2 * s)), vdupq_n_u8(3));
+  return b;
+}
+template <int j, int value>
+Bytes with_bit(Bytes u, Bytes plane) {
+  for (int i = 0; i < 4; i++) {
+    const uint8x16_t set = vtstq_u8(plane.v[i], vdupq_n_u8(1 << j));
+    u.v[i] = vaddq_u8(u.v[i], vandq_u8(set, vdupq_n_u8(value)));
+  }
+  return u;
+}
+inline Bytes with_pair(Bytes u, Bytes two) {
+  for (int i = 0; i < 4; i++) u.v[i] = vorrq_u8(u.v[i], vshlq_n_u8(two.v[i], 4));
+  return u;
+}
+inline Bytes lookup(Bytes u, const uint8_t* table) {
+  for (uint8x16_t& v : u.v) v = vqtbl1q_u8(vld1q_u8(table), v);
+  return u;
+}
+inline Ints splat_int(int32_t x) { return {{vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}}; }
+template <bool small>
+Ints dot(Ints sum, Bytes u, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  for (int i = 0; i < 4; i++) sum.v[i] = vusdotq_s32(sum.v[i], u.v[i], xs);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  const int32x4_t shifted = vdupq_n_s32(small ? 0 : 128 * (x[0] + x[1] + x[2] + x[3]));
+  const uint8x16_t shift = vdupq_n_u8(small ? 0 : 128);  // both factors have to be signed
+  for (int i = 0; i < 4; i++) {
+    sum.v[i] = vdotq_s32(vaddq_s32(sum.v[i], shifted), vreinterpretq_s8_u8(veorq_u8(u.v[i], shift)), xs);
+  }
+#else
+  const int16x8_t xs = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  for (int i = 0; i < 4; i++) {  // a product fits 16 bits: no x is -128
+    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(u.v[i])));
+    const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(u.v[i])));
+    const int32x4_t pairs = vpaddlq_s16(vmulq_s16(low, xs)), more = vpaddlq_s16(vmulq_s16(high, xs));
+    sum.v[i] = vaddq_s32(sum.v[i], vpaddq_s32(pairs, more));
+  }
+#endif
+  return sum;
+}
+inline Floats to_floats(Ints a) {
+  Floats y;
+  for (int i = 0; i < 4; i++) y.v[i] = {vcvtq_f32_s32(a.v[i])};
+  return y;
+}
+inline Floats from_bytes(const uint8_t* p) {
+  const uint16x8_t low = vmovl_u8(vld1_u8(p)), high = vmovl_u8(vld1_u8(p + 8));
+  return {{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)))},
+           {vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}}};
+}
+inline Floats from_bytes(const int8_t* p) { return load16(p); }
+inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
+  uint8_t halves[32];
+  vst1q_u8(halves, vandq_u8(vld1q_u8(p), vdupq_n_u8(15)));
+  vst1q_u8(halves + 16, vshrq_n_u8(vld1q_u8(p), 4));
+  low = from_bytes(halves);
+  high = from_bytes(halves + 16);
+}
+
+#else  // no vectors
 
 struct Bytes {
   uint8_t v[64];

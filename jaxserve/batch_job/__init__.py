@@ -1,0 +1,260 @@
+"""Offline jobs: a file of requests in, a file of answers out, every row once and the same bytes whatever happens.
+
+    files.py, rows.py, tables.py    the input, a row at a time, and tables as output
+    job.py                          rows through the model: what the HTTP server would answer
+    records.py                      one line of output; ids and seeds made from the input, never from time or order
+    store.py                        the protocol by which results reach the disk exactly once
+    identity.py                     what a job depends on, so that only the same job is resumed
+
+A job's results are lines in input order, in OUT itself where that is a local .jsonl file, otherwise in OUT.rows (of a
+remote OUT: in the working directory), from which OUT is made at the end. Run again, a job goes on where it was.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jaxserve.batch_job.files import digest, find, is_remote, kind_of, remote_size, upload
+from jaxserve.batch_job.identity import describe, describe_engine, differences
+from jaxserve.batch_job.job import Job
+from jaxserve.batch_job.records import Names
+from jaxserve.batch_job.rows import read_rows
+from jaxserve.batch_job.store import Store
+from jaxserve.client.remote import RemoteEngine
+from jaxserve.config import EngineOptions, engine_options_of, model_name
+from jaxserve.errors import BatchStopped, ConfigError
+from jaxserve.hub import resolve_model
+from jaxserve.request import SamplingParams
+from jaxserve.server.wire import SamplingBody
+from jaxserve.text import TextModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """What a job is to do."""
+
+    input: str
+    output: str
+    overwrite: bool = False
+    """Replace an output that another job has written."""
+    max_errors: int | None = None
+    raw: bool = False
+    """Continue bare prompts as they are; otherwise each is a user's message, if the model has a chat template."""
+    column: str | None = None
+    seed: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of request bodies, for those that lack them."""
+    work_dir: Path = Path()
+    """Where a remote output is prepared."""
+
+    def __post_init__(self) -> None:
+        if kind_of(self.output) == "text":
+            raise ConfigError(f"the output must end in .jsonl, .parquet or .arrow, got {self.output}")
+        if self.max_errors is not None and self.max_errors < 0:
+            raise ConfigError(f"max_errors must be at least 0, got {self.max_errors}")
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How far a job is: rows with a result, and of these the failed ones; tokens generated."""
+
+    output: str
+    rows: int
+    failed: int
+    completion_tokens: int
+    complete: bool
+
+
+type Watch = Callable[[Job, Store, int], AbstractAsyncContextManager[Any]]
+
+
+def run_batch(
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    model: str | None = None,
+    *,
+    overwrite: bool = False,
+    max_errors: int | None = None,
+    raw: bool = False,
+    column: str | None = None,
+    seed: int = 0,
+    sampling: Mapping[str, Any] | None = None,
+    work_dir: str | os.PathLike[str] = ".",
+    served_model_name: str | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Answers a file of requests; as `jaxserve batch` without its display. Called again it goes on where it was.
+
+    sampling: values for rows that lack them, `max_tokens` and the like. options: the fields of ModelOptions,
+    ScheduleOptions and DeviceOptions. Raises ConfigError for what is wrong with the call, its files or the model;
+    CheckpointError; BatchStopped when the disk, the engine or max_errors end the job early.
+    """
+    known = set(SamplingBody.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"seed", "logprobs"}
+    given = dict(sampling or {})
+    if unknown := sorted(given.keys() - known):
+        raise ConfigError(f"sampling has no {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+    job = BatchOptions(
+        input=os.fspath(input),
+        output=os.fspath(output),
+        overwrite=overwrite,
+        max_errors=max_errors,
+        raw=raw,
+        column=column,
+        seed=seed,
+        given=given,
+        work_dir=Path(work_dir),
+    )
+    engine = engine_options_of(model, options)
+    name = model_name(model, served_model_name)
+    path = resolve_model(model, engine.model.revision)
+
+    def work() -> BatchResult:
+        return asyncio.run(run_job(job, engine, path, name, lambda: _opened(engine, path, name)))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
+        return pool.submit(work).result()
+
+
+async def run_job(
+    options: BatchOptions,
+    engine: EngineOptions,
+    path: Path,
+    name: str,
+    opened: Callable[[], AbstractAsyncContextManager[TextModel]],
+    watch: Watch = lambda job, store, lines: contextlib.nullcontext(),
+) -> BatchResult:
+    """Runs a job, or what is left of it, with the model that `opened` opens from `path`; see run_batch.
+
+    `watch(job, store, rows)` is entered while rows are computed; `rows` is about how many there are.
+    """
+    sources = find(options.input, options.output)
+    local = Path(options.output)
+    if is_remote(options.output):
+        local = options.work_dir / options.output.rpartition("/")[2]
+    if not local.parent.is_dir():
+        raise ConfigError(f"no such directory: {local.parent}")
+    plain = kind_of(options.output) == "jsonl" and not is_remote(options.output)
+    lines = None
+    if kind_of(sources[0].path) in ("parquet", "arrow") or kind_of(options.output) != "jsonl":
+        from jaxserve.batch_job.tables import check_installed, check_tables
+
+        check_installed()
+        if kind_of(sources[0].path) in ("parquet", "arrow"):
+            lines = check_tables(sources, options.column, options.output)
+    found = await asyncio.to_thread(digest, sources)
+    settings = {"output": kind_of(options.output), "raw": options.raw, "column": options.column, "seed": options.seed}
+    head = describe(found.hex, path, name, engine, settings | dict(options.given))
+    with contextlib.closing(Store(local if plain else local.with_name(local.name + ".rows"))) as store:
+        fresh = _compare(store, head, options, plain)
+        if fresh or not store.done:
+            async with opened() as text:
+                head |= describe_engine(text.client.info, engine)
+                if not fresh:
+                    fresh = _refused(store, head, options)
+                if fresh:
+                    store.begin(head | {"started": datetime.now().isoformat()})
+                assert store.head is not None
+                job = Job(
+                    read_rows(sources, chat=text.template is not None and not options.raw, column=options.column),
+                    text,
+                    store,
+                    Names(found.hex, options.seed),
+                    given=options.given,
+                    now=datetime.fromisoformat(store.head["started"]),
+                    max_errors=options.max_errors,
+                )
+                async with watch(job, store, found.lines if lines is None else lines):
+                    complete = await job.run()
+                if complete:
+                    store.finish()
+        if store.done and not plain and not store.published:
+            await asyncio.to_thread(_publish, store, sources, local, options.output)
+        return BatchResult(options.output, store.finished, store.failed, store.tokens, store.done)
+
+
+def _compare(store: Store, head: Mapping[str, str], options: BatchOptions, plain: bool) -> bool:
+    """Whether the job begins, rather than goes on. Raises ConfigError if the output is not to be touched."""
+    remote = is_remote(options.output)
+    if store.head is None:
+        there = store.taken if plain else remote_size(options.output) is not None if remote else _exists(options.output)
+        if there and not options.overwrite:
+            raise ConfigError(
+                f"{options.output} is there already and no unfinished job's (there is no {store.journal.name}): give "
+                "another OUT, or --overwrite to replace it"
+            )
+        return True
+    if _refused(store, head, options):
+        return True
+    try:
+        store.resume()
+        if store.published and not (remote_size(options.output) is not None if remote else _exists(options.output)):
+            raise ConfigError(
+                f"{options.output} was removed after this job wrote it: --overwrite begins the job again, or remove "
+                f"{store.journal.name} as well"
+            )
+    except ConfigError:
+        if not options.overwrite:
+            raise
+        return True
+    return False
+
+
+def _refused(store: Store, head: Mapping[str, str], options: BatchOptions) -> bool:
+    """Whether the store's job is another one, which may be overwritten. Raises ConfigError if it may not."""
+    assert store.head is not None
+    other = differences(store.head, head)
+    if other and not options.overwrite:
+        raise ConfigError(
+            f"{options.output} belongs to another job: {'; '.join(other)}. Give another OUT, or --overwrite to begin "
+            "again"
+        )
+    return bool(other)
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
+
+
+def _publish(store: Store, sources: list[Any], local: Path, output: str) -> None:
+    """Makes OUT of the complete rows."""
+    try:
+        made = store.path
+        if kind_of(output) != "jsonl":
+            from jaxserve.batch_job.tables import write_table
+
+            with store.path.open("rb") as records:
+                write_table(records, sources, local)
+            made = local
+        if is_remote(output):
+            upload(made, output)
+            if made is local:
+                local.unlink()
+    except (OSError, ConfigError) as error:
+        raise BatchStopped(
+            f"cannot write {output}: {error}. All rows are safe in {store.path}: mend that, then run the same again"
+        ) from error
+    store.publish()
+
+
+@contextlib.asynccontextmanager
+async def _opened(options: EngineOptions, path: Path, name: str) -> AsyncIterator[TextModel]:
+    """The model's text over an engine in a process of its own, ready to generate."""
+    client = RemoteEngine(options, path, model_name=name)
+    await client.start()
+    try:
+        text = await asyncio.to_thread(TextModel.open, path, client, name)
+        await client.wait_ready()
+        yield text
+    finally:
+        await asyncio.shield(asyncio.ensure_future(client.stop()))

@@ -1,0 +1,115 @@
+"""Mixtral: Mistral whose feed-forward layers are each a choice of experts.
+
+T tokens in the step, S sampled rows, D width, N query heads, K kv heads, H head_dim, V vocab
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jaxserve.layers import Rope, moe, project, rms_norm, rotate
+from jaxserve.quant import embed, linear_f32
+from jaxserve.spec import Attend, Cache, expert_counts, matrix, only_served, weight
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    experts: int
+    experts_used: int
+    vocab: int
+    max_positions: int
+    rope: Rope
+    eps: float
+    tied: bool
+    window: int | None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
+        only_served(hf, hidden_act="silu")
+        experts, used = expert_counts(hf)
+        return cls(
+            layers=hf["num_hidden_layers"],
+            width=hf["hidden_size"],
+            heads=hf["num_attention_heads"],
+            kv_heads=hf.get("num_key_value_heads", 8),
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            ffn=hf["intermediate_size"],
+            experts=experts,
+            experts_used=used,
+            vocab=hf["vocab_size"],
+            max_positions=hf.get("max_position_embeddings", 131072),
+            rope=Rope.from_hf(hf, theta=1e6),
+            eps=hf.get("rms_norm_eps", 1e-5),
+            tied=bool(hf.get("tie_word_embeddings")),
+            window=hf.get("sliding_window"),
+        )
+
+
+def param_specs(c: Config) -> dict[str, Any]:
+    w, m = partial(weight, c), partial(matrix, c)  # axis names are the config's fields
+
+    def block(hf: str) -> dict[str, Any]:
+        return {
+            "attn_norm": w("width", f"{hf}.input_layernorm.weight"),
+            "q": m("heads head_dim width", f"{hf}.self_attn.q_proj.weight"),
+            "k": m("kv_heads head_dim width", f"{hf}.self_attn.k_proj.weight"),
+            "v": m("kv_heads head_dim width", f"{hf}.self_attn.v_proj.weight"),
+            "o": m("width heads head_dim", f"{hf}.self_attn.o_proj.weight"),
+            "mlp_norm": w("width", f"{hf}.post_attention_layernorm.weight"),
+            "router": m("experts width", f"{hf}.block_sparse_moe.gate.weight", precise=True),
+            "gate": m("experts ffn width", f"{hf}.block_sparse_moe.experts.*.w1.weight"),
+            "up": m("experts ffn width", f"{hf}.block_sparse_moe.experts.*.w3.weight"),
+            "down": m("experts width ffn", f"{hf}.block_sparse_moe.experts.*.w2.weight"),
+        }
+
+    return {
+        "embed": m("vocab width", "model.embed_tokens.weight"),
+        "blocks": [block(f"model.layers.{i}") for i in range(c.layers)],
+        "norm": w("width", "model.norm.weight"),
+        **({} if c.tied else {"unembed": m("vocab width", "lm_head.weight")}),
+    }
+
+
+def block(
+    p: dict[str, Any],
+    c: Config,
+    layer: int,
+    x: Float[Array, "T D"],
+    positions: Int[Array, " T"],
+    cache: Cache,
+    attend: Attend,
+) -> tuple[Float[Array, "T D"], Cache]:
+    h = rms_norm(x, p["attn_norm"], c.eps)
+    q = rotate(project(p, "q", h, out=2), positions, c.rope)  # [T, N, H]
+    k = rotate(project(p, "k", h, out=2), positions, c.rope)  # [T, K, H]
+    v = project(p, "v", h, out=2)  # [T, K, H]
+    o, cache = attend(layer, q, k, v, cache, window=c.window)  # [T, N, H]
+    x = x + project(p, "o", o)
+    return x + moe(p, rms_norm(x, p["mlp_norm"], c.eps), c.experts_used), cache
+
+
+def forward(
+    p: dict[str, Any],
+    c: Config,
+    tokens: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    cache: Cache,
+    attend: Attend,
+) -> tuple[Float[Array, "T D"], Cache]:
+    x = embed(p["embed"], tokens)  # [T, D]
+    for i, layer in enumerate(p["blocks"]):
+        x, cache = block(layer, c, i, x, positions, cache, attend)
+    return rms_norm(x, p["norm"], c.eps), cache
+
+
+def logits(p: dict[str, Any], c: Config, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    return linear_f32(hidden, p["embed"] if c.tied else p["unembed"])

@@ -1,0 +1,243 @@
+"""The programs of an engine and what they are compiled for: one step, its state, and what binds a slot.
+
+Nothing here holds an array or asks for a device: a Partition says where things lie, so that a step can also be compiled
+for devices that this machine does not have.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve import attention, sampling
+from jaxserve.batch import Layout, Shape, StepInput
+from jaxserve.native.attention import untouched_cache
+from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
+from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
+from jaxserve.sharding import Partition
+from jaxserve.spec import Model, Params
+from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAttention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepState:
+    """What every step takes, changes in place and returns."""
+
+    cache: Cache  # [layers * pages, page_size, kv_heads * 2 * head_dim]
+    slots: SlotState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step brings back, by row and, for prompts, by token."""
+
+    tokens: jax.Array  # [S]
+    logprobs: TokenLogprobs  # [S]
+    prompt_logprobs: TokenLogprobs  # [T]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Every number that the options left open, worked out."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+
+class Program(NamedTuple):
+    """A function to compile: `jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)`.
+
+    `what` names it and all that it depends on besides the arguments, for CompileCache.
+    """
+
+    what: object
+    function: Any
+    arguments: tuple[Any, ...]
+    donate: int | None
+    results: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The programs of one model on one Partition."""
+
+    model: Model
+    config: Any
+    """The model's own; `partition.config` has the sizes of the arrays."""
+    partition: Partition
+    kernel: RaggedPagedAttention
+    dtype: np.dtype
+    """Of the KV cache."""
+    params: Params
+    """The tree of weights as jax.ShapeDtypeStructs with their shardings."""
+
+    def step(self, shape: Shape, sizes: Sizes) -> Program:
+        """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated."""
+        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
+        params, tree = jax.tree.flatten(self.params)
+        state, everywhere = self.state(sizes), self.partition.everywhere
+        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere)
+        what = ("step", self.config, self.kernel.__module__, shape, sizes, tree)
+        return Program(
+            what, partial(_step, self, tree, layout), (params, state, buffer), 1, (_shardings(state), everywhere)
+        )
+
+    def bind(self, sizes: Sizes) -> Program:
+        """(state, *binding) -> state, as `no_binding` has them. The state is donated."""
+        state, everywhere = self.state(sizes), self.partition.everywhere
+        binding = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere) for a in no_binding(sizes))
+        return Program("bind", _bind, (state, *binding), 0, _shardings(state))
+
+    def new_state(self, sizes: Sizes, *, by_cpu_kernel: bool) -> Program:
+        """() -> state, before any step; `by_cpu_kernel`: that is the kernel which will read the cache."""
+        state = self.state(sizes)
+        # As large as the longest context: to clear it takes seconds, and memory that may never be used.
+        new_cache = untouched_cache if by_cpu_kernel else jnp.zeros
+
+        def new() -> StepState:
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state.slots)
+            return StepState(jax.tree.map(lambda a: new_cache(a.shape, a.dtype), state.cache), zeros)
+
+        return Program(("state", by_cpu_kernel, state), new, (), None, _shardings(state))
+
+    def state(self, sizes: Sizes) -> StepState:
+        """The shapes of a step's state, and where it lies."""
+        spec = self.model.cache_spec(self.partition.config)
+        cache = self.partition.cache(attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype))
+        slots = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.partition.everywhere),
+            slot_shapes(sizes.max_num_seqs, sizes.max_model_len),
+        )
+        return StepState(cache, slots)
+
+
+def slot_shapes(seqs: int, length: int) -> SlotState:
+    """The shapes of what the slots remember; few bytes unless the context is very long."""
+    return jax.eval_shape(lambda: SlotState.empty(seqs + 1, length, MAX_BIAS_IDS, MAX_STOP_IDS))
+
+
+def no_binding(sizes: Sizes) -> tuple[Any, ...]:
+    """What `bind` takes after the state, for nobody's slot: slot, history, bias ids and values, stop ids."""
+    return (
+        np.int32(sizes.max_num_seqs),
+        np.zeros(sizes.max_model_len, np.int32),
+        np.full(MAX_BIAS_IDS, -1, np.int32),
+        np.zeros(MAX_BIAS_IDS, np.float32),
+        np.full(MAX_STOP_IDS, -1, np.int32),
+    )
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a.sharding, tree)
+
+
+def _bind(state: StepState, *binding: jax.Array) -> StepState:
+    return StepState(state.cache, sampling.bind(state.slots, *binding))
+
+
+def _step(
+    programs: Programs, tree: Any, layout: Layout, params: list[jax.Array], state: StepState, buffer: jax.Array
+) -> tuple[StepState, StepOutput]:
+    with programs.partition.tracing():
+        return _whole_step(programs, tree, layout, params, state, buffer)
+
+
+def _whole_step(
+    programs: Programs, tree: Any, layout: Layout, params: list[jax.Array], state: StepState, buffer: jax.Array
+) -> tuple[StepState, StepOutput]:
+    """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember."""
+    model, partition = programs.model, programs.partition
+    weights, config, step = jax.tree.unflatten(tree, params), partition.config, partition.whole(layout.unpack(buffer))
+    size, seqs = layout.shape.tokens, layout.shape.seqs
+    t = jnp.arange(size, dtype=jnp.int32)
+    live = t < step.cu_q_lens[step.distribution[2]]
+    s = jnp.clip(jnp.searchsorted(step.cu_q_lens[1:], t, side="right").astype(jnp.int32), 0, seqs - 1)  # [T]
+    positions = jnp.where(live, step.kv_lens[s] - step.cu_q_lens[s + 1] + t, 0)
+    slot = jnp.where(live, step.slots[s], layout.num_slots)
+
+    history = state.slots.history
+    tokens = jnp.where(step.tokens >= 0, step.tokens, history.at[slot, positions].get(mode="clip"))
+    # One read before the write: fused into each of its users, the old history would have to be kept as a copy.
+    tokens, history = jax.lax.optimization_barrier((tokens, history))
+    history = _remember(history, slot, positions, tokens)
+
+    with jax.named_scope("forward"):
+        layers, kernel = model.cache_spec(config).layers, partition.over_heads(programs.kernel)
+        attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
+        hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
+    last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
+    slots = replace(state.slots, history=history)
+
+    def to_logits(hidden: jax.Array) -> jax.Array:
+        with jax.named_scope("logits"):
+            return partition.by_token(model.logits(weights, config, hidden))
+
+    sample = partial(_sample, partition, to_logits, programs.config.vocab, last, step, slots)
+    # Of a step of prompts most rows may be nobody's, and a row of logits can cost as much as a token's whole forward.
+    counts = [seqs] if layout.shape.single else [n for n in (seqs // 16, seqs // 4) if n >= 4] + [seqs]
+    enough = jnp.sum(step.distribution[2] > jnp.array(counts[:-1], jnp.int32))
+    sampled, logprobs = jax.lax.switch(enough, [partial(sample, n) for n in counts])
+    top = logprobs.top_ids.shape[1]
+    with jax.named_scope("sample"):
+        if layout.shape.single:
+            prompt = sampling.no_logprobs(0, top)
+        else:
+
+            def whole_logits(hidden: jax.Array) -> jax.Array:
+                return partition.whole(to_logits(hidden))[:, : programs.config.vocab]
+
+            prompt = sampling.prompt_logprobs(whole_logits, hidden, step.targets, top)
+    target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
+    history = _remember(history, target, step.rows.position, sampled)
+    return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
+
+
+def _sample(
+    partition: Partition,
+    to_logits: Callable[[jax.Array], jax.Array],
+    vocab: int,
+    last: jax.Array,
+    step: StepInput,
+    slots: SlotState,
+    count: int,
+) -> tuple[jax.Array, TokenLogprobs]:
+    """Tokens [S] and log-probabilities of the first `count` rows of `last`, [S, D]; the others are zero."""
+    top = min(MAX_TOP_LOGPROBS, vocab)
+
+    def choose(rows: tuple[jax.Array, RowParams, jax.Array], slots: SlotState) -> tuple[jax.Array, TokenLogprobs]:
+        logits, params, slot = rows
+        logits = logits[:, :vocab]  # without what the vocabulary was filled up with to be divided
+        sampled = sampling.sample(logits, params, slot, slots)
+        logprobs = jax.lax.cond(
+            params.logprobs.any(),
+            lambda: sampling.token_logprobs(logits, jnp.where(params.logprobs, sampled, -1), top),
+            lambda: sampling.no_logprobs(logits.shape[0], top),
+        )
+        return sampled, logprobs
+
+    rows = jax.tree.map(lambda a: a[:count], (step.rows, step.slots))
+    logits = to_logits(last[:count])  # [count, V]
+    with jax.named_scope("sample"):
+        found = partition.whole(partition.by_rows(choose, (logits, *rows), slots))
+    rest = last.shape[0] - count
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, rest)] + [(0, 0)] * (a.ndim - 1)), found)
+
+
+def _remember(history: jax.Array, slot: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
+    """Writes each token to its place; those of no sequence go to the last slot, which is nobody's."""
+    if token.size == 1:  # XLA makes a scatter of one row a select over a copy of everything
+        return jax.lax.dynamic_update_slice(history, token[None], (slot[0], position[0]))
+    return history.at[slot, position].set(token, mode="drop")

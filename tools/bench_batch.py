@@ -1,0 +1,114 @@
+"""What `jaxserve batch` costs the host: rows a second and memory, with a model that answers at once.
+
+    python tools/bench_batch.py --rows 1000000
+
+Prints the process's resident memory as rows go by: it must not grow with them.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from jaxserve.batch_job import BatchOptions, run_job
+from jaxserve.client import EngineState, EngineStatus
+from jaxserve.config import EngineOptions
+from jaxserve.hub import resolve_model
+from jaxserve.request import Delta, EngineInfo, FinishReason, Request
+from jaxserve.text import TextModel
+
+INFO = EngineInfo(
+    model="instant",
+    architecture="none",
+    vocab_size=512,
+    max_model_len=512,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    page_size=16,
+    num_pages=1,
+    dtype="float32",
+    num_params=0,
+    platform="cpu",
+    attention="none",
+    device_bytes={},
+)
+
+
+class Instant:
+    """An EngineClient whose answer is the prompt's last token, over and over, all of it at once."""
+
+    status = EngineStatus(EngineState.READY)
+    info = INFO
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        await asyncio.sleep(0)
+        tokens = (request.prompt_token_ids[-1],) * (request.params.max_tokens or 1)
+        yield Delta(request.id, token_ids=tokens, finish=FinishReason.LENGTH)
+
+
+def write_input(path: Path, rows: int) -> None:
+    """A file of `rows` short completion requests."""
+    with path.open("wb") as file:
+        for i in range(rows):
+            body = {"prompt": f"What is {i} plus {i % 17}?", "max_tokens": 8, "temperature": 0.7}
+            row = {"custom_id": f"row-{i}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(msgspec.json.encode(row) + b"\n")
+
+
+def resident_mib() -> float:
+    """This process's resident memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    """Writes the input, runs the job, prints a line every tenth of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    rows = parser.parse_args().rows
+    path = resolve_model(None)
+
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[TextModel]:
+        yield TextModel.open(path, Instant(), "instant")  # type: ignore[arg-type]
+
+    @contextlib.asynccontextmanager
+    async def watch(job: object, store: object, total: int) -> AsyncIterator[None]:
+        async def report() -> None:
+            said = 0
+            while True:
+                await asyncio.sleep(0.2)
+                if store.finished >= said + rows // 10:  # type: ignore[attr-defined]
+                    said = store.finished  # type: ignore[attr-defined]
+                    cpu_s = time.process_time() - begun_cpu
+                    print(f"{said:>9} rows  {resident_mib():7.1f} MiB  {1e6 * cpu_s / said:6.1f} us of CPU a row")
+
+        begun_cpu = time.process_time()
+        print(f"{0:>9} rows  {resident_mib():7.1f} MiB")
+        reporting = asyncio.create_task(report())
+        try:
+            yield
+        finally:
+            reporting.cancel()
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_input(Path(folder, "in.jsonl"), rows)
+        options = BatchOptions(input=f"{folder}/in.jsonl", output=f"{folder}/out.jsonl")
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        result = asyncio.run(run_job(options, EngineOptions(), path, "instant", opened, watch))
+        elapsed, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
+        assert result.complete and not result.failed and result.rows == rows
+        size = Path(folder, "out.jsonl").stat().st_size
+        print(
+            f"{rows} rows in {elapsed:.1f} s, {cpu_s:.1f} s of CPU: {rows / cpu_s:.0f} rows/s; {size / 2**20:.0f} MiB"
+        )
+        print(f"resident: {resident_mib():.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
