@@ -2,13 +2,14 @@
 # make test    set up and run the complete check: format, lint, types, tests
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
+# make compile-gate   the TPU kernel through the real TPU compiler, on no TPU
 
 VENV ?= .venv
 ARGS ?=
 PORT = 8000
 BIN := $(VENV)/bin
 
-.PHONY: serve test check lint test-oldest-jax setup setup-dev clean
+.PHONY: serve test check lint test-oldest-jax compile-gate setup setup-dev clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/jaxserve serve --port $(PORT) $(ARGS)
@@ -22,11 +23,14 @@ lint: $(VENV)/.installed-dev
 test-oldest-jax:
 	@tools/test_oldest_jax $(ARGS)
 
+compile-gate:
+	@tools/compile_gate $(ARGS)
+
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 clean:
-	rm -rf $(VENV) .venv-oldest-jax .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest-jax .venv-aot .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 $(VENV)/bin/python:
 	@python="$$(tools/find_python.sh)" && echo "making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxserve import native
@@ -12,26 +13,46 @@ from jaxserve.errors import ConfigError
 from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
 from jaxserve.spec import Attend, CacheSpec
-from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, RaggedPagedAttention
+from kernels_pallas.ragged_paged_attention.contract import (
+    PAGE_TABLE_ENTRIES,
+    Cache,
+    Int8Cache,
+    RaggedPagedAttention,
+    validate_for_tpu,
+)
 
-KERNELS = {"reference": "kernels_pallas.ragged_paged_attention.reference", "cpu": "jaxserve.native.attention"}
+KERNELS = {
+    "reference": "kernels_pallas.ragged_paged_attention.reference",
+    "cpu": "jaxserve.native.attention",
+    "tpu": "kernels_pallas.ragged_paged_attention.tpu",
+}
 """Bodies by name. A platform's own body goes here and into PLATFORM."""
-PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "reference"}
+PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
+PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
+"""Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
+kernel issues a copy a page, which with pages of 16 is half as much work again as what it computes, with 64 a seventh;
+larger ones leave more memory unused at every sequence's end."""
 READS_INT8 = ("reference", "cpu")
 """Bodies that take an Int8Cache."""
 
 
 def choose(
-    name: str, platform: str, progress: Callable[[str], None] = lambda message: None, *, devices: int = 1
+    name: str,
+    platform: str,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    devices: int = 1,
+    kv_dtype: DTypeLike = jnp.bfloat16,
+    block_size: int | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
     """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had."""
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
     reason = f"auto on {platform}" if name == "auto" else "asked for by name"
+    if chosen in PLATFORM and platform != chosen:
+        raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
-        if platform != "cpu":
-            raise ConfigError(f"attention='cpu' does not run on {platform}; use auto")
         if devices > 1:
             if name != "auto":
                 raise ConfigError(f"attention='cpu' runs on one device, not on {devices}; use auto")
@@ -43,7 +64,34 @@ def choose(
             if name != "auto":
                 raise ConfigError(f"attention='cpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
+    if chosen == "tpu":
+        try:
+            if jnp.dtype(kv_dtype) == jnp.int8:
+                raise ValueError("it does not read a cache of int8 (--kv-cache-dtype)")
+            validate_for_tpu(block_size or PAGE_SIZE["tpu"], jnp.dtype(kv_dtype), 0, 0)
+        except ValueError as error:
+            if name != "auto":
+                raise ConfigError(f"attention='tpu': {error}") from error
+            chosen, reason = "reference", f"slower by far than the TPU's own kernel, but {error}"
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
+
+
+def page_size(asked: int | None, kernel: str, platform: str, kv_dtype: np.dtype, seqs: int, length: int) -> int:
+    """Tokens in a page of the cache, for up to `seqs` sequences of `length` tokens.
+
+    Raises ConfigError for pages that were asked for and that the kernel does not read.
+    """
+    size = asked or PAGE_SIZE.get(platform, PAGE_SIZE["cpu"])
+    if kernel != "tpu":
+        return size
+    if asked is None:
+        while seqs * -(-length // size) > PAGE_TABLE_ENTRIES:
+            size *= 2
+    try:
+        validate_for_tpu(size, kv_dtype, seqs, -(-length // size))
+    except ValueError as error:
+        raise ConfigError(f"block_size {size}: {error}") from error
+    return size
 
 
 def cache_shapes(spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike) -> Cache:

@@ -196,7 +196,7 @@ def _code() -> str:
     """A digest of every source that a program may have been made from."""
     digest = hashlib.blake2b(digest_size=20)
     for root in (Path(__file__).parent, *map(Path, kernels_pallas.__path__)):
-        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cc", ".h")):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cc", ".h") or p.name == "tpu.json"):
             name = path.relative_to(root)
             if name.parts[0].removesuffix(".py") not in NOT_IN_PROGRAMS:
                 digest.update(str(name).encode() + b"\0" + path.read_bytes())

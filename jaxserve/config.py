@@ -114,8 +114,9 @@ class DeviceOptions:
     """Devices to use, as DATAxMODEL: 2x4 is two replicas of the engine, each on four devices that share the weights,
     attention heads and KV cache between them (tensor parallel). 4 is 1x4. By names also the number of groups that the
     experts of a mixture are divided into: data=1,model=2,expert=4. Default: one device."""
-    block_size: int = 16
-    """Tokens in a page of the KV cache."""
+    block_size: int | None = None
+    """Tokens in a page of the KV cache. Default: 16 on CPU, 64 on GPU and TPU, more where a TPU could not hold the page
+    table."""
     num_kv_pages: int | None = None
     """Pages in the KV cache of a replica. Default: what the memory budget leaves after weights and workspace."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from jaxserve import attention
-from jaxserve.config import DeviceOptions
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.loading import Loaded
 from jaxserve.logits_file import CUT, Rows
@@ -85,7 +84,9 @@ class Evaluator:
         # The last token of a chunk predicts nothing that is known.
         steps = -(-(ctx_size - 1) // STEP_TOKENS)
         self._tokens = -(-(ctx_size - 1) // (steps * ROWS)) * ROWS
-        page_size = DeviceOptions.block_size
+        page_size = attention.page_size(
+            None, models[0].attention, models[0].device.platform, models[0].kv_dtype, 1, ctx_size
+        )
         pages = -(-ctx_size // page_size)
         self._params = [m.params for m in models]
         self._caches = []

@@ -68,12 +68,15 @@ def load_model(
     partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
     place = partition.mesh.devices.flat[0]
     devices = partition.mesh.size
-    name, reason, kernel = attention.choose(device.attention, place.platform, progress, devices=devices)
+    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
+    name, reason, kernel = attention.choose(
+        device.attention, place.platform, progress, devices=devices, block_size=device.block_size,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
+    )  # fmt: skip
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
-    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
 
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")

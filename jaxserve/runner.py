@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import batch
+from jaxserve import attention, batch
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -94,7 +94,7 @@ class Runner:
         # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
         self._wait = platform == "cpu" and devices > 1
         self._sharers = MeshShape.parse(options.device.mesh or "1").devices
-        self._cache = loaded.programs
+        self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
         self._params, self._tree = jax.tree.flatten(loaded.params)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in self._params]
         self.programs = Programs(
@@ -218,7 +218,11 @@ class Runner:
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
-        page, given = options.device.block_size, options.device.num_kv_pages
+        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        page = attention.page_size(
+            options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
+        )
+        given = options.device.num_kv_pages
         page_bytes = bytes_per_device(self.programs.state(Sizes(page, 1, 1, page, 1)).cache)
 
         def sizes(pages: int) -> Sizes:
@@ -252,7 +256,6 @@ class Runner:
         else:
             pages = given
         progress("compiling the largest step")
-        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, -(-length // page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")

@@ -389,7 +389,7 @@ def test_a_complete_job_is_not_run_again(batch, tmp_path, engine, capsys) -> Non
     ("change", "message"),
     [
         (["--max-tokens", "9"], "max_tokens was not there, is 9"),
-        (["--block-size", "8"], "block_size was 16, is 8"),
+        (["--block-size", "8"], "block_size was None, is 8"),
         (["--seed", "3"], "seed was 0, is 3"),
         (["--served-model-name", "x"], "model name was counter, is x"),
         ("input", "input was "),

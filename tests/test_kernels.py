@@ -1,6 +1,8 @@
 """Every body of ragged paged attention against a dense oracle: random ragged batches, NaN in all unwritten memory."""
 
+from functools import partial
 from importlib import import_module
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,18 @@ from cache_layout import kept_by, rows_of
 
 from jaxserve import attention, native
 from jaxserve.native.build import BuildError, find_compiler
+from kernels_pallas.ragged_paged_attention.tuning import Blocks
 
 PAGE = 4
 BODIES = sorted(attention.KERNELS)
+COMPILED = [body for body in BODIES if body != "tpu"]
+"""The TPU's is interpreted here and takes seconds to compile; tests/test_attention_tpu.py has more of it."""
+
+
+def combinations(*axes, interpreted):
+    """(body, value of each axis) for every combination; for the interpreted body those of these numbers only."""
+    found = [(body, i, values) for body in BODIES for i, values in enumerate(product(*axes))]
+    return [(body, *values) for body, i, values in found if body in COMPILED or i in interpreted]
 
 
 def body_of(name):
@@ -23,6 +34,9 @@ def body_of(name):
         except BuildError as error:
             pytest.skip(str(error))
         native.load()
+    if name == "tpu":
+        kernel = import_module(attention.KERNELS[name]).ragged_paged_attention
+        return partial(kernel, interpret=True, decode=Blocks(1, 4, 2), prefill=Blocks(16, 3, 3))
     return import_module(attention.KERNELS[name]).ragged_paged_attention
 
 
@@ -77,14 +91,17 @@ def oracle(args, kv, scale, window, soft_cap=None, sinks=None):
     return np.array(out).reshape(-1, q.shape[1], q.shape[2])
 
 
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("page", [PAGE, 16], ids=["page4", "page16"])
-@pytest.mark.parametrize("window", [None, 7], ids=["full", "window7"])
+HEADS = [(4, 4, 16), (4, 2, 8), (7, 1, 12), (2, 1, 64)]
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (4, 2, 8), (7, 1, 12), (2, 1, 64)], ids=lambda v: str(v)
+    ("body", "window", "page", "sizes"),
+    combinations([None, 7], [PAGE, 16], HEADS, interpreted=(0, 5, 10, 15)),
+    ids=lambda v: str(v),
 )
-def test_parity(body, window, page, heads, kv_heads, head_dim):
+def test_parity(body, window, page, sizes):
     kernel = body_of(body)
+    heads, kv_heads, head_dim = sizes
     rng = np.random.default_rng(heads * 100 + head_dim)
     cases = [
         dict(q_lens=[1, 1, 1], pasts=[0, 5, 300]),
@@ -131,9 +148,11 @@ CAPS = [
 ]
 
 
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("window", [None, 7], ids=["full", "window7"])
-@pytest.mark.parametrize("caps", CAPS, ids=lambda c: "+".join(c))
+@pytest.mark.parametrize(
+    ("body", "window", "caps"),
+    combinations([None, 7], CAPS, interpreted=(1, 5)),
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else str(v),
+)
 def test_parity_with_soft_cap_and_sinks(body, window, caps):
     kernel = body_of(body)
     rng = np.random.default_rng(11)
@@ -150,7 +169,7 @@ def test_parity_with_soft_cap_and_sinks(body, window, caps):
         assert np.abs(out - np.asarray(plain(*args)[0])).max() > 1e-3, "it made no difference"
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", COMPILED)
 @pytest.mark.parametrize("caps", CAPS, ids=lambda c: "+".join(c))
 def test_bodies_agree_with_dense(body, caps):
     """`attention.dense` is what model files are tested with."""
@@ -162,8 +181,11 @@ def test_bodies_agree_with_dense(body, caps):
         np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("caps", [{}, *CAPS], ids=lambda c: "+".join(c) or "plain")
+@pytest.mark.parametrize(
+    ("body", "caps"),
+    combinations([{}, *CAPS], interpreted=(0,)),
+    ids=lambda v: v if isinstance(v, str) else "+".join(v) or "plain",
+)
 def test_a_sequence_is_the_same_alone_and_in_a_crowd(body, caps):
     kernel = body_of(body)
     rng = np.random.default_rng(3)
@@ -199,7 +221,7 @@ def test_contract_names_what_is_wrong(body):
         kernel(*args, scale=1.0, sinks=jnp.zeros(2))
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", COMPILED)  # an interpreted kernel copies what it is given; see tools/compile_gate.py
 @pytest.mark.parametrize("q_lens", [[1], [1, 1], [1, 1, 9]], ids=str)
 def test_the_cache_is_updated_in_place(body, q_lens):
     """The donated cache is the result, and what the step needs besides does not grow with it."""

@@ -133,10 +133,13 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
             yield "C++ kernels", str(native.origin())
         except BuildError as e:
             yield "C++ kernels", f"none: {e}"
-    reason = f"auto on {kind}" if models.dtype == "auto" else "asked for by name"
-    yield "dtype", f"{dtype_for(models.dtype, kind)} ({reason})"
+    reason, dtype = f"auto on {kind}" if models.dtype == "auto" else "asked for by name", dtype_for(models.dtype, kind)
+    yield "dtype", f"{dtype} ({reason})"
     try:
-        name, reason, _ = choose(options.attention, kind, print, devices=shape.per_replica)
+        name, reason, _ = choose(
+            options.attention, kind, print, devices=shape.per_replica, block_size=options.block_size,
+            kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
+        )  # fmt: skip
         yield "attention", f"{name} ({reason})"
     except ConfigError as e:
         problems.append(str(e))

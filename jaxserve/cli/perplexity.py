@@ -42,7 +42,7 @@ class DeviceFlags(DeviceOptions):
     """DeviceOptions without what only a server needs."""
 
     mesh: Annotated[str | None, Parameter(parse=False)] = None
-    block_size: Annotated[int, Parameter(parse=False)] = DeviceOptions.block_size
+    block_size: Annotated[int | None, Parameter(parse=False)] = None
     num_kv_pages: Annotated[int | None, Parameter(parse=False)] = None
     memory_utilization: Annotated[float | None, Parameter(parse=False)] = None
     warmup: Annotated[Literal["full", "min", "lazy"], Parameter(parse=False)] = "lazy"

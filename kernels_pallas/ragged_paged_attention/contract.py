@@ -30,6 +30,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 LEAST = 1e-30
@@ -134,3 +135,23 @@ def validate(
         raise ValueError(f"soft_cap must be a number above 0, or None for no cap; found {soft_cap}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [{heads}], one logit a query head; found {sinks.shape}")
+
+
+PAGE_TABLE_ENTRIES = 250_000
+"""What fits the 1 MiB of a TPU's scalar memory beside the sequences' lengths."""
+
+
+def validate_for_tpu(page: int, dtype: np.dtype, seqs: int, pages: int) -> None:
+    """What the TPU's memories ask of pages of `page` tokens and a page table [seqs, pages]. Raises ValueError."""
+    rows = 32 // dtype.itemsize
+    if page % rows:
+        raise ValueError(
+            f"pages of {page} tokens of {dtype.name} are not whole tiles of a TPU's memory; give a page size "
+            f"(--block-size) that is a multiple of {rows}, best 64 or 128"
+        )
+    if seqs * pages > PAGE_TABLE_ENTRIES:
+        raise ValueError(
+            f"the page table of {seqs} sequences of up to {pages} pages has {seqs * pages} entries, and a TPU's scalar "
+            f"memory holds {PAGE_TABLE_ENTRIES}; raise the page size (--block-size), or lower --max-model-len or "
+            "--max-num-seqs"
+        )

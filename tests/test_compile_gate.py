@@ -1,0 +1,89 @@
+"""The compile gate: what it reads from a compiler's output, and where libtpu is installed, a part of the gate."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "tools" / "compile_gate.py"
+
+
+@pytest.fixture(scope="module")
+def gate():
+    spec = importlib.util.spec_from_file_location("compile_gate", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_gate"] = module  # where its dataclasses look their types up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_copies_of_the_cache_are_found(gate):
+    """In a program that keeps the cache it was given, and not in one that may change it."""
+    cache = jnp.zeros((64, 16, 128), jnp.float32)
+
+    def compiled(**options):
+        return jax.jit(lambda c, r: c.at[3].set(r), **options).lower(cache, cache[0]).compile().as_text()
+
+    assert list(gate.copies(compiled(), cache.nbytes)) and not list(
+        gate.copies(compiled(donate_argnums=0), cache.nbytes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("instruction", "copied"),
+    [
+        ("%copy.38 = f8e4m3fn[524288,512]{1,0:T(8,128)(4,1)} copy(%bitcast.2)", True),
+        ("%copy-start = (bf16[64,16,128]{2,1,0:S(1)}, bf16[64,16,128]{2,1,0}, u32[]) copy-start(%cache)", True),
+        ("%copy.1 = f32[8,128]{1,0} copy(%small)", False),
+        ("%custom-call.1 = bf16[64,16,128]{2,1,0} custom-call(%a, %copy), custom_call_target=\"x\"", False),
+    ],
+)  # fmt: skip
+def test_what_a_copy_looks_like(gate, instruction, copied):
+    assert bool(list(gate.copies(f"ENTRY %main {{\n  {instruction}\n}}", 64 * 16 * 128 * 2))) == copied
+
+
+def test_a_listing_is_counted(gate):
+    listing = """
+= control target key start
+LB: loop body
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sld [smem:[#allocation18_spill]]  ;;  %s3 = smov 1 }
+   0x2   : > { %s4 = smov 2 }
+hlo: kernel
+ */ }
+   0x3   : > { %s5 = smov 3 }
+   0x4 PF:  { %s6 = smov 4 }
+   0x5   :  {}
+"""
+    assert gate.schedule(listing) == (6, [2, 3], 1)
+
+
+def test_limits_bite(gate):
+    assert gate.over({"decode.bundles": 103}, {"decode.bundles": 100}) == []
+    (problem,) = gate.over({"decode.bundles": 104}, {"decode.bundles": 100})
+    assert problem == "decode.bundles is 104; the limit is 103"
+    assert gate.over({"decode.bundles": 1}, None) and gate.over({"decode.bundles": 1}, {})
+
+
+def test_every_gate_has_limits(gate):
+    stored = json.loads(gate.LIMITS.read_text())
+    assert set(stored) == {g.name for g in gate.gates()}
+
+
+@pytest.mark.parametrize("name", ["v5e/llama3-8b/bfloat16/page64/decode", "v6e/llama3-8b/float8_e4m3fn"])
+def test_the_kernel_compiles_for_tpu(name):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU's compiler is not installed; `make compile-gate` runs the gate where it is")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--json", "--only", name], env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    (found,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert found["bundles"]["attention_decode"] > 100 and not found["problems"]

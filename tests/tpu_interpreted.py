@@ -1,0 +1,92 @@
+"""Runs the TPU kernel in Pallas' TPU interpreter, sound and with planted bugs; prints a line of JSON for each run.
+
+A program of its own: a kernel that waits for what never comes hangs its process, and the interpreter says only in words
+that it found a race or a semaphore that is not zero at the end.
+"""
+
+import contextlib
+import io
+import json
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from test_kernels import oracle, random_batch
+
+from kernels_pallas.ragged_paged_attention import tpu
+from kernels_pallas.ragged_paged_attention.tuning import Blocks
+
+copy = pltpu.make_async_copy
+
+
+class NeverWaits:
+    """A copy that nobody waits for."""
+
+    def __init__(self, *args):
+        self._copy = copy(*args)
+        self.start = self._copy.start
+
+    def wait(self):
+        pass
+
+
+class FillsWhatIsRead(NeverWaits):
+    """A copy into memory that was just waited for and is about to be read."""
+
+    def wait(self):
+        self._copy.wait()
+        self._copy.start()
+
+
+BUGS = {
+    "none": contextlib.nullcontext,
+    "no wait": lambda: mock.patch.object(pltpu, "make_async_copy", NeverWaits),
+    "buffer filled while read": lambda: mock.patch.object(pltpu, "make_async_copy", FillsWhatIsRead),
+    "page of nobody": contextlib.nullcontext,
+}
+
+DECODE = dict(q_lens=[1, 1, 1], pasts=[3, 25, 0], tokens=3, seqs_total=3)
+MIXED = dict(q_lens=[1, 1, 7, 12], pasts=[9, 1, 6, 0], tokens=24, seqs_total=5)
+
+
+def run(name, case, bug="none", window=None, **interpreter):
+    args, kv = random_batch(np.random.default_rng(0), heads=2, kv_heads=1, head_dim=8, pages=100, **case)
+    args[5] = args[5][:, :9]
+    table = args[5]
+    if bug == "page of nobody":
+        table = table.at[1, 2].set(5000)
+    kernel = partial(tpu.ragged_paged_attention, decode=Blocks(1, 2, 2), prefill=Blocks(16, 2, 3))
+    said, raised, error = io.StringIO(), None, None
+    pltpu.reset_tpu_interpret_mode_state()
+    with BUGS[bug](), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            interpret = pltpu.InterpretParams(**interpreter)
+            out, _ = kernel(*args[:5], table, *args[6:], scale=0.3, window=window, interpret=interpret)
+            want = oracle(args, kv, 0.3, window)
+            error = float(np.abs(np.asarray(out, np.float32)[: len(want)] - want).max())
+            jax.effects_barrier()  # what it says at the end
+        except Exception as e:  # whatever the interpreter raises is what is asked for
+            raised = str(e)[-5000:]
+    found = dict(name=name, error=error, finite=bool(error is not None and np.isfinite(error)), raised=raised)
+    print(
+        json.dumps(
+            found
+            | dict(race="RACE DETECTED" in said.getvalue() + str(raised), left="non-zero count" in said.getvalue())
+        )
+    )
+
+
+if __name__ == "__main__":
+    assert jnp.zeros(1).devices().pop().platform == "cpu"
+    at_once = dict(detect_races=True, dma_execution_mode="eager")
+    run("decode", DECODE)
+    run("decode, copies at once", DECODE, **at_once)
+    run("mixed", MIXED)
+    run("mixed, copies at once", MIXED, window=5, **at_once)
+    run("no wait", DECODE, "no wait")
+    run("no wait, copies at once", DECODE, "no wait", dma_execution_mode="eager")
+    run("buffer filled while read", DECODE, "buffer filled while read", **at_once)
+    run("page of nobody", DECODE, "page of nobody")

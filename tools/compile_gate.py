@@ -1,0 +1,259 @@
+"""Compiles for TPU ahead of time, with the real compiler and no TPU, and holds what comes out to stored limits.
+
+    tools/compile_gate                    every gate, in an environment of its own that has libtpu
+    tools/compile_gate --only v5e         those whose name holds "v5e"
+    tools/compile_gate --update           store what is found as the new limits
+
+A gate is a program that keeps a KV cache. Each must compile, update its cache in place, make no copy of it on the way,
+and need no more memory, no more instructions (VLIW bundles, each one cycle of issue) and no more spilled registers
+than tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LIMITS = Path(__file__).with_suffix(".json")
+SLACK = 1.03
+"""Limits are what was found, and this much more: another version of the compiler schedules a little differently."""
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+# What moves data without computing. A scatter is not among them: the cache's own is done in place.
+COPIES = "copy|copy-start|transpose|dynamic-slice|slice|slice-start|concatenate|pad|convert|gather|async-start"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`lower` gives the program, not yet compiled, and the bytes of the cache that each device updates in place."""
+
+    name: str
+    lower: Callable[[], tuple[Any, int]]
+
+
+@dataclass
+class Found:
+    """What the compiler made of a gate's program."""
+
+    seconds: float
+    temp_bytes: int
+    code_bytes: int
+    bundles: dict[str, int] = field(default_factory=dict)
+    """By kernel: all of its instructions."""
+    inner: dict[str, list[int]] = field(default_factory=dict)
+    """By kernel: its two longest stretches without a branch, which are its computing on whole and on cut kv blocks."""
+    spills: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def limits(self) -> dict[str, float]:
+        """The figures that are held to limits, by name."""
+        found: dict[str, float] = {"temp_bytes": self.temp_bytes}
+        for kernel in self.bundles:
+            found[f"{kernel}.bundles"], found[f"{kernel}.spills"] = self.bundles[kernel], self.spills[kernel]
+        return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="gates whose name holds this")
+    parser.add_argument("--update", action="store_true", help="store what is found as the new limits")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each gate, not a table")
+    options = parser.parse_args(arguments)
+    chosen = [gate for gate in gates() if options.only in gate.name]
+    if not chosen:
+        parser.error(f"no gate has {options.only!r} in its name; there are {', '.join(g.name for g in gates())}")
+    stored = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    failed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        dump = Path(directory)
+        prepare(dump)
+        if not options.json:
+            print(
+                f"{versions()}\n{'gate':<34} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
+            )
+        for gate in chosen:
+            found = measure(gate, dump)
+            if options.update and not found.problems:
+                stored[gate.name] = found.limits()
+                LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+            found.problems += over(found.limits(), stored.get(gate.name))
+            failed += bool(found.problems)
+            print(json.dumps({"gate": gate.name} | asdict(found)) if options.json else line(gate.name, found))
+            for problem in found.problems:
+                print(f"    {problem}", file=sys.stderr)
+            sys.stdout.flush()
+    return 1 if failed else 0
+
+
+def prepare(dump: Path) -> None:
+    """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, listings to `dump`."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-8",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_LOG_DIR=str(dump),
+        TF_CPP_MIN_LOG_LEVEL="3",
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles",
+    )
+    sys.path.insert(0, str(ROOT))
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    return f"jax {version('jax')}, libtpu {version('libtpu')}"
+
+
+def line(name: str, found: Found) -> str:
+    kernels = (
+        f"{kernel}: {found.bundles[kernel]} ({', '.join(map(str, found.inner[kernel]))}), {found.spills[kernel]}"
+        for kernel in sorted(found.bundles)
+    )
+    return f"{name:<34} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {'; '.join(kernels)}"
+
+
+def measure(gate: Gate, dump: Path) -> Found:
+    """Compiles one gate. What is wrong with it is among the problems; nothing is raised for that."""
+    for old in dump.iterdir():
+        old.unlink()
+    start = time.perf_counter()
+    try:
+        lowered, cache = gate.lower()
+        compiled = lowered.compile()
+    except Exception as error:  # whatever the compiler refuses it with
+        return Found(time.perf_counter() - start, 0, 0, problems=[f"does not compile: {error}"[:2000]])
+    memory = compiled.memory_analysis()
+    found = Found(time.perf_counter() - start, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes)
+    if memory.alias_size_in_bytes < cache:
+        found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
+    found.problems += [f"copies the cache: {what}" for what in copies(compiled.as_text(), cache // 8)]
+    for path in sorted(dump.glob("*-final_bundles.txt")):
+        kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)
+        if kernel and "schedule-analysis" not in path.name:
+            name, listing = kernel[1], path.read_text(errors="replace")
+            found.bundles[name], found.inner[name], found.spills[name] = schedule(listing)
+    return found
+
+
+def copies(hlo: str, least: int) -> Iterator[str]:
+    """The instructions of a compiled program that move `least` bytes or more without computing anything."""
+    for text in hlo.splitlines():
+        found = re.search(rf"= \(?(\w+)\[([\d,]*)\].* ({COPIES})\(", text)
+        if found and BYTES.get(found[1], 4) * math.prod(int(n) for n in found[2].split(",") if n) >= least:
+            yield text.strip()[:160]
+
+
+def schedule(listing: str) -> tuple[int, list[int], int]:
+    """Of a kernel's final listing: its bundles, the two longest stretches without a label, and spills to memory."""
+    count, stretch, stretches = 0, 0, []
+    for text in listing.splitlines():
+        bundle = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+((?:[A-Z]{2}\s?)*):", text)
+        if bundle:
+            if bundle[1].strip():
+                stretches.append(stretch)
+                stretch = 0
+            count, stretch = count + 1, stretch + 1
+    longest = sorted([*stretches, stretch], reverse=True)[:2]
+    return count, sorted(longest), sum("_spill]" in text for text in listing.splitlines())
+
+
+def over(found: dict[str, float], limits: dict[str, float] | None) -> list[str]:
+    """What is above its limit, or has none."""
+    if limits is None:
+        return ["has no limits yet: run with --update"]
+    return [
+        f"{name} is {value:.0f}; the limit is {limits.get(name, 0) * SLACK:.0f}"
+        for name, value in found.items()
+        if value > limits.get(name, 0) * SLACK
+    ]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention as a model has it, and over how many devices its heads are split."""
+
+    query: int
+    kv: int
+    dim: int
+    devices: int = 4
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+HEADS = {
+    "llama3-8b": Heads(32, 8, 128),  # Mixtral 8x7B has the same
+    "qwen3-0.6b": Heads(16, 8, 128),
+    "gemma2-9b": Heads(16, 8, 256, window=4096, soft_cap=50.0),
+    "llama3-8b-on-1": Heads(32, 8, 128, devices=1),
+    "phi3-mini-on-1": Heads(32, 32, 96, devices=1),
+}
+
+
+def gates() -> list[Gate]:
+    """Every gate, those of the attention kernel first."""
+    found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
+    found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:]]
+    found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
+    found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
+    found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only
+    return [gate() for gate in found]
+
+
+def attention(
+    chip: str, model: str, *, page: int = 64, dtype: str = "bfloat16", tokens: int = 512, seqs: int = 64
+) -> Gate:
+    """The kernel on a mesh of the chip's whole slice, over a cache that no on-chip memory can hold."""
+    kind = "decode" if tokens == seqs else "mixed"
+    heads = HEADS[model]
+
+    def lower() -> tuple[Any, int]:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.experimental import topologies
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        from kernels_pallas.ragged_paged_attention.tpu import ragged_paged_attention
+
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+        mesh = Mesh(np.array(devices).reshape(-1, heads.devices), ("data", "model"))
+        activations = jnp.float32 if dtype == "float32" else jnp.bfloat16
+        row = heads.kv * 2 * heads.dim
+        page_bytes = page * row * jnp.dtype(dtype).itemsize // heads.devices
+        pages = 256 * 2**20 // page_bytes
+        by_head, by_lane, whole = PartitionSpec(None, "model"), PartitionSpec(None, None, "model"), PartitionSpec()
+        specs = (by_head, by_head, by_head, by_lane, whole, whole, whole, whole)
+        shapes = [
+            ((tokens, heads.query, heads.dim), activations),
+            *[((tokens, heads.kv, heads.dim), activations)] * 2,
+            ((pages, page, row), dtype),
+            *[(shape, jnp.int32) for shape in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
+        ]
+        arguments = [
+            jax.ShapeDtypeStruct(shape, of, sharding=NamedSharding(mesh, spec))
+            for (shape, of), spec in zip(shapes, specs, strict=True)
+        ]
+        options = dict(scale=heads.dim**-0.5, window=heads.window, soft_cap=heads.soft_cap)
+        step = partial(ragged_paged_attention, **options)
+        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_head, by_lane), check_vma=False)
+        return jax.jit(sharded, donate_argnums=3).lower(*arguments), pages * page_bytes
+
+    return Gate(f"{chip}/{model}/{dtype}/page{page}/{kind}", lower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
