@@ -94,7 +94,7 @@ def interpreted():
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/tpu_interpreted.py")],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=250,
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

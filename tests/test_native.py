@@ -20,6 +20,9 @@ from jaxserve.native.norm import rms_norm
 FUZZ = Path(__file__).parent / "native_fuzz.py"
 CASES = 25
 
+LIMIT_S = 800
+pytestmark = pytest.mark.timeout(900)  # each library is as much work as an installation
+
 
 @pytest.fixture(scope="module")
 def libraries(compiler, tmp_path_factory):
@@ -39,14 +42,13 @@ def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
     arguments = [library, seed, cases] + ([] if cpu is None else [cpu])
     done = subprocess.run(
         [sys.executable, str(FUZZ), *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, env=os.environ | environ,
+        capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     digest, refused = done.stdout.split()
     return digest, int(refused)
 
 
-@pytest.mark.timeout(900)  # each library is as much work as an installation
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
     digest, refused = fuzz(libraries["scalar"], 1)
     assert refused > CASES
@@ -62,8 +64,8 @@ def digest(compiler, isa, program, runner=()):
     include = ["-isystem", jax.ffi.include_dir(), "-I", str(build.SOURCES)]
     # One set of flags but for the vectors; -O1, since only the numbers count.
     flags = [*build.FLAGS, *isa.compiler_flags, "-O1", "-w", "-static"]
-    subprocess.run([*compiler, *flags, *include, "-o", str(program), *map(str, sources)], check=True, timeout=280)
-    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=280).stdout
+    subprocess.run([*compiler, *flags, *include, "-o", str(program), *map(str, sources)], check=True, timeout=LIMIT_S)
+    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout
 
 
 def test_neon_gives_the_same_bits(compiler, tmp_path):
@@ -83,13 +85,13 @@ def wide_digest(compiler, isa, folder, runner=(), *, reencoded=False):
     source, program = folder / f"{isa.name}.s", folder / isa.name
     flags = [*build.FLAGS, *isa.compiler_flags, "-O1", "-I", str(build.SOURCES)]
     command = [*compiler, *flags, "-S", "-o", str(source), str(FUZZ.with_name("native_wide.cc"))]
-    subprocess.run(command, check=True, timeout=280)
+    subprocess.run(command, check=True, timeout=LIMIT_S)
     if reencoded:
         text = source.read_text()
         assert "{vex} vpdpbusd" in text
         source.write_text(text.replace("{vex} vpdpbusd", "vpdpbusd"))
-    subprocess.run([*compiler, "-static", "-o", str(program), str(source)], check=True, timeout=280)
-    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=280).stdout
+    subprocess.run([*compiler, "-static", "-o", str(program), str(source)], check=True, timeout=LIMIT_S)
+    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout
 
 
 @pytest.fixture(scope="module")

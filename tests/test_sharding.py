@@ -23,6 +23,7 @@ from jaxserve.sharding import meshes, place_heads
 HERE = Path(__file__).parent
 
 
+@pytest.mark.timeout(900)  # half a hundred engines
 def test_on_eight_devices():
     """Everything in eight_devices.py, in a process that has them."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
