@@ -186,8 +186,10 @@ def _kv_dtype(options: ModelOptions, device: DeviceOptions, kernel: str, params:
     wanted = device.kv_cache_dtype
     if wanted == "auto":
         packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
-        plain = options.dtype != "auto" or any(leaf.panels.dtype == jnp.float32 for leaf in packed)
-        return dtype if plain or not packed else np.dtype(np.float16)
+        wide = sum(leaf.panels.nbytes for leaf in packed if leaf.panels.dtype == jnp.float32)
+        # More than the routers, which are float32 in quantised files too.
+        plain = options.dtype != "auto" or 2 * wide >= sum(leaf.panels.nbytes for leaf in packed)
+        return dtype if plain else np.dtype(np.float16)
     if wanted == "int8":
         if kernel not in attention.READS_INT8:
             raise ConfigError(

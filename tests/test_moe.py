@@ -196,7 +196,9 @@ def test_experts_are_quantised_while_they_are_loaded_and_routers_are_not(kernels
     (tmp_path / "config.json").write_text(json.dumps(hf | sizes))
     save_file(weights, tmp_path / "model.safetensors")
     options = ModelOptions(quantization="q8_0")
-    block = load_model(options, DeviceOptions(attention="cpu"), tmp_path, lambda said: None).params["blocks"][0]
+    loaded = load_model(options, DeviceOptions(attention="cpu"), tmp_path, lambda said: None)
+    assert loaded.kv_dtype == np.float16, "a router makes no cache of float32"
+    block = loaded.params["blocks"][0]
     assert block["router"].format is None and block["q"].format == FORMATS["Q8_0"]
     for name in ("gate", "up", "down"):
         assert block[name].format == FORMATS["Q8_0"] and block[name].shape[0] == config.experts
