@@ -30,8 +30,8 @@ KERNELS = {
 PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
 PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
 """Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
-kernel issues a copy a page, which with pages of 16 is half as much work again as what it computes, with 64 a seventh;
-larger ones leave more memory unused at every sequence's end."""
+kernel issues a copy a page: for two heads of a device pages of 16 cost half as much again as the computing, of 64 a
+sixth (BENCHMARKS.md); larger ones leave more memory unused at every sequence's end."""
 READS_INT8 = ("reference", "cpu")
 """Bodies that take an Int8Cache."""
 
