@@ -6,6 +6,7 @@ too, and tests that need no JAX never import it.
 
 import getpass
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,18 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     HF_HUB_OFFLINE="1",
 )
+
+
+@pytest.fixture(autouse=True)
+def jax_cache_setting():
+    """Tests that turn JAX's compile cache off, or point it elsewhere, do so for themselves alone."""
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.config.jax_compilation_cache_dir != str(CACHE):
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -29,14 +29,6 @@ class Function:
 
 
 @pytest.fixture
-def before():
-    """JAX's own cache, as it was."""
-    directory = jax.config.jax_compilation_cache_dir
-    yield
-    CompileCache(directory or "", whole=False)
-
-
-@pytest.fixture
 def triple():
     return Function()
 
@@ -47,7 +39,7 @@ def runs(program):
     return x.is_deleted()
 
 
-def test_a_program_is_made_once_for_all_processes(tmp_path, triple, before):
+def test_a_program_is_made_once_for_all_processes(tmp_path, triple):
     assert runs(triple.by(CompileCache(str(tmp_path), whole=True))) and triple.made == 1
     again = triple.by(CompileCache(str(tmp_path), whole=True))
     assert triple.made == 1
@@ -55,7 +47,7 @@ def test_a_program_is_made_once_for_all_processes(tmp_path, triple, before):
     assert again.memory_analysis().alias_size_in_bytes == 12
 
 
-def test_another_program_is_another(tmp_path, triple, before, monkeypatch):
+def test_another_program_is_another(tmp_path, triple, monkeypatch):
     cache = CompileCache(str(tmp_path), whole=True)
     triple.by(cache)
     triple.by(cache, shape=jax.ShapeDtypeStruct((4,), jnp.float32))
@@ -71,13 +63,13 @@ def test_another_program_is_another(tmp_path, triple, before, monkeypatch):
     assert triple.made == 5, "made with other flags"
 
 
-def test_without_a_directory_nothing_is_kept(triple, before):
+def test_without_a_directory_nothing_is_kept(triple):
     cache = CompileCache("", whole=True)
     assert runs(triple.by(cache)) and runs(triple.by(cache)) and triple.made == 2
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: b"nonsense"])
-def test_a_damaged_program_is_made_again(tmp_path, triple, before, damage, caplog):
+def test_a_damaged_program_is_made_again(tmp_path, triple, damage, caplog):
     cache = CompileCache(str(tmp_path), whole=True)
     triple.by(cache)
     (kept,) = (tmp_path / "programs").iterdir()
@@ -87,13 +79,13 @@ def test_a_damaged_program_is_made_again(tmp_path, triple, before, damage, caplo
     assert runs(triple.by(cache)) and triple.made == 2, "and is whole again"
 
 
-def test_a_directory_that_cannot_be_written_costs_no_start(tmp_path, triple, before, caplog):
+def test_a_directory_that_cannot_be_written_costs_no_start(tmp_path, triple, caplog):
     (tmp_path / "programs").write_text("a file in the way")
     assert runs(triple.by(CompileCache(str(tmp_path), whole=True))) and triple.made == 1
     assert "not kept" in caplog.text
 
 
-def test_programs_that_nobody_loads_go(tmp_path, triple, before):
+def test_programs_that_nobody_loads_go(tmp_path, triple):
     cache = CompileCache(str(tmp_path), whole=True)
     triple.by(cache)
     (old,) = (tmp_path / "programs").iterdir()
@@ -107,7 +99,7 @@ def test_programs_that_nobody_loads_go(tmp_path, triple, before):
     assert not old.exists() and len(list((tmp_path / "programs").iterdir())) == 2
 
 
-def test_what_jax_had_in_its_own_cache_is_not_kept_again(tmp_path, triple, before):
+def test_what_jax_had_in_its_own_cache_is_not_kept_again(tmp_path, triple):
     """XLA:CPU writes a program that it has loaded without its code, and fails only when that is run."""
     jaxs, mine = CompileCache(str(tmp_path / "jax"), whole=False), CompileCache(None, whole=True)
     triple.by(jaxs)  # to disk

@@ -72,9 +72,15 @@ print(said)
     assert out.strip() == f"['compile cache: {tmp_path / 'ours'}', 'compile cache: off']"
 
 
-def test_jaxs_own_compile_cache_goes_before_our_default(tmp_path):
+def test_jaxs_own_compile_cache_goes_before_our_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert compile_cache_dir(str(tmp_path)) == str(tmp_path) and compile_cache_dir("") == ""
-    assert compile_cache_dir(None) == jax.config.jax_compilation_cache_dir
+    for told, taken in (
+        (str(tmp_path / "jax"), str(tmp_path / "jax")),
+        (None, str(tmp_path / "home" / "jaxserve" / "xla")),
+    ):
+        jax.config.update("jax_compilation_cache_dir", told)
+        assert compile_cache_dir(None) == taken
 
 
 def test_sizes_are_worked_out_and_said(runner):
