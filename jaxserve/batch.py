@@ -4,13 +4,14 @@ A step's shape is (T tokens, S sequences). Everything else that varies is data.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from jaxserve.request import MAX_STOP_IDS
 from jaxserve.sampling import RowParams
 from jaxserve.scheduler import Plan, Sequence
 
@@ -71,7 +72,34 @@ class StepInput:
     """Slot of each sequence; rows of no sequence have the one after all sequences' slots."""
     samples: Int[Array, " S"]
     """1 where the sampled token counts."""
+    min_tokens: Int[Array, " S"]
     rows: RowParams
+    steps: Int[Array, " S"] | None = None
+    """Of a launch of several steps: how many each sequence takes unless it ends before."""
+    stop_ids: Int[Array, "S E"] | None = None
+    """Of the same: the ids that end it, -1 in unused places."""
+
+    def after(self, done: Int[Array, " S"]) -> "StepInput":
+        """The same for `done` decode steps later."""
+        kv_lens = self.kv_lens + done
+        ban_stop = _ban_stop(kv_lens, self.rows.num_prompt, self.min_tokens)
+        tokens = jnp.where(done > 0, -1, self.tokens)
+        return replace(
+            self, tokens=tokens, kv_lens=kv_lens, rows=replace(self.rows, position=kv_lens, ban_stop=ban_stop)
+        )
+
+    def stopped(self, tokens: Int[Array, " S"], position: Int[Array, " S"]) -> Bool[Array, " S"]:
+        """Whether each token, at its position, ends its sequence: what Scheduler.commit will find, too."""
+        assert self.stop_ids is not None
+        said = position + 1 - self.rows.num_prompt
+        return (self.stop_ids == tokens[:, None]).any(axis=-1) & (said >= jnp.maximum(self.min_tokens, 1))
+
+
+def _ban_stop(
+    position: Int[Array, " S"], num_prompt: Int[Array, " S"], min_tokens: Int[Array, " S"]
+) -> Bool[Array, " S"]:
+    said = position - num_prompt
+    return (said >= 0) & (said < min_tokens)
 
 
 _INTS = ("top_k", "num_prompt", "min_tokens", "biased", "allow_only", "logprobs")
@@ -98,6 +126,7 @@ class SlotRows:
 
     def __init__(self, num_slots: int, pages_per_seq: int):
         self.params = np.zeros((num_slots, _WIDTH), np.int32)
+        self.stop_ids = np.zeros((num_slots, MAX_STOP_IDS), np.int32)
         self.pages = np.zeros((num_slots, pages_per_seq), np.int32)
         self._num_pages = [0] * num_slots
 
@@ -105,6 +134,7 @@ class SlotRows:
         """Takes in who has got a slot with this plan, and whose pages have grown."""
         for sequence in plan.admitted:
             self.params[sequence.slot] = _columns(sequence)
+            self.stop_ids[sequence.slot] = stop_ids(sequence)
             self._num_pages[sequence.slot] = 0
         for row in plan.rows:
             slot, pages = row.slot, row.sequence.pages
@@ -112,6 +142,15 @@ class SlotRows:
             if len(pages) > known:
                 self.pages[slot, known : len(pages)] = pages[known:]
                 self._num_pages[slot] = len(pages)
+
+
+def stop_ids(sequence: Sequence) -> np.ndarray:
+    """The ids that end a sequence, int32 [MAX_STOP_IDS], -1 in unused places."""
+    params = sequence.request.params
+    found = list({*params.stop_token_ids, *(() if params.ignore_eos else sequence.request.eos_token_ids)})
+    ids = np.full(MAX_STOP_IDS, -1, np.int32)
+    ids[: len(found)] = found
+    return ids
 
 
 def _columns(sequence: Sequence) -> np.ndarray:
@@ -146,10 +185,14 @@ def _columns(sequence: Sequence) -> np.ndarray:
 
 
 class Layout:
-    """Where each array of a shape lies in the step's one int32 buffer; one transfer a step is cheaper than twenty."""
+    """Where each array of a shape lies in the step's one int32 buffer; one transfer a step is cheaper than twenty.
 
-    def __init__(self, shape: Shape, pages_per_seq: int, num_slots: int):
+    A shape of one token a sequence is for launches of up to `steps` steps.
+    """
+
+    def __init__(self, shape: Shape, pages_per_seq: int, num_slots: int, steps: int = 1):
         self.shape, self.pages_per_seq, self.num_slots = shape, pages_per_seq, num_slots
+        self.steps = steps if shape.single else 1
         t, s = shape.tokens, shape.seqs
         sizes = {
             "tokens": (t,),
@@ -162,6 +205,8 @@ class Layout:
             "samples": (s,),
             "params": (s, _WIDTH),
         }
+        if self.steps > 1:
+            sizes |= {"steps": (s,), "stop_ids": (s, MAX_STOP_IDS)}
         self._fields: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         end = 0
         for name, size in sizes.items():
@@ -188,6 +233,9 @@ class Layout:
         view["page_table"][:used] = slots.pages[which]
         view["params"][:used] = slots.params[which]
         view["params"][used:] = _NOBODY
+        if self.steps > 1:
+            view["steps"][:used] = [row.steps for row in plan.rows]
+            view["stop_ids"][:used] = slots.stop_ids[which]
         tokens = [row.sequence.tokens for row in plan.rows[:singles]]
         known = zip(tokens, starts, strict=False)
         view["tokens"][:singles] = [t[start] if start < len(t) else -1 for t, start in known]
@@ -212,10 +260,10 @@ class Layout:
         for name in _BOOLS:
             of[name] = of[name] != 0
         seed = jax.lax.bitcast_convert_type(params[:, -2:], jnp.uint32)
-        said = view["kv_lens"] - of["num_prompt"]
-        ban_stop = (said >= 0) & (said < of.pop("min_tokens"))
+        min_tokens = of.pop("min_tokens")
+        ban_stop = _ban_stop(view["kv_lens"], of["num_prompt"], min_tokens)
         rows = RowParams(seed=seed, position=view["kv_lens"], ban_stop=ban_stop, **of)
-        return StepInput(rows=rows, **view)
+        return StepInput(rows=rows, min_tokens=min_tokens, **view)
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

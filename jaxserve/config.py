@@ -14,6 +14,10 @@ from jaxserve.errors import ConfigError
 
 DEFAULT_MODEL_NAME = "jaxserve-tiny"
 
+OFFLINE_DECODE_STEPS = 16
+"""Default where nobody reads along."""
+MAX_DECODE_STEPS = 256
+
 _MESH_CURE = "give MODEL (4), DATAxMODEL (2x4) or names (data=2,model=4)"
 
 
@@ -97,12 +101,19 @@ class ScheduleOptions:
     """fcfs: first come, first served. priority: lower `priority` first, then first come."""
     enable_prefix_caching: bool = True
     """Keep the pages of finished prompts and share them with prompts that begin alike."""
+    decode_steps: int = 1
+    """Most decode steps that one launch takes, while no prompt can be taken in: more tokens a second, since the host
+    works once for all of them. They come in groups of so many, what arrives meanwhile waits for a group or two, and
+    requests are cancelled between groups."""
     max_queued_requests: int = 1024
     """Requests that may wait, at each replica of a mesh; one more is refused with 503 and Retry-After."""
 
     def __post_init__(self) -> None:
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _at_least("decode_steps", self.decode_steps, 1)
+        if self.decode_steps > MAX_DECODE_STEPS:
+            raise ConfigError(f"decode_steps must be at most {MAX_DECODE_STEPS}, got {self.decode_steps}")
         _at_least("max_queued_requests", self.max_queued_requests, 1)
 
 

@@ -58,6 +58,7 @@ class Engine:
             max_queued_requests=schedule.max_queued_requests,
             priorities=schedule.scheduling_policy == "priority",
             prefix_caching=schedule.enable_prefix_caching,
+            decode_steps=schedule.decode_steps,
         )
         self.metrics.watch(
             running=lambda: len(self.scheduler.running),
@@ -151,10 +152,11 @@ class Engine:
 
     def _launch(self, plan: Plan) -> Launched:
         launched, padding = self.runner.launch(plan)
-        self.metrics.steps.inc()
-        self.metrics.computed_tokens.inc(plan.num_tokens)
+        self.metrics.steps.inc(plan.steps)
+        self.metrics.computed_tokens.inc(plan.num_computed)
         self.metrics.padding_tokens.inc(padding)
-        self.metrics.iteration_tokens.observe(plan.num_tokens)
+        for _ in range(plan.steps):
+            self.metrics.iteration_tokens.observe(plan.num_tokens)
         return launched
 
     def _measure(self) -> None:

@@ -42,7 +42,7 @@ answered waiting for more than a second, and are no faster than in steps of 128.
 
 
 class Launched:
-    """A step that is on its way. `result` waits for it."""
+    """A launch that is on its way. `result` waits for it."""
 
     def __init__(self, plan: Plan, output: StepOutput):
         self._plan, self._output = plan, output
@@ -54,20 +54,24 @@ class Launched:
                 jax.tree.map(lambda a: a.copy_to_host_async(), part)
 
     def result(self) -> Sampled:
-        sampled = Sampled(np.asarray(self._output.tokens).tolist())
+        tokens = np.asarray(self._output.tokens)  # [S], or of several steps [N, S]
+        by_row = np.atleast_2d(tokens).T[: len(self._plan.rows)].tolist()
+        sampled = Sampled([[token for token in row if token >= 0] for row in by_row])
         if self._logprobs:
             host = jax.tree.map(np.asarray, self._output.logprobs)
+            if tokens.ndim == 1:
+                host = jax.tree.map(lambda a: a[None], host)
             for i, row in enumerate(self._plan.rows):
                 top = row.sequence.request.params.logprobs
                 if top is not None and row.last:
-                    sampled.logprobs[i] = _logprobs(host, i, top)
+                    sampled.logprobs[i] = [_logprobs(host, (n, i), top) for n in range(len(sampled.tokens[i]))]
         if self._prompt:
             host, at = jax.tree.map(np.asarray, self._output.prompt_logprobs), 0
             for i, row in enumerate(self._plan.rows):
                 top = row.sequence.request.params.prompt_logprobs
                 if top is not None and (scored := row.scored):
                     first = at - 1 - row.start  # what a token says is of the one after it
-                    sampled.prompt_logprobs[i] = [_logprobs(host, first + position, top) for position in scored]
+                    sampled.prompt_logprobs[i] = [_logprobs(host, (first + position,), top) for position in scored]
                 at += row.count
         return sampled
 
@@ -148,7 +152,7 @@ class Runner:
         )
 
     def launch(self, plan: Plan) -> tuple[Launched, int]:
-        """Starts a step and returns it with its padding tokens. Steps run in launch order."""
+        """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
         for sequence in plan.admitted:
             if _needs_binding(sequence):
                 self._state = self._bind(self._state, *self._binding(sequence))
@@ -159,7 +163,7 @@ class Runner:
         self._state, output = compiled(self._params, self._state, buffer)
         if self._wait:
             jax.block_until_ready(self._state)
-        return Launched(plan, output), shape.tokens - plan.num_tokens
+        return Launched(plan, output), shape.tokens * plan.steps - plan.num_computed
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
@@ -180,7 +184,7 @@ class Runner:
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
-        return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs) for s in known}
+        return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps) for s in known}
 
     def _get(self, program: Program) -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
@@ -232,7 +236,7 @@ class Runner:
                     f"max_model_len {wanted_len} needs {-(-wanted_len // page)} pages of KV cache and {pages} fit; "
                     "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
                 )
-            return Sizes(fitting, seqs, tokens, page, pages)
+            return Sizes(fitting, seqs, tokens, page, pages, options.schedule.decode_steps)
 
         if given is None:
             free, share = (
@@ -312,16 +316,14 @@ class Runner:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _binding(self, sequence: Sequence) -> tuple[Any, ...]:
-        params, request = sequence.request.params, sequence.request
-        _, history, ids, values, stops = no_binding(self.sizes)
+        params = sequence.request.params
+        _, history, ids, values, _ = no_binding(self.sizes)
         tokens = sequence.tokens[: len(history)]  # the last one of a prompt that is only scored may have no place
         history[: len(tokens)] = tokens
         bias = params.bias()
         ids[: len(bias)] = list(bias)
         values[: len(bias)] = list(bias.values())
-        stop = list({*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)})
-        stops[: len(stop)] = stop
-        return np.int32(sequence.slot), history, ids, values, stops
+        return np.int32(sequence.slot), history, ids, values, batch.stop_ids(sequence)
 
 
 def _give_way() -> None:
@@ -343,12 +345,12 @@ def _needs_binding(sequence: Sequence) -> bool:
     )
 
 
-def _logprobs(host: TokenLogprobs, i: int, top: int) -> Logprobs:
+def _logprobs(host: TokenLogprobs, at: tuple[int, ...], top: int) -> Logprobs:
     return Logprobs(
-        float(host.logprob[i]),
-        int(host.rank[i]),
-        tuple(host.top_ids[i, :top].tolist()),
-        tuple(host.top_logprobs[i, :top].tolist()),
+        float(host.logprob[at]),
+        int(host.rank[at]),
+        tuple(host.top_ids[at][:top].tolist()),
+        tuple(host.top_logprobs[at][:top].tolist()),
     )
 
 

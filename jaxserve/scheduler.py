@@ -4,8 +4,9 @@
        ^------preempt-----'
 
 `plan` and `commit` alternate, and the plan of step n+1 is made before step n is committed, so a running sequence
-may have one sampled token that only the device knows (`in_flight`). Everything that a plan hands out is written
-and read in launch order on the device; that is why pages and slots can be reused as soon as they are released.
+may have sampled tokens that only the device knows (`in_flight`): one, or those of a launch of several steps. Everything
+that a plan hands out is written and read in launch order on the device; that is why pages and slots can be reused as
+soon as they are released.
 """
 
 import heapq
@@ -13,6 +14,7 @@ from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from jaxserve import lookahead
 from jaxserve.errors import DeadlineExceeded, JaxserveError, Overloaded
 from jaxserve.pages import PagePool, extend_hashes
 from jaxserve.request import Delta, ErrorInfo, FinishReason, Logprobs, Request
@@ -71,13 +73,17 @@ class Sequence:
 
 @dataclass(slots=True)
 class Row:
-    """One sequence's part of a step: `count` tokens from position `start`; `last` if they reach its end."""
+    """One sequence's part of a step: `count` tokens from position `start`; `last` if they reach its end.
+
+    A decode may go on for several steps in one launch, each with the token that the one before has sampled.
+    """
 
     sequence: Sequence
     slot: int
     start: int
     count: int
     last: bool
+    steps: int = 1
 
     @property
     def scored(self) -> range:
@@ -96,15 +102,25 @@ class Plan:
     rows: list[Row]
     num_single: int
     num_tokens: int
+    """Of the first step, where there are several."""
     admitted: list[Sequence]
+
+    @property
+    def steps(self) -> int:
+        return max(row.steps for row in self.rows)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of all steps, if no sequence ends before."""
+        return sum(row.count * row.steps for row in self.rows)
 
 
 @dataclass(slots=True)
 class Sampled:
-    """What a step brought back, by row: token ids, and log-probabilities where they were asked for."""
+    """What a launch brought back, by row: token ids, one a step until it ended, and log-probabilities if asked for."""
 
-    tokens: Seq[int]
-    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    tokens: Seq[Seq[int]]
+    logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     """By row: the log-probabilities of the tokens at its `scored` positions."""
 
@@ -137,6 +153,7 @@ class Scheduler:
         max_queued_requests: int = 1024,
         priorities: bool = False,
         prefix_caching: bool = True,
+        decode_steps: int = 1,
     ):
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
         assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
@@ -146,6 +163,7 @@ class Scheduler:
         self.max_queued_requests = max_queued_requests
         self.priorities = priorities
         self.prefix_caching = prefix_caching
+        self.decode_steps = decode_steps
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_deferred = 0
@@ -245,12 +263,15 @@ class Scheduler:
         # Decodes before prompts, each in rank order: what is preempted for pages is always of lower rank.
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
+        ending = False
         for sequence in self.running:
             length = len(sequence.tokens) + sequence.in_flight
             if length < sequence.limit:
                 (decodes if length - sequence.num_computed == 1 else prompts).append(sequence)
-            elif sequence.scoring and sequence.num_computed < sequence.num_wanted:  # others end with this commit
+            elif sequence.scoring and sequence.num_computed < sequence.num_wanted:
                 prompts.append(sequence)
+            else:
+                ending = True  # with this commit
         for sequence in decodes:  # nearly all of a busy step: no more than it takes
             start = sequence.num_computed
             room = sequence.slot >= 0 and (start < len(sequence.pages) * size or self._grow(sequence, singles))
@@ -262,7 +283,7 @@ class Scheduler:
         for sequence in prompts:
             if budget and sequence.slot >= 0:
                 place(sequence)
-        deferred = 0
+        deferred, short = 0, False
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
                 break
@@ -274,6 +295,7 @@ class Scheduler:
                 deferred += 1  # one step later it shares them
                 continue
             if not self._admit(sequence, found, now):
+                short = True
                 break
             admitted.append(sequence)
             place(sequence)
@@ -284,6 +306,9 @@ class Scheduler:
         rows = singles + chunks
         if not rows:
             return None
+        full = (short or not self._free_slots) and not ending  # nobody who waits could come in with the next plan
+        if self.decode_steps > 1 and not prompts and not admitted and (full or not self.waiting):
+            self._look_ahead(rows)
         return Plan(rows, len(singles), self.max_num_batched_tokens - budget, admitted)
 
     def commit(self, plan: Plan, sampled: Sampled, now: float) -> list[Delta]:
@@ -297,7 +322,7 @@ class Scheduler:
             sequence = row.sequence
             produced = row.last and not sequence.scoring and row.start + row.count < sequence.limit
             if sequence.finished:
-                self.stats.discarded_tokens += produced
+                self.stats.discarded_tokens += len(sampled.tokens[i]) if produced else 0
                 continue
             if i in sampled.prompt_logprobs and sequence.prompt_logprobs is not None:
                 known = len(sequence.prompt_logprobs)  # a preempted prompt comes twice
@@ -307,17 +332,21 @@ class Scheduler:
             if not produced:  # max_tokens 0: the prompt was all there was to compute
                 deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None, now))
                 continue
-            token = sampled.tokens[i]
-            sequence.in_flight -= 1
-            sequence.tokens.append(token)
-            self.stats.generated_tokens += 1
+            sequence.in_flight -= row.steps
+            tokens, finish, stop_token = sampled.tokens[i], None, None
+            for token in tokens:
+                sequence.tokens.append(token)
+                finish, stop_token = self._finish(sequence, token)
+            assert tokens and (finish or len(tokens) == row.steps), "the device ended a sequence that goes on"
+            self.stats.generated_tokens += len(tokens)
             if sequence.first_token is None:
                 sequence.first_token = now
+            if len(tokens) < row.steps:  # the steps after its end computed nothing
+                sequence.num_computed = min(sequence.num_computed, len(sequence.tokens) - 1)
             if sequence.slot >= 0 and len(sequence.tokens) >= (sequence.num_registered + 1) * size:
                 self._register(sequence)
-            finish, stop_token = self._finish(sequence, token)
-            logprobs = (sampled.logprobs[i],) if i in sampled.logprobs else None
-            deltas.append(self._deliver(sequence, (token,), logprobs, finish, stop_token, now))
+            logprobs = tuple(sampled.logprobs[i]) if i in sampled.logprobs else None
+            deltas.append(self._deliver(sequence, tuple(tokens), logprobs, finish, stop_token, now))
         return deltas
 
     def check_integrity(self) -> None:
@@ -391,6 +420,19 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
+
+    def _look_ahead(self, rows: list[Row]) -> None:
+        """Has decodes go on in the same launch, as far as there are pages."""
+        size, left = self.pages.page_size, [row.sequence.limit - row.start - 1 for row in rows]
+        starts, held = [row.start for row in rows], [len(row.sequence.pages) for row in rows]
+        steps = lookahead.most_per_step(left, self.decode_steps)
+        steps = lookahead.fitting(starts, left, held, steps, self.pages.available, size)
+        for row, most in zip(rows, left, strict=True):
+            sequence, row.steps = row.sequence, min(steps, most)
+            missing = -(-(row.start + row.steps) // size) - len(sequence.pages)
+            sequence.pages += self.pages.take(max(0, missing)) or []
+            sequence.num_computed += row.steps - 1
+            sequence.in_flight += row.steps - 1
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes pages and slot away; the sequence waits at its old rank and is computed anew from its tokens."""

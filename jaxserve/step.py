@@ -1,4 +1,4 @@
-"""The programs of an engine and what they are compiled for: one step, its state, and what binds a slot.
+"""The programs of an engine and what they are compiled for: a launch of steps, its state, and what binds a slot.
 
 Nothing here holds an array or asks for a device: a Partition says where things lie, so that a step can also be compiled
 for devices that this machine does not have.
@@ -35,10 +35,13 @@ class StepState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step brings back, by row and, for prompts, by token."""
+    """What a launch brings back, by row and, for prompts, by token. Of several steps all but prompts has an axis N.
 
-    tokens: jax.Array  # [S]
-    logprobs: TokenLogprobs  # [S]
+    A token of -1 is none: its sequence ended before that step.
+    """
+
+    tokens: jax.Array  # [S] or [N, S]
+    logprobs: TokenLogprobs  # [S] or [N, S]
     prompt_logprobs: TokenLogprobs  # [T]
 
 
@@ -51,6 +54,7 @@ class Sizes:
     max_num_batched_tokens: int
     page_size: int
     num_pages: int
+    decode_steps: int = 1
 
     @property
     def pages_per_seq(self) -> int:
@@ -85,8 +89,12 @@ class Programs:
     """The tree of weights as jax.ShapeDtypeStructs with their shardings."""
 
     def step(self, shape: Shape, sizes: Sizes) -> Program:
-        """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated."""
-        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
+        """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated.
+
+        Where a sequence has one token each and `sizes.decode_steps` are allowed, it takes as many as the buffer says.
+        """
+        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps)
+        sizes = replace(sizes, decode_steps=layout.steps)
         params, tree = jax.tree.flatten(self.params)
         state, everywhere = self.state(sizes), self.partition.everywhere
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere)
@@ -152,15 +160,72 @@ def _step(
     programs: Programs, tree: Any, layout: Layout, params: list[jax.Array], state: StepState, buffer: jax.Array
 ) -> tuple[StepState, StepOutput]:
     with programs.partition.tracing():
-        return _whole_step(programs, tree, layout, params, state, buffer)
+        step = programs.partition.whole(layout.unpack(buffer))
+        one = partial(_whole_step, programs, jax.tree.unflatten(tree, params), layout)
+        if layout.steps == 1:
+            return one(state, step)
+        return _decode_loop(one, layout, _top(programs), state, step)
+
+
+class _Loop(NamedTuple):
+    """What the steps of a launch hand on."""
+
+    done: jax.Array  # steps
+    live: jax.Array  # [S]
+    count: jax.Array  # [S], tokens that each sequence has got
+    last: jax.Array  # [S], the last of them
+    state: StepState
+    tokens: jax.Array  # [N, S]
+    logprobs: TokenLogprobs  # [N, S]
+
+
+def _decode_loop(
+    one: Callable[[StepState, StepInput], tuple[StepState, StepOutput]],
+    layout: Layout,
+    top: int,
+    state: StepState,
+    step: StepInput,
+) -> tuple[StepState, StepOutput]:
+    """Up to layout.steps steps of one token a sequence, until each has taken its `steps` or has sampled a stop id.
+
+    A sequence that has ended computes its last position again, to the same keys and values. A stop id is left where
+    the next launch looks for its first token: that was planned before the host knew, and finds the sequence ended.
+    """
+    assert step.steps is not None
+    steps, first, size = step.steps, step.kv_lens - 1, (layout.steps, layout.shape.seqs)
+
+    def body(c: _Loop) -> _Loop:
+        after = jnp.where(c.live, c.done, jnp.maximum(c.count - 1, 0))
+        now = replace(step.after(after), samples=c.live.astype(jnp.int32))
+        state, out = one(c.state, now)
+        tokens = jnp.where(c.live, out.tokens, -1)
+        count = jnp.where(c.live, c.done + 1, c.count)
+        return _Loop(
+            c.done + 1,
+            c.live & (count < steps) & ~step.stopped(tokens, now.kv_lens),
+            count,
+            jnp.where(c.live, tokens, c.last),
+            state,
+            c.tokens.at[c.done].set(tokens),
+            jax.tree.map(lambda all, new: all.at[c.done].set(new), c.logprobs, out.logprobs),
+        )
+
+    known = jnp.where(step.tokens >= 0, step.tokens, state.slots.history.at[step.slots, first].get(mode="clip"))
+    live = (steps > 0) & ~step.stopped(known, first)
+    logprobs = jax.tree.map(lambda a: a.reshape(*size, *a.shape[1:]), sampling.no_logprobs(size[0] * size[1], top))
+    begin = _Loop(jnp.int32(0), live, jnp.zeros_like(steps), known, state, jnp.full(size, -1, jnp.int32), logprobs)
+    c = jax.lax.while_loop(lambda c: c.live.any(), body, begin)
+    history = _remember(c.state.slots.history, step.slots, jnp.maximum(first + steps, 0), c.last)
+    state = StepState(c.state.cache, replace(c.state.slots, history=history))
+    return state, StepOutput(c.tokens, c.logprobs, sampling.no_logprobs(0, top))
 
 
 def _whole_step(
-    programs: Programs, tree: Any, layout: Layout, params: list[jax.Array], state: StepState, buffer: jax.Array
+    programs: Programs, weights: Params, layout: Layout, state: StepState, step: StepInput
 ) -> tuple[StepState, StepOutput]:
     """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember."""
     model, partition = programs.model, programs.partition
-    weights, config, step = jax.tree.unflatten(tree, params), partition.config, partition.whole(layout.unpack(buffer))
+    config = partition.config
     size, seqs = layout.shape.tokens, layout.shape.seqs
     t = jnp.arange(size, dtype=jnp.int32)
     live = t < step.cu_q_lens[step.distribution[2]]
@@ -185,37 +250,41 @@ def _whole_step(
         with jax.named_scope("logits"):
             return partition.by_token(model.logits(weights, config, hidden))
 
-    sample = partial(_sample, partition, to_logits, programs.config.vocab, last, step, slots)
+    sample = partial(_sample, partition, to_logits, programs.config.vocab, _top(programs), last, step, slots)
     # Of a step of prompts most rows may be nobody's, and a row of logits can cost as much as a token's whole forward.
     counts = [seqs] if layout.shape.single else [n for n in (seqs // 16, seqs // 4) if n >= 4] + [seqs]
     enough = jnp.sum(step.distribution[2] > jnp.array(counts[:-1], jnp.int32))
     sampled, logprobs = jax.lax.switch(enough, [partial(sample, n) for n in counts])
-    top = logprobs.top_ids.shape[1]
     with jax.named_scope("sample"):
         if layout.shape.single:
-            prompt = sampling.no_logprobs(0, top)
+            prompt = sampling.no_logprobs(0, _top(programs))
         else:
 
             def whole_logits(hidden: jax.Array) -> jax.Array:
                 return partition.whole(to_logits(hidden))[:, : programs.config.vocab]
 
-            prompt = sampling.prompt_logprobs(whole_logits, hidden, step.targets, top)
+            prompt = sampling.prompt_logprobs(whole_logits, hidden, step.targets, _top(programs))
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = _remember(history, target, step.rows.position, sampled)
     return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
+
+
+def _top(programs: Programs) -> int:
+    """How many of the best ids come with a token's log-probability."""
+    return min(MAX_TOP_LOGPROBS, programs.config.vocab)
 
 
 def _sample(
     partition: Partition,
     to_logits: Callable[[jax.Array], jax.Array],
     vocab: int,
+    top: int,
     last: jax.Array,
     step: StepInput,
     slots: SlotState,
     count: int,
 ) -> tuple[jax.Array, TokenLogprobs]:
     """Tokens [S] and log-probabilities of the first `count` rows of `last`, [S, D]; the others are zero."""
-    top = min(MAX_TOP_LOGPROBS, vocab)
 
     def choose(rows: tuple[jax.Array, RowParams, jax.Array], slots: SlotState) -> tuple[jax.Array, TokenLogprobs]:
         logits, params, slot = rows

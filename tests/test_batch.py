@@ -43,7 +43,7 @@ def test_unpack_gives_what_was_packed():
     )  # fmt: skip
     slots, plan = SlotRows(4, 10), s.plan(0.0)
     slots.update(plan)
-    s.commit(plan, Sampled([8, 0]), 0.0)
+    s.commit(plan, Sampled([[8], [0]]), 0.0)
     s.add(request("c", [9], max_tokens=1, seed=0), 0.0)
     s.add(request("d", range(12), max_tokens=1, seed=0, prompt_logprobs=0), 0.0)
     first = s.plan(0.0)  # b has sampled; a has 8; both continue, c and d come in

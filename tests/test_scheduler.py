@@ -6,6 +6,7 @@ import zlib
 import pytest
 
 from jaxserve.errors import Overloaded
+from jaxserve.lookahead import most_per_step
 from jaxserve.pages import PagePool
 from jaxserve.request import FinishReason, Logprobs, Request, SamplingParams
 from jaxserve.scheduler import Sampled, Scheduler
@@ -27,33 +28,51 @@ def scores(prompt, first):
     return (*[None] * first, *(logprob(list(prompt), p) for p in range(first, len(prompt))))
 
 
+def ends(sequence, token, position):
+    """Whether a token, at its position, ends its sequence."""
+    params = sequence.request.params
+    return token in params.stop_token_ids and position + 1 - sequence.num_prompt >= max(1, params.min_tokens)
+
+
 class Device:
-    """Executes plans in launch order: pages of tokens, and each slot's last sampled token."""
+    """Executes plans in launch order: pages of tokens, and what each slot has sampled, by position."""
 
     def __init__(self, num_pages, page_size):
         self.page_size = page_size
         self.kv = [[None] * page_size for _ in range(num_pages)]
-        self.last = {}
+        self.said = {}
 
     def launch(self, plan):
-        tokens = []
-        for row in plan.rows:  # all writes come before all reads, as in the attention contract
-            s = row.sequence
-            for position in range(row.start, row.start + row.count):
-                known = position < len(s.tokens)
-                token = s.tokens[position] if known else self.last[row.slot]
-                self.kv[s.pages[position // self.page_size]][position % self.page_size] = (position, token)
-        for row in plan.rows:
-            s, end = row.sequence, row.start + row.count
-            said = [next_token(s.request.id, s.index, p) for p in range(s.num_prompt, end)]
-            wanted = [*s.request.prompt_token_ids, *said][:end]
-            seen = [self.kv[s.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
-            assert seen == list(enumerate(wanted)), f"{s.request.id}[{s.index}] read another's pages"
-            token = next_token(s.request.id, s.index, end)
-            self.last[row.slot] = token
-            tokens.append(token)
+        tokens = [[] for _ in plan.rows]
+        for step in range(plan.steps):
+            live = []
+            for i, row in enumerate(plan.rows):
+                first, end = row.start + step, row.start + step + row.count
+                over = ends(row.sequence, self.known(row, end - 1), end - 1) if len(tokens[i]) == step else True
+                if step < row.steps and (step == 0 or not over):
+                    live.append((row, tokens[i], end, over))
+                    for position in range(first, end):  # all writes come before all reads, as attention has it
+                        page, place = divmod(position, self.page_size)
+                        self.kv[row.sequence.pages[page]][place] = (position, self.known(row, position))
+            for row, out, end, over in live:
+                s = row.sequence
+                if not over:  # else this was planned before the host knew
+                    said = [next_token(s.request.id, s.index, p) for p in range(s.num_prompt, end)]
+                    wanted = [*s.request.prompt_token_ids, *said][:end]
+                    seen = [self.kv[s.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
+                    assert seen == list(enumerate(wanted)), f"{s.request.id}[{s.index}] read another's pages"
+                if not over or plan.steps == 1:
+                    out.append(next_token(s.request.id, s.index, end))
+                    self.said[row.slot, end] = out[-1]
+        for row, out in zip(plan.rows, tokens, strict=True):  # where the next launch looks for its token
+            end = row.start + row.count
+            self.said[row.slot, end - 1 + row.steps] = out[-1] if out else self.known(row, end - 1)
         scored = {i: [logprob(row.sequence.tokens, p) for p in row.scored] for i, row in enumerate(plan.rows)}
         return Sampled(tokens, prompt_logprobs={i: found for i, found in scored.items() if found})
+
+    def known(self, row, position):
+        tokens = row.sequence.tokens
+        return tokens[position] if position < len(tokens) else self.said[row.slot, position]
 
 
 def scheduler(pages=16, size=4, seqs=4, budget=16, length=40, **options):
@@ -272,6 +291,78 @@ def test_who_waits_for_the_pages_of_another_goes_on_when_that_one_goes():
     assert output(deltas, "b") == expected("b", 11, 2) and s.num_deferred == 0
 
 
+def counts(plan):
+    return [(row.sequence.request.id, row.count, row.steps) for row in plan.rows]
+
+
+def test_decodes_go_several_steps_when_nobody_can_come_in():
+    s, device = scheduler(pages=40, seqs=2, length=60, decode_steps=8), Device(40, 4)
+    s.add(request("a", range(5), max_tokens=30), 0.0)
+    first = s.plan(0.0)
+    assert counts(first) == [("a", 5, 1)], "a prompt"
+    second = s.plan(0.0)
+    assert counts(second) == [("a", 1, 8)] and second.num_computed == 8 and second.num_tokens == 1
+    assert len(second.rows[0].sequence.pages) == 4, "of all 5 + 8 tokens"
+    deltas = s.commit(first, device.launch(first), 0.0)
+    s.add(request("b", range(3), max_tokens=3), 0.0)
+    third = s.plan(0.0)
+    assert counts(third) == [("a", 1, 1), ("b", 3, 1)], "a prompt and a free slot go first"
+    s.add(request("c", range(3), max_tokens=3), 0.0)
+    deltas += s.commit(second, device.launch(second), 0.0)
+    assert [len(d.token_ids) for d in deltas] == [1, 8]
+    fourth = s.plan(0.0)
+    assert counts(fourth) == [("a", 1, 2), ("b", 1, 2)], "c has no slot until b is done"
+    s.commit(third, device.launch(third), 0.0)
+    fifth = s.plan(0.0)
+    assert counts(fifth) == [("a", 1, 1)], "with the next commit there is a slot for c"
+    deltas += s.commit(fourth, device.launch(fourth), 0.0) + s.commit(fifth, device.launch(fifth), 0.0)
+    assert output(deltas + run(s, device), "c") == expected("c", 3, 3)
+
+
+def test_steps_end_where_a_sequence_does_and_at_stop_ids():
+    s, device = scheduler(pages=40, length=60, decode_steps=16), Device(40, 4)
+    stop = next_token("a", 0, 9)
+    s.add(request("a", range(4), max_tokens=40, stop_token_ids=(stop,)), 0.0)
+    s.add(request("b", range(4), max_tokens=12), 0.0)
+    deltas = run(s, device)
+    want = expected("a", 4, 40)
+    assert output(deltas, "a") == want[: want.index(stop) + 1] and output(deltas, "b") == expected("b", 4, 12)
+    assert [d.finish for d in deltas if d.finish] == [FinishReason.STOP, FinishReason.LENGTH]
+    assert s.stats.generated_tokens == want.index(stop) + 1 + 12 and not s.stats.discarded_tokens
+
+
+@pytest.mark.parametrize("count", range(1, 14))
+def test_what_a_stop_id_left_uncomputed_is_not_shared(count):
+    """A sequence ends in the midst of a launch: its last token has no keys and values, wherever a page ends."""
+    s, device = scheduler(pages=64, length=60, decode_steps=16), Device(64, 4)
+    said = expected("a", 5, count)
+    s.add(request("a", range(5), max_tokens=40, stop_token_ids=(said[-1],)), 0.0)
+    run(s, device)
+    s.add(request("a", [*range(5), *said, 7, 7, 7, 7, 7], max_tokens=2), 0.0)
+    run(s, device)  # the device compares every key with what the sequence says
+    assert s.stats.hit_tokens
+
+
+def test_pages_that_are_short_give_fewer_steps():
+    s, device = scheduler(pages=8, size=2, seqs=2, budget=8, length=16, decode_steps=16), Device(8, 2)
+    for name, first in (("a", 0), ("b", 10)):
+        s.add(request(name, range(first, first + 3), max_tokens=12), 0.0)
+    plan = s.plan(0.0)
+    follow = s.plan(0.0)
+    assert counts(follow) == [("a", 1, 5), ("b", 1, 5)], "8 pages of 2 for two of 3 + 5"
+    deltas = s.commit(plan, device.launch(plan), 0.0) + s.commit(follow, device.launch(follow), 0.0)
+    deltas += run(s, device)
+    assert s.stats.preemptions > 0
+    assert output(deltas, "a") == expected("a", 3, 12) and output(deltas, "b") == expected("b", 3, 12)
+
+
+@pytest.mark.parametrize(
+    ("left", "steps"), [([40] * 8, 16), ([3], 3), ([2] * 40 + [16] * 24, 2), ([2] + [100] * 63, 16), ([1, 1, 1], 1)]
+)
+def test_a_launch_ends_where_tokens_are_had_fastest(left, steps):
+    assert most_per_step(left, 16) == steps
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_ten_thousand_random_events(seed):
     """Arrivals, aborts, deadlines, preemptions, prefix hits: every page and slot accounted for after each event."""
@@ -282,6 +373,7 @@ def test_ten_thousand_random_events(seed):
     s = scheduler(
         pages, size, seqs, budget=rng.choice([seqs, 8 + seqs, 64]), length=length,
         max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8,
+        decode_steps=rng.choice([1, 1, 4, 16]),
     )  # fmt: skip
     device, pending, now = Device(pages, size), None, 0.0
     asked, got, ended, scored, refused = {}, {}, {}, set(), 0
@@ -307,7 +399,7 @@ def test_ten_thousand_random_events(seed):
             prompt = prompt[: length - 1]
             r = request(
                 str(event), prompt, n=rng.choice([1, 1, 1, 3]), max_tokens=rng.randrange(0, length - len(prompt) + 1),
-                stop_token_ids=tuple(rng.sample(range(50), rng.choice([0, 2]))), priority=rng.randrange(3),
+                stop_token_ids=tuple(rng.sample(range(50), rng.choice([0, 2, 9]))), priority=rng.randrange(3),
                 timeout_s=rng.choice([None, 30.0]), cache_salt=rng.choice(["", "", "x"]),
                 **rng.choice([{}, {"prompt_logprobs": 0, "prompt_logprobs_from": rng.randrange(len(prompt))}]),
             )  # fmt: skip
