@@ -172,7 +172,7 @@ class _Loop(NamedTuple):
 
     done: jax.Array  # steps
     live: jax.Array  # [S]
-    count: jax.Array  # [S], tokens that each sequence has got
+    got: jax.Array  # [S], tokens that each sequence has got
     last: jax.Array  # [S], the last of them
     state: StepState
     tokens: jax.Array  # [N, S]
@@ -195,15 +195,15 @@ def _decode_loop(
     steps, first, size = step.steps, step.kv_lens - 1, (layout.steps, layout.shape.seqs)
 
     def body(c: _Loop) -> _Loop:
-        after = jnp.where(c.live, c.done, jnp.maximum(c.count - 1, 0))
+        after = jnp.where(c.live, c.done, jnp.maximum(c.got - 1, 0))
         now = replace(step.after(after), samples=c.live.astype(jnp.int32))
         state, out = one(c.state, now)
         tokens = jnp.where(c.live, out.tokens, -1)
-        count = jnp.where(c.live, c.done + 1, c.count)
+        got = jnp.where(c.live, c.done + 1, c.got)
         return _Loop(
             c.done + 1,
-            c.live & (count < steps) & ~step.stopped(tokens, now.kv_lens),
-            count,
+            c.live & (got < steps) & ~step.stopped(tokens, now.kv_lens),
+            got,
             jnp.where(c.live, tokens, c.last),
             state,
             c.tokens.at[c.done].set(tokens),

@@ -28,7 +28,7 @@ from jaxserve.batch_job.records import Names
 from jaxserve.batch_job.rows import read_rows
 from jaxserve.batch_job.store import Store
 from jaxserve.client.remote import RemoteEngine
-from jaxserve.config import EngineOptions, engine_options_of, model_name
+from jaxserve.config import OFFLINE_DECODE_STEPS, EngineOptions, engine_options_of, model_name
 from jaxserve.errors import BatchStopped, ConfigError
 from jaxserve.hub import resolve_model
 from jaxserve.request import SamplingParams
@@ -111,7 +111,7 @@ def run_batch(
         given=given,
         work_dir=Path(work_dir),
     )
-    engine = engine_options_of(model, options)
+    engine = engine_options_of(model, {"decode_steps": OFFLINE_DECODE_STEPS} | options)
     name = model_name(model, served_model_name)
     path = resolve_model(model, engine.model.revision)
 

@@ -44,7 +44,7 @@ def describe_engine(info: EngineInfo, options: EngineOptions) -> dict[str, str]:
     found["machine"] = platform.machine()
     if info.platform != "cpu":
         found |= {f"engine's {name}": str(getattr(info, name)) for name in ("max_num_seqs", "max_num_batched_tokens")}
-        found["enable_prefix_caching"] = str(options.schedule.enable_prefix_caching)
+        found |= {name: str(getattr(options.schedule, name)) for name in ("enable_prefix_caching", "decode_steps")}
     return found
 
 

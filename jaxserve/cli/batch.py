@@ -18,7 +18,7 @@ from jaxserve.cli import INTERRUPTED
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened, run
 from jaxserve.cli.progress import RowProgress
-from jaxserve.config import DeviceOptions, ScheduleOptions
+from jaxserve.config import DeviceOptions
 from jaxserve.hub import resolve_model
 
 SOME_FAILED = 3
@@ -49,7 +49,7 @@ def batch(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     sampling: Sampling = SamplingFlags(),
-    schedule: cli.Schedule = ScheduleOptions(),
+    schedule: cli.OfflineSchedule = cli.OfflineScheduleFlags(),
     device: cli.Device = DeviceOptions(),
 ) -> int:
     """Answer a file of requests, each exactly once. Stopped or killed at any moment, the same command goes on.

@@ -13,7 +13,7 @@ from cyclopts import Parameter, validators
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened, run
-from jaxserve.config import DeviceOptions, ScheduleOptions
+from jaxserve.config import DeviceOptions
 from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, UnsupportedParameter
 from jaxserve.request import MAX_N, ErrorInfo, SamplingParams
 from jaxserve.text import TextModel
@@ -68,7 +68,7 @@ def generate(
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     sampling: cli.Sampling = cli.SamplingFlags(),
-    schedule: cli.Schedule = ScheduleOptions(),
+    schedule: cli.OfflineSchedule = cli.OfflineScheduleFlags(),
     device: cli.Device = DeviceOptions(),
 ) -> int:
     """Answer a file of prompts; the answers are JSON lines in the order of the prompts.

@@ -46,6 +46,15 @@ class ModelFlags(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfflineScheduleFlags(ScheduleOptions):
+    """ScheduleOptions for answers that nobody reads as they come."""
+
+    decode_steps: int = config.OFFLINE_DECODE_STEPS
+    """Most decode steps that one launch takes, while no prompt can be taken in: more tokens a second, since the host
+    works once for all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LazyDeviceFlags(DeviceOptions):
     """DeviceOptions for somebody who waits for one answer."""
 
@@ -106,6 +115,7 @@ class SamplingFlags:
 Model = Annotated[str | None, Parameter(group=Group("Model", sort_key=1))]
 Models = Annotated[ModelFlags, Parameter(name="*", group=Group("Model", sort_key=1))]
 Schedule = Annotated[ScheduleOptions, Parameter(name="*", group=Group("Scheduling", sort_key=2))]
+OfflineSchedule = Annotated[OfflineScheduleFlags, Parameter(name="*", group=Group("Scheduling", sort_key=2))]
 Device = Annotated[DeviceOptions, Parameter(name="*", group=Group("Device", sort_key=3))]
 LazyDevice = Annotated[LazyDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
 WarmDevice = Annotated[WarmDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
@@ -123,7 +133,7 @@ def engine_options(
     """What the engine is given. Model: directory, hub id, or None for the embedded model."""
     return EngineOptions(
         model=ModelOptions(**{f.name: getattr(rest, f.name) for f in fields(ModelOptions)} | {"model": model}),
-        schedule=schedule,
+        schedule=ScheduleOptions(**{f.name: getattr(schedule, f.name) for f in fields(ScheduleOptions)}),
         device=DeviceOptions(**{f.name: getattr(device, f.name) for f in fields(DeviceOptions)}),
     )
 
