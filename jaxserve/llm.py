@@ -15,12 +15,13 @@ from jaxserve.client.local import LocalEngine
 from jaxserve.config import DEFAULT_MODEL_NAME, OFFLINE_DECODE_STEPS, engine_options_of
 from jaxserve.errors import EngineStopped, InvalidParameter
 from jaxserve.hub import resolve_model
+from jaxserve.packing import packed
 from jaxserve.request import EngineInfo, FinishReason, SamplingParams
 from jaxserve.score import ScoreOutput, encode_pair, score_output, scoring_params
 from jaxserve.text import Prompt, TextModel, TokenLogprob
 
-SORTED = 4096
-"""So many prompts at a time are sent in the order of their tokens: those that begin alike find each other's pages."""
+PACKED = 4096
+"""So many prompts at a time are ordered, see packing.py."""
 PROGRESS_FROM = 16
 """Shorter lists finish before a progress bar is any use."""
 
@@ -224,8 +225,9 @@ class LLM:
         """All requests, no more of them at once than keep the engine busy; the first error ends the others."""
         outputs: list[RequestOutput | None] = [None] * len(ids)
         streams = [self.text.generate(i, p, request_id=uuid.uuid4().hex) for i, p in zip(ids, params, strict=True)]
-        starts = range(0, len(ids), SORTED)
-        order = (i for start in starts for i in sorted(range(len(ids))[start : start + SORTED], key=ids.__getitem__))
+        limits, size = [p.max_tokens for p in params], self.info.page_size
+        cuts = (slice(start, start + PACKED) for start in range(0, len(ids), PACKED))
+        order = (cut.start + i for cut in cuts for i in packed(ids[cut], limits[cut], size))
 
         async def work() -> None:
             for i in order:  # shared: each worker takes the next that is left

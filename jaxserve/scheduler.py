@@ -425,8 +425,7 @@ class Scheduler:
         """Has decodes go on in the same launch, as far as there are pages."""
         size, left = self.pages.page_size, [row.sequence.limit - row.start - 1 for row in rows]
         starts, held = [row.start for row in rows], [len(row.sequence.pages) for row in rows]
-        steps = lookahead.most_per_step(left, self.decode_steps)
-        steps = lookahead.fitting(starts, left, held, steps, self.pages.available, size)
+        steps = lookahead.num_steps(starts, left, held, self.decode_steps, self.pages.available, size)
         for row, most in zip(rows, left, strict=True):
             sequence, row.steps = row.sequence, min(steps, most)
             missing = -(-(row.start + row.steps) // size) - len(sequence.pages)

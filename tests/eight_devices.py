@@ -166,6 +166,19 @@ def test_sampling_and_logprobs_are_the_same_in_every_shape_of_step(family):
         np.testing.assert_allclose(mine.top_logprobs, theirs.top_logprobs, atol=1e-4)
 
 
+def test_so_are_several_steps_in_one_launch(family):
+    """Sequences that end in the midst of a launch, too, at a stop id or a length."""
+    path = family("llama2")
+    requests = [
+        request("ends", PROMPTS[0], max_tokens=9, temperature=1.0, seed=3, logprobs=1, stop_token_ids=tuple(range(40))),
+        request("held back", PROMPTS[1], max_tokens=7, temperature=0.9, seed=8, repetition_penalty=1.3, min_tokens=2),
+    ]
+    want, _ = answers(path, None, requests, one_shape=False)
+    got, _ = answers(path, "1x2", requests, one_shape=False, decode_steps=4)
+    assert want["ends", 0].finish == "stop" and 1 < len(want["ends", 0].tokens) < 9
+    assert_same(got, want)
+
+
 @pytest.fixture(scope="session")
 def four(family):
     """A runner of two layers on four devices."""

@@ -6,7 +6,6 @@ import zlib
 import pytest
 
 from jaxserve.errors import Overloaded
-from jaxserve.lookahead import most_per_step
 from jaxserve.pages import PagePool
 from jaxserve.request import FinishReason, Logprobs, Request, SamplingParams
 from jaxserve.scheduler import Sampled, Scheduler
@@ -354,13 +353,6 @@ def test_pages_that_are_short_give_fewer_steps():
     deltas += run(s, device)
     assert s.stats.preemptions > 0
     assert output(deltas, "a") == expected("a", 3, 12) and output(deltas, "b") == expected("b", 3, 12)
-
-
-@pytest.mark.parametrize(
-    ("left", "steps"), [([40] * 8, 16), ([3], 3), ([2] * 40 + [16] * 24, 2), ([2] + [100] * 63, 16), ([1, 1, 1], 1)]
-)
-def test_a_launch_ends_where_tokens_are_had_fastest(left, steps):
-    assert most_per_step(left, 16) == steps
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -22,6 +22,7 @@ from jaxserve.errors import (
     RequestError,
     UnsupportedParameter,
 )
+from jaxserve.packing import packed
 from jaxserve.server.generation import Generation, read_chat, read_completion, system_fingerprint
 from jaxserve.server.openai import check_model
 from jaxserve.server.replies import Head, Reply
@@ -31,7 +32,7 @@ from jaxserve.text import TextDelta, TextModel
 AT_ONCE = 2
 """Rows in work for each sequence that the engine computes at once: enough to keep its queue filled."""
 CHUNK_ROWS, CHUNK_BYTES = 512, 8 * 2**20
-"""Rows are read so many at a time, and those whose prompts begin alike are sent one after another."""
+"""Rows are read so many at a time, and sent in an order in which they pack well."""
 WINDOW = 16_384
 """How many rows after the first unfinished one may be begun: what a slow row may have waiting behind it."""
 CREATED = 0  # the clock would make each run of a job another
@@ -124,7 +125,7 @@ class Job:
             return self._ready.popleft() if self._ready and not self.stopping else None
 
     async def _read_chunk(self) -> None:
-        """Reads and translates the next rows that have no result yet, and orders them by their prompts."""
+        """Reads and translates the next rows that have no result yet, and orders them; see packing.py."""
         found: list[_Asked] = []
         size = 0
         while len(found) < CHUNK_ROWS and size < CHUNK_BYTES and not self.stopping:
@@ -152,7 +153,10 @@ class Job:
                 self._fail(row, error, asked=False)
             elif (generation := await self._translated(row)) is not None:
                 found.append(_Asked(row, generation))
-        self._ready.extend(sorted(found, key=lambda asked: tuple(asked.generation.prompts[0])))
+        prompts = [asked.generation.prompts[0] for asked in found]
+        limits = [asked.generation.params.max_tokens for asked in found]
+        order = packed(prompts, limits, self._model.client.info.page_size)
+        self._ready.extend(found[i] for i in order)
 
     async def _translated(self, row: Row) -> Generation | None:
         """What a row asks of the model; None if that is refused, which is its result then."""
