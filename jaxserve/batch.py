@@ -46,8 +46,9 @@ def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int) -> list[S
 def pick(known: Seq[Shape], plan: Plan) -> Shape:
     """The smallest of the known shapes that holds the plan."""
     single = plan.num_single == len(plan.rows) and not any(row.scored for row in plan.rows)
-    fits = (s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens and (single or not s.single))
-    return min(fits)
+    several = plan.steps > 1
+    holds = (s for s in known if s.seqs >= len(plan.rows) and s.tokens >= plan.num_tokens)
+    return min(s for s in holds if (single or not s.single) and (s.single or not several))
 
 
 def covering(known: Seq[Shape]) -> list[Shape]:

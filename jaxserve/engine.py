@@ -58,7 +58,7 @@ class Engine:
             max_queued_requests=schedule.max_queued_requests,
             priorities=schedule.scheduling_policy == "priority",
             prefix_caching=schedule.enable_prefix_caching,
-            decode_steps=schedule.decode_steps,
+            most_steps=self.runner.most_steps,
         )
         self.metrics.watch(
             running=lambda: len(self.scheduler.running),

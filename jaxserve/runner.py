@@ -165,6 +165,10 @@ class Runner:
             jax.block_until_ready(self._state)
         return Launched(plan, output), shape.tokens * plan.steps - plan.num_computed
 
+    def most_steps(self, seqs: int) -> int:
+        """How many decode steps a launch of so many sequences may take: 1 until one of several is compiled for them."""
+        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self.shapes) else 1
+
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
         return self._compiled.get(shape) or self._compile_now(shape)

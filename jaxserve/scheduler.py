@@ -11,6 +11,7 @@ soon as they are released.
 
 import heapq
 from bisect import insort
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -153,8 +154,9 @@ class Scheduler:
         max_queued_requests: int = 1024,
         priorities: bool = False,
         prefix_caching: bool = True,
-        decode_steps: int = 1,
+        most_steps: Callable[[int], int] = lambda seqs: 1,
     ):
+        """`most_steps` says how many decode steps a launch of so many sequences may take."""
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
         assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
         self.pages = pages
@@ -163,7 +165,7 @@ class Scheduler:
         self.max_queued_requests = max_queued_requests
         self.priorities = priorities
         self.prefix_caching = prefix_caching
-        self.decode_steps = decode_steps
+        self._most_steps = most_steps
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_deferred = 0
@@ -307,7 +309,7 @@ class Scheduler:
         if not rows:
             return None
         full = (short or not self._free_slots) and not ending  # nobody who waits could come in with the next plan
-        if self.decode_steps > 1 and not prompts and not admitted and (full or not self.waiting):
+        if not prompts and not admitted and (full or not self.waiting):
             self._look_ahead(rows)
         return Plan(rows, len(singles), self.max_num_batched_tokens - budget, admitted)
 
@@ -423,11 +425,13 @@ class Scheduler:
 
     def _look_ahead(self, rows: list[Row]) -> None:
         """Has decodes go on in the same launch, as far as there are pages."""
+        if (most := self._most_steps(len(rows))) == 1:
+            return
         size, left = self.pages.page_size, [row.sequence.limit - row.start - 1 for row in rows]
         starts, held = [row.start for row in rows], [len(row.sequence.pages) for row in rows]
-        steps = lookahead.num_steps(starts, left, held, self.decode_steps, self.pages.available, size)
-        for row, most in zip(rows, left, strict=True):
-            sequence, row.steps = row.sequence, min(steps, most)
+        steps = lookahead.num_steps(starts, left, held, most, self.pages.available, size)
+        for row, tokens in zip(rows, left, strict=True):
+            sequence, row.steps = row.sequence, min(steps, tokens)
             missing = -(-(row.start + row.steps) // size) - len(sequence.pages)
             sequence.pages += self.pages.take(max(0, missing)) or []
             sequence.num_computed += row.steps - 1

@@ -196,7 +196,7 @@ def _decode_loop(
 
     def body(c: _Loop) -> _Loop:
         after = jnp.where(c.live, c.done, jnp.maximum(c.got - 1, 0))
-        now = replace(step.after(after), samples=c.live.astype(jnp.int32))
+        now = replace(step.after(after), samples=jnp.where(c.live, step.samples, 0))
         state, out = one(c.state, now)
         tokens = jnp.where(c.live, out.tokens, -1)
         got = jnp.where(c.live, c.done + 1, c.got)

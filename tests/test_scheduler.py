@@ -295,7 +295,7 @@ def counts(plan):
 
 
 def test_decodes_go_several_steps_when_nobody_can_come_in():
-    s, device = scheduler(pages=40, seqs=2, length=60, decode_steps=8), Device(40, 4)
+    s, device = scheduler(pages=40, seqs=2, length=60, most_steps=lambda seqs: 8), Device(40, 4)
     s.add(request("a", range(5), max_tokens=30), 0.0)
     first = s.plan(0.0)
     assert counts(first) == [("a", 5, 1)], "a prompt"
@@ -319,7 +319,7 @@ def test_decodes_go_several_steps_when_nobody_can_come_in():
 
 
 def test_steps_end_where_a_sequence_does_and_at_stop_ids():
-    s, device = scheduler(pages=40, length=60, decode_steps=16), Device(40, 4)
+    s, device = scheduler(pages=40, length=60, most_steps=lambda seqs: 16), Device(40, 4)
     stop = next_token("a", 0, 9)
     s.add(request("a", range(4), max_tokens=40, stop_token_ids=(stop,)), 0.0)
     s.add(request("b", range(4), max_tokens=12), 0.0)
@@ -333,7 +333,7 @@ def test_steps_end_where_a_sequence_does_and_at_stop_ids():
 @pytest.mark.parametrize("count", range(1, 14))
 def test_what_a_stop_id_left_uncomputed_is_not_shared(count):
     """A sequence ends in the midst of a launch: its last token has no keys and values, wherever a page ends."""
-    s, device = scheduler(pages=64, length=60, decode_steps=16), Device(64, 4)
+    s, device = scheduler(pages=64, length=60, most_steps=lambda seqs: 16), Device(64, 4)
     said = expected("a", 5, count)
     s.add(request("a", range(5), max_tokens=40, stop_token_ids=(said[-1],)), 0.0)
     run(s, device)
@@ -343,7 +343,7 @@ def test_what_a_stop_id_left_uncomputed_is_not_shared(count):
 
 
 def test_pages_that_are_short_give_fewer_steps():
-    s, device = scheduler(pages=8, size=2, seqs=2, budget=8, length=16, decode_steps=16), Device(8, 2)
+    s, device = scheduler(pages=8, size=2, seqs=2, budget=8, length=16, most_steps=lambda seqs: 16), Device(8, 2)
     for name, first in (("a", 0), ("b", 10)):
         s.add(request(name, range(first, first + 3), max_tokens=12), 0.0)
     plan = s.plan(0.0)
@@ -365,7 +365,7 @@ def test_ten_thousand_random_events(seed):
     s = scheduler(
         pages, size, seqs, budget=rng.choice([seqs, 8 + seqs, 64]), length=length,
         max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8,
-        decode_steps=rng.choice([1, 1, 4, 16]),
+        most_steps=lambda seqs: (1, 4, 16)[seed % 3],
     )  # fmt: skip
     device, pending, now = Device(pages, size), None, 0.0
     asked, got, ended, scored, refused = {}, {}, {}, set(), 0

@@ -92,6 +92,8 @@ def main() -> None:
         if number == 0:  # a warm-up
             for engine in engines:
                 engine.rates.clear(), engine.host_us.clear(), engine.cpu_us.clear()
+        else:
+            print(f"round {number}, tokens/s:", *(f"{e.steps}: {e.rates[-1]:.0f}" for e in engines), flush=True)
     print(
         f"{args.rounds} rounds of {len(samples)} prompts, {args.input_len} tokens in, {args.output_len} out, varied by "
         f"{args.range_ratio:g}; batch {args.batch_size}; load {' '.join(f'{n:.1f}' for n in os.getloadavg())}"
