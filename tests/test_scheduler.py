@@ -310,7 +310,7 @@ def test_decodes_go_several_steps_when_nobody_can_come_in():
     deltas += s.commit(second, device.launch(second), 0.0)
     assert [len(d.token_ids) for d in deltas] == [1, 8]
     fourth = s.plan(0.0)
-    assert counts(fourth) == [("a", 1, 2), ("b", 1, 2)], "c has no slot until b is done"
+    assert counts(fourth) == [("a", 1, 8), ("b", 1, 2)], "c has no slot until b is done"
     s.commit(third, device.launch(third), 0.0)
     fifth = s.plan(0.0)
     assert counts(fifth) == [("a", 1, 1)], "with the next commit there is a slot for c"
