@@ -42,6 +42,7 @@ NOT_IN_PROGRAMS = (
     "server",
     "text",
     "tokenizer",
+    "update",
     "weights",
 )
 """Parts of the package that no program is made from, so that they may change and the programs stay."""

@@ -20,7 +20,7 @@ RANKS = {
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
     "embedded": 4,
     "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,
-    "batch": 6, "conformance": 6,
+    "batch": 6, "conformance": 6, "update": 6,
     "step": 7, "evaluate": 7,
     "runner": 8,
     "engine": 9,
