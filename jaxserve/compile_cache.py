@@ -33,6 +33,7 @@ NOT_IN_PROGRAMS = (
     "cli",
     "client",
     "conformance",
+    "conformance_mesh",
     "dry_run",
     "embedded",
     "hub",

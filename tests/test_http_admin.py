@@ -128,6 +128,7 @@ async def test_grpc_says_the_version_behind_its_answers() -> None:
             r.api.Score(pb.ScoreRequest(prompt=prompt, continuations=[pb.Continuation(text="d")])),
             r.api.ListModels(pb.ListModelsRequest()),
         ]
+        assert [message async for message in calls[0]]
         for one in calls:
             assert dict(await one.trailing_metadata())["jaxserve-weights-version"] == "1"
         r.engine.fail_after = (0, ModelChanged("switched"))

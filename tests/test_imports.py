@@ -21,7 +21,7 @@ RANKS = {
     "embedded": 4,
     "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,
     "batch": 6, "conformance": 6, "update": 6,
-    "step": 7, "evaluate": 7,
+    "step": 7, "evaluate": 7, "conformance_mesh": 7,
     "runner": 8,
     "engine": 9,
     "client": 10,
