@@ -147,6 +147,8 @@ class LLM:
         afterwards. Raises CheckpointError naming every tensor that is missing, unknown or misshapen, or ConfigError;
         everything is as it was then.
         """
+        if params is None:
+            raise InvalidParameter("params is None: give a tree of arrays or a checkpoint's path", param="params")
         path = str(params) if isinstance(params, str | Path) else None
         update = Update(path=path, in_flight=in_flight)
         return self._call(self.engine.update(update, params if path is None else None)).info.weights_version

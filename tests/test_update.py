@@ -20,7 +20,7 @@ from toy_model import write_checkpoint
 
 from jaxserve import LLM, SamplingParams, models, update
 from jaxserve.config import DeviceOptions, ModelOptions
-from jaxserve.errors import CheckpointError, ConfigError, EngineStopped
+from jaxserve.errors import CheckpointError, ConfigError, EngineStopped, InvalidParameter
 from jaxserve.host_memory import HostMemory
 from jaxserve.loading import load_model
 from jaxserve.request import Update
@@ -194,8 +194,8 @@ def test_an_engine_that_ends_does_not_leave_an_update_waiting(engine, monkeypatc
             engine.engine.switch([None], abort=False)[0].result(60)
 
 
-def served(path, **options):
-    return load_model(ModelOptions(**options), DeviceOptions(compile_cache_dir=""), path, lambda message: None)
+def served(path, device=DeviceOptions(compile_cache_dir=""), **options):
+    return load_model(ModelOptions(**options), device, path, lambda message: None)
 
 
 def leaves_equal(a, b):
@@ -218,9 +218,14 @@ def test_trees_and_checkpoints_become_what_loading_makes_of_them(name, compiler)
     given = update.weights_of(now, ModelOptions(), tree, 0)
     assert leaves_equal(given, now.params)
     assert leaves_equal(update.weights_of(now, ModelOptions(), jax.tree.map(jnp.asarray, tree), 0), now.params)
-    for array in jax.tree.leaves(tree):
+    plain = served(path, DeviceOptions(compile_cache_dir="", attention="reference"))
+    arrays = jax.tree.map(jnp.asarray, tree)
+    copies = [update.weights_of(plain, ModelOptions(), given, 0) for given in (tree, arrays)]
+    for array, other in zip(jax.tree.leaves(tree), jax.tree.leaves(arrays), strict=True):
         array[...] = 0
+        other.delete()
     assert leaves_equal(given, now.params), "the caller's arrays are the caller's"
+    assert all(leaves_equal(copy, plain.params) for copy in copies)
 
     quantised = served(path, quantization="q8_0")
     assert leaves_equal(update.weights_at(quantised, ModelOptions(quantization="q8_0"), path, 0), quantised.params)
@@ -240,6 +245,8 @@ def test_llm_update_params(tmp_path):
         assert output.outputs[0].token_ids == [11, 23, 47] and output.weights_version == 1
         with pytest.raises(CheckpointError, match="missing tensor"):
             llm.update_params({})
+        with pytest.raises(InvalidParameter, match="params is None"):
+            llm.update_params(None)
         assert llm.update_params(path) == 2
         assert llm.generate([5], greedy).outputs[0].token_ids == [6, 7, 8]
 

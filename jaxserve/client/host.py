@@ -39,6 +39,7 @@ class _Host:
             weights_version=launch.weights_version,
         )
         self._thread.start()
+        self._updating = asyncio.Lock()  # one waits in a thread, the others need none
         self.connected = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -88,7 +89,8 @@ class _Host:
 
     async def _update(self, update: Update, context: grpc.aio.ServicerContext) -> bytes:
         try:
-            reply = wire.UpdateReply(await asyncio.to_thread(self._thread.update, update))
+            async with self._updating:
+                reply = wire.UpdateReply(await asyncio.to_thread(self._thread.update, update))
         except JaxserveError as error:
             reply = wire.UpdateReply(error=ErrorInfo.of(error))
         return wire.encode(reply)

@@ -21,6 +21,7 @@ class LocalEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: Streams | None = None
         self._draining = False
+        self._updating = asyncio.Lock()
 
     @property
     def status(self) -> EngineStatus:
@@ -47,7 +48,8 @@ class LocalEngine:
 
     async def update(self, update: Update, params: Params | None = None) -> Updated:
         """As an EngineClient's, or from `params`, a tree of arrays like the model's param_specs."""
-        return await asyncio.to_thread(self._thread.update, update, params)
+        async with self._updating:  # one waits in a thread, the others need none
+            return await asyncio.to_thread(self._thread.update, update, params)
 
     async def metrics_text(self) -> bytes:
         return self._thread.metrics_text()

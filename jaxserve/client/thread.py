@@ -12,6 +12,7 @@ from jaxserve.client.replicas import Replicas, open_engine
 from jaxserve.config import EngineOptions
 from jaxserve.engine import Engine
 from jaxserve.errors import ConfigError, EngineStopped, JaxserveError
+from jaxserve.host_memory import give_back
 from jaxserve.model_code import brief, place
 from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
 from jaxserve.runner import give_way
@@ -95,7 +96,9 @@ class EngineThread:
             ready = time.monotonic()
             for done in self.engine.switch(prepared, abort=update.in_flight == "abort"):
                 done.result()
-            return Updated(info=self.engine.info, load_s=ready - start, wait_s=time.monotonic() - ready)
+            ended = time.monotonic()
+            give_back()  # the weights before
+            return Updated(info=self.engine.info, load_s=ready - start, wait_s=ended - ready)
 
     def metrics_text(self) -> bytes:
         return b"" if self.engine is None else self.engine.metrics.text()

@@ -179,7 +179,10 @@ class HttpApp:
         _check_complete(reply)
 
     async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox) -> None:
-        """Writes events as they come, all that are ready at once; an error before the first still sets the status."""
+        """Writes events as they come, all that are ready at once; an error before the first still sets the status.
+
+        Headers that go out before the first token say the weights' version of that moment; the events know better.
+        """
         left = len(reply.prompts)
         out = bytearray()
         reply.opening(out)
