@@ -18,7 +18,7 @@ from running_server import Server
 from safetensors.numpy import load_file, save_file
 from toy_model import write_checkpoint
 
-from jaxserve import LLM, SamplingParams, models, update
+from jaxserve import LLM, SamplingParams, models, runner, update
 from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.errors import CheckpointError, ConfigError, EngineStopped, InvalidParameter
 from jaxserve.host_memory import HostMemory
@@ -95,6 +95,24 @@ def test_keys_and_values_of_the_old_weights_are_not_found(engine):
     engine.engine.scheduler.check_integrity()
     assert engine.one(prompt, max_tokens=1).cached == 0
     assert engine.one(prompt, max_tokens=1).cached == 16
+
+
+def test_requests_are_answered_while_weights_are_read(engine, monkeypatch):
+    reading, go_on, weights_of = threading.Event(), threading.Event(), runner.weights_of
+
+    def slowly(*arguments):
+        reading.set()
+        assert go_on.wait(60)
+        return weights_of(*arguments)
+
+    monkeypatch.setattr(runner, "weights_of", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        switching = pool.submit(give, engine, 2)
+        assert reading.wait(60)
+        assert engine.one([3], max_tokens=2).tokens == [4, 5]
+        go_on.set()
+        assert switching.result().wait_s < 0.5
+    assert engine.one([3], max_tokens=2).tokens == [7, 15]
 
 
 def in_flight(engine, monkeypatch, **params):
