@@ -119,9 +119,8 @@ class RemoteEngine:
             return await self._channel.unary_unary(method)(request, timeout=timeout_s)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
             raise EngineStopped("the engine died while it was asked") from error
-        except (
-            asyncio.CancelledError
-        ) as error:  # the channel closed under the call; unless it was us who were cancelled
+        except asyncio.CancelledError as error:
+            # The channel closed under the call; unless it was us who were cancelled.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
