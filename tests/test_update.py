@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -111,50 +112,62 @@ def test_requests_are_answered_while_weights_are_read(engine, monkeypatch):
         assert reading.wait(60)
         assert engine.one([3], max_tokens=2).tokens == [4, 5]
         go_on.set()
-        assert switching.result().wait_s < 0.5
+        switching.result(60)
     assert engine.one([3], max_tokens=2).tokens == [7, 15]
 
 
-def in_flight(engine, monkeypatch, **params):
-    """A future of the results of a request "long" that has begun and takes a second, alone in the engine."""
-    begun, launch = threading.Event(), engine.engine.runner.launch
+@contextmanager
+def in_flight(engine, monkeypatch, **requests):
+    """A future of what the requests get, which have begun, and a semaphore: every further step takes one of it."""
+    steps, waits, launch = threading.Semaphore(2), threading.Event(), engine.engine.runner.launch
 
-    def slowly(plan):
-        begun.set()
-        time.sleep(0.02)
+    def one_by_one(plan):
+        if not steps.acquire(blocking=False):
+            waits.set()
+            assert steps.acquire(timeout=60)
         return launch(plan)
 
-    monkeypatch.setattr(engine.engine.runner, "launch", slowly)
+    monkeypatch.setattr(engine.engine.runner, "launch", one_by_one)
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(engine.run, {"long": request("long", [1], **params)})
-        assert begun.wait(60)
-        yield future
+        future = pool.submit(engine.run, requests)
+        assert waits.wait(60)
+        try:
+            yield future, steps
+        finally:
+            steps.release(1000)
 
 
-@pytest.mark.parametrize("n", [1, 6])
+def switch(engine, value, *, abort):
+    prepared = engine.engine.prepare(Update(), {"one": np.full(1, value, np.float32)})
+    (done,) = engine.engine.switch(prepared, abort=abort)
+    return done
+
+
+@pytest.mark.parametrize("n", [4, 6])
 def test_what_has_begun_finishes_on_its_weights_and_the_others_wait(engine, monkeypatch, n):
-    """Of six continuations four run at once."""
-    before = engine.engine.scheduler.stats.generated_tokens
-    for future in in_flight(engine, monkeypatch, max_tokens=30, n=n):
-        with ThreadPoolExecutor(1) as pool:
-            switching = pool.submit(give, engine, 2)
-            while not engine.engine.scheduler.holding:
-                time.sleep(0.001)
-            engine.thread.submit(request("late", [3], max_tokens=2))
-            assert switching.result().wait_s > 0.1
-        assert {tuple(r.tokens) for r in future.result().values()} == {tuple(range(2, 32))}
+    """Four run at once, so that "late" has not begun, nor have two of six continuations."""
+    requests = {"long": request("long", [1], max_tokens=30, n=n), "late": request("late", [3], max_tokens=2)}
+    with in_flight(engine, monkeypatch, **requests) as (future, steps):
+        done = switch(engine, 2, abort=False)
+        steps.release(1000)
+        results = future.result(60)
+        done.result(60)
+    assert results.pop(("late", 0)).tokens == [7, 15]
+    assert [r.tokens for r in results.values()] == [list(range(2, 32))] * n
     engine.wait_idle()
-    assert engine.engine.scheduler.stats.generated_tokens == before + 30 * n + 2
-    assert engine.one([3], max_tokens=2).tokens == [7, 15]
 
 
 def test_what_has_begun_is_told_that_it_did_not_finish(engine, monkeypatch):
-    for future in in_flight(engine, monkeypatch, max_tokens=60):
-        assert give(engine, 2, "abort").wait_s < 0.5
-        (result,) = future.result().values()
+    requests = {"long": request("long", [1], max_tokens=60, n=4), "late": request("late", [3], max_tokens=2)}
+    with in_flight(engine, monkeypatch, **requests) as (future, steps):
+        done = switch(engine, 2, abort=True)
+        steps.release(1000)
+        results = future.result(60)
+        done.result(60)
+    assert results.pop(("late", 0)).tokens == [7, 15]
+    for result in results.values():
         assert result.finish == "error" and result.error == "ModelChanged"
-        assert result.tokens == list(range(2, 2 + len(result.tokens))), "no token of other weights before that"
-    assert engine.one([3], max_tokens=2).tokens == [7, 15]
+        assert result.tokens == list(range(2, 2 + len(result.tokens))) != list(range(2, 62)), "none of other weights"
     engine.wait_idle()
 
 
@@ -198,18 +211,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(engine, twice, tmp_pa
 
 def test_an_engine_that_ends_does_not_leave_an_update_waiting(engine, monkeypatch):
     """The last that this one does."""
-    for _ in in_flight(engine, monkeypatch, max_tokens=60):
-        with ThreadPoolExecutor(1) as pool:
-            switching = pool.submit(give, engine, 2)
-            while not engine.engine.scheduler.holding:
-                time.sleep(0.001)
-            engine.thread.stop()
-            with pytest.raises(EngineStopped):
-                switching.result(60)
+    with in_flight(engine, monkeypatch, long=request("long", [1], max_tokens=60)) as (future, steps):
+        held = switch(engine, 2, abort=False)
+        steps.release(1)
+        while not engine.engine.scheduler.holding:  # which stays, for the next step waits
+            time.sleep(0.001)
+        engine.engine.stop()
+        steps.release(1000)
+        assert future.result(60)["long", 0].error == "EngineStopped"
+    engine.thread.stop()
+    for done in (held, switch(engine, 2, abort=False)):
         with pytest.raises(EngineStopped):
-            give(engine, 2)
-        with pytest.raises(EngineStopped):
-            engine.engine.switch([None], abort=False)[0].result(60)
+            done.result(60)
+    with pytest.raises(EngineStopped):
+        give(engine, 2)
 
 
 def served(path, device=DeviceOptions(compile_cache_dir=""), **options):
