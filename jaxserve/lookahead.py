@@ -7,8 +7,8 @@ def num_steps(starts: Sequence[int], left: Sequence[int], held: Sequence[int], m
     """The steps of a launch, 1 to `most`: until all its sequences have ended, if `free` pages of `size` tokens last.
 
     By sequence: `starts` is its next position, `left` the tokens that it may still get, `held` the number of its pages,
-    which are enough for one step. To end where the first of them ends gave no more tokens a second in simulations of
-    64 sequences of different lengths: a step that takes prompts in costs several others.
+    which are enough for one step. To end earlier where many of them do gained nothing to speak of (BENCHMARKS.md): a
+    step that takes prompts in costs several others.
     """
 
     def needed(steps: int) -> int:
