@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from running_engine import Running, request
 from toy_model import write_checkpoint
 
 from jaxserve import LLM, SamplingParams, models
-from jaxserve.batch import Shape
+from jaxserve.batch import Shape, pick
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, engine_options_of
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.packing import packed
 from jaxserve.runner import Runner
+from jaxserve.scheduler import Plan, Row
 
 LLAMA = Path(__file__).parent / "goldens" / "llama2"
 KINDS = (
@@ -130,6 +132,17 @@ def test_several_steps_are_no_more_programs(runner):
     assert len(runner.shapes) == len(set(runner.shapes)) <= 6
     one = runner.programs.step(Shape(16, 4), replace(runner.sizes, decode_steps=1))
     assert runner.programs.step(Shape(16, 4), runner.sizes).what == one.what, "steps with prompts are the same"
+
+
+def test_one_step_until_a_program_of_several_is_there(runner, monkeypatch):
+    assert runner.most_steps(4) == 8
+    monkeypatch.setattr(runner, "shapes", (Shape(1, 1), Shape(16, 4)))
+    assert [runner.most_steps(seqs) for seqs in (1, 2)] == [8, 1], "two could only go in a step for prompts"
+    rows = [Row(SimpleNamespace(prompt_logprobs=None), slot, 5, 1, True) for slot in range(5)]
+    known = [Shape(32, 8), Shape(64, 64)]
+    assert pick(known, Plan(rows, 5, 5, [])) == Shape(32, 8)
+    rows[3].steps = 4
+    assert pick(known, Plan(rows, 5, 5, [])) == Shape(64, 64), "a larger one, but it is one of several steps"
 
 
 def heard(add, sent, request, now):
