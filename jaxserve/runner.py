@@ -72,6 +72,18 @@ class Launched:
         return sampled
 
 
+class Pooled:
+    """The same of a step that makes embeddings."""
+
+    def __init__(self, plan: Plan, rows: jax.Array):
+        self._plan, self._rows = plan, rows
+        rows.copy_to_host_async()
+
+    def result(self) -> Sampled:
+        host = np.asarray(self._rows)
+        return Sampled((), embeddings={i: host[i].tobytes() for i, row in enumerate(self._plan.rows) if row.last})
+
+
 class Runner:
     """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
@@ -95,6 +107,7 @@ class Runner:
         self._wait = platform == "cpu" and devices > 1
         self._sharers = MeshShape.parse(options.device.mesh or "1").devices
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
+        self._embeds = loaded.embedding is not None
         self._params, self._tree = jax.tree.flatten(loaded.params)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in self._params]
         self.programs = Programs(
@@ -104,6 +117,7 @@ class Runner:
             loaded.kernel,
             loaded.kv_dtype,
             jax.tree.unflatten(self._tree, shapes),
+            loaded.embedding.pooling if loaded.embedding is not None else None,
         )
         weights = bytes_per_device(shapes)
         self._lock = threading.Lock()
@@ -137,6 +151,7 @@ class Runner:
             priorities=options.schedule.scheduling_policy == "priority",
             device_bytes={kind: size * devices for kind, size in by_kind.items()},
             mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
+            embedding=loaded.embedding,
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
@@ -147,7 +162,7 @@ class Runner:
             f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
 
-    def launch(self, plan: Plan) -> tuple[Launched, int]:
+    def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a step and returns it with its padding tokens. Steps run in launch order."""
         for sequence in plan.admitted:
             if _needs_binding(sequence):
@@ -159,7 +174,8 @@ class Runner:
         self._state, output = compiled(self._params, self._state, buffer)
         if self._wait:
             jax.block_until_ready(self._state)
-        return Launched(plan, output), shape.tokens - plan.num_tokens
+        launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
+        return launched, shape.tokens - plan.num_tokens
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
@@ -179,8 +195,11 @@ class Runner:
         return sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config)))
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
-        known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
+        known = self._shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs) for s in known}
+
+    def _shapes(self, seqs: int, tokens: int) -> list[Shape]:
+        return batch.shapes(seqs, tokens, self._least, singles=not self._embeds)
 
     def _get(self, program: Program) -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
@@ -212,13 +231,19 @@ class Runner:
         if wanted_len is not None and wanted_len > self.config.max_positions:
             raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048)
+        whole = 0 if self.model.causal else length  # a step of an encoder holds prompts whole
+        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048, whole)
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
-        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        if tokens < whole:
+            raise ConfigError(
+                f"max_num_batched_tokens {tokens} is less than max_model_len {length}: an encoder takes prompts whole; "
+                "raise --max-num-batched-tokens or lower --max-model-len"
+            )
+        largest, *_ = batch.covering(self._shapes(seqs, tokens))
         page = attention.page_size(
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
@@ -251,7 +276,9 @@ class Runner:
                     f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
                     f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
                 )
-            if cpu:
+            if whole:  # for two steps: one runs while the next is planned, and nothing stays
+                pages = min(pages, 2 * (-(-tokens // page) + seqs))
+            elif cpu:
                 pages = min(pages, -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page))
         else:
             pages = given

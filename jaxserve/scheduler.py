@@ -62,7 +62,7 @@ class Sequence:
     @property
     def num_wanted(self) -> int:
         """Tokens to compute: all, but for the last one of a prompt that is only scored, which predicts nothing."""
-        return max(1, self.num_prompt - 1) if self.scoring else self.length
+        return max(1, self.num_prompt - 1) if self.scoring and not self.request.embed else self.length
 
     @property
     def num_output(self) -> int:
@@ -107,6 +107,8 @@ class Sampled:
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     """By row: the log-probabilities of the tokens at its `scored` positions."""
+    embeddings: dict[int, bytes] = field(default_factory=dict)
+    """By row that ends a prompt, of a model that gives embeddings: see Delta."""
 
 
 @dataclass(slots=True)
@@ -137,8 +139,11 @@ class Scheduler:
         max_queued_requests: int = 1024,
         priorities: bool = False,
         prefix_caching: bool = True,
+        whole_prompts: bool = False,
     ):
+        """whole_prompts: a prompt is computed in one step, as encoders need it, and not in pieces."""
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
+        assert max_num_batched_tokens >= max_model_len or not whole_prompts, "the longest prompt must fit a step"
         assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
         self.pages = pages
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -146,6 +151,7 @@ class Scheduler:
         self.max_queued_requests = max_queued_requests
         self.priorities = priorities
         self.prefix_caching = prefix_caching
+        self.whole_prompts = whole_prompts
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_deferred = 0
@@ -268,6 +274,8 @@ class Scheduler:
                 break
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
+            if self.whole_prompts and sequence.num_wanted > budget:
+                break
             blocks = self._sharable(sequence)
             found = self.pages.match(blocks)
             if len(found) < len(blocks) and blocks[len(found)] in computing:
@@ -305,7 +313,8 @@ class Scheduler:
             if not row.last:
                 continue
             if not produced:  # max_tokens 0: the prompt was all there was to compute
-                deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None, now))
+                ending = FinishReason.STOP if sequence.request.embed else FinishReason.LENGTH
+                deltas.append(self._deliver(sequence, (), None, ending, None, now, sampled.embeddings.get(i)))
                 continue
             token = sampled.tokens[i]
             sequence.in_flight -= 1
@@ -449,6 +458,7 @@ class Scheduler:
         finish: FinishReason | None,
         stop_token: int | None,
         now: float,
+        embedding: bytes | None = None,
     ) -> Delta:
         first = sequence.num_output == len(tokens)
         prompt_logprobs = sequence.prompt_logprobs if first else None
@@ -465,6 +475,7 @@ class Scheduler:
             sequence.num_cached if first else None,
             finish,
             stop_token,
+            embedding=embedding,
         )
 
 

@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineStopped, JaxserveError
 from jaxserve.metrics import FrontMetrics
 from jaxserve.server import about
+from jaxserve.server.embeddings import Pooling, read_embeddings, read_score
 from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
 from jaxserve.server.generation import (
@@ -28,8 +29,17 @@ from jaxserve.server.generation import (
 )
 from jaxserve.server.openai import check_model
 from jaxserve.server.replies import Head, Reply
-from jaxserve.server.wire import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody, parse_body
-from jaxserve.text import TextModel
+from jaxserve.server.wire import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    ModelBody,
+    ScoreBody,
+    TokenizeBody,
+    parse_body,
+)
+from jaxserve.text import TextDelta, TextModel
 
 FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
 
@@ -57,6 +67,9 @@ class HttpApp:
             [
                 self._route("/v1/chat/completions", self._chat, "POST"),
                 self._route("/v1/completions", self._completion, "POST"),
+                self._route("/v1/embeddings", self._embeddings, "POST"),
+                self._route("/v1/score", self._score, "POST"),
+                self._route("/score", self._score, "POST"),
                 self._route("/v1/models", self._models),
                 self._route("/v1/models/{name:path}", self._models),
                 self._route("/tokenize", self._tokenize, "POST"),
@@ -116,8 +129,16 @@ class HttpApp:
         body = await self._read(exchange, CompletionBody)
         await self._answer(exchange, await read_completion(body, self._model, self._head("cmpl", body)))
 
-    async def _read[Body: SamplingBody](self, exchange: Exchange, kind: type[Body]) -> Body:
-        """The body of a request to generate, if there is an engine to do it and it is asked for by its name."""
+    async def _embeddings(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, EmbeddingBody)
+        await self._answer_pooled(exchange, await read_embeddings(body, self._model, self._head("embd", body)))
+
+    async def _score(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, ScoreBody)
+        await self._answer_pooled(exchange, await read_score(body, self._model, self._head("score", body)))
+
+    async def _read[Body: ModelBody](self, exchange: Exchange, kind: type[Body]) -> Body:
+        """The body of a request for the model, if there is an engine to do it and it is asked for by its name."""
         data = await exchange.body(self._options.max_body_bytes)
         if self.draining:
             raise EngineStopped("the server is shutting down")
@@ -132,9 +153,16 @@ class HttpApp:
             exchange.notes["user"] = ascii(body.user[:64])
         return body
 
-    def _head(self, prefix: str, body: SamplingBody) -> Head:
+    def _head(self, prefix: str, body: ModelBody) -> Head:
         name = body.request_id or uuid.uuid4().hex
         return Head(f"{prefix}-{name}", int(time.time()), self._model.name, system_fingerprint(self._client.info))
+
+    async def _answer_pooled(self, exchange: Exchange, asked: Pooling) -> None:
+        sources = asked.start(self._model, uuid.uuid4().hex)
+        exchange.notes |= {"reply": asked.reply.head.id, "prompt_tokens": asked.reply.prompt_tokens}
+        async with under_way(sources, exchange.receive, self._client.info.max_num_seqs) as mailbox:
+            await self._collect(asked.reply, mailbox)
+        await exchange.reply(200, asked.reply.body())
 
     async def _answer(self, exchange: Exchange, asked: Generation) -> None:
         reply, stream = asked.reply, bool(asked.body.stream)
@@ -152,7 +180,7 @@ class HttpApp:
         finally:
             exchange.notes |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
 
-    async def _collect(self, reply: Reply, mailbox: Mailbox) -> None:
+    async def _collect[Delta](self, reply: "_Collecting[Delta]", mailbox: Mailbox[Delta]) -> None:
         left = len(reply.prompts)
         while left:
             for event in await mailbox.take():
@@ -167,7 +195,7 @@ class HttpApp:
                         reply.add(prompt, delta)
         _check_complete(reply)
 
-    async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox) -> None:
+    async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox[TextDelta]) -> None:
         """Writes events as they come, all that are ready at once; an error before the first still sets the status."""
         left = len(reply.prompts)
         out = bytearray()
@@ -260,6 +288,16 @@ class HttpApp:
         await exchange.reply_json({"version": __version__})
 
 
+class _Collecting[Delta](Protocol):
+    """An answer as it grows: a Reply or a PooledReply."""
+
+    prompts: Sequence[Sequence[int]]
+
+    @property
+    def complete(self) -> bool: ...
+    def add(self, prompt: int, delta: Delta) -> None: ...
+
+
 class _Endpoint:
     """A handler as Starlette wants it, an ASGI application that is no function; knows its path for the metrics."""
 
@@ -271,6 +309,6 @@ class _Endpoint:
         await self._handle(scope["exchange"])
 
 
-def _check_complete(reply: Reply) -> None:
+def _check_complete(reply: "_Collecting[Any]") -> None:
     if not reply.complete:
         raise JaxserveError("the engine ended a request without finishing all of its sequences")
