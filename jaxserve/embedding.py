@@ -126,7 +126,9 @@ def _pooling_said(folder: Path, modules: Mapping[str, str], width: int) -> Pooli
     file = folder / modules["Pooling"] / "config.json"
     said = _read(file, dict)
     if said is None:
-        raise ConfigError(f"{file} is missing, which modules.json names; download the whole checkpoint")
+        raise ConfigError(
+            f"{file} is missing, which modules.json names; download the whole checkpoint, its folders too"
+        )
     on = [name for name, value in said.items() if name.startswith("pooling_mode_") and value]
     if len(on) != 1 or on[0] not in _MODES:
         raise ConfigError(f"{file} asks for {', '.join(on) or 'no pooling'}; served is one of {', '.join(_MODES)}")

@@ -3,8 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -21,6 +21,7 @@ from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
 from jaxserve.server.generation import (
     SLOW_TO_ENCODE_CHARS,
+    Collecting,
     Generation,
     in_thread_if,
     read_chat,
@@ -180,7 +181,7 @@ class HttpApp:
         finally:
             exchange.notes |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
 
-    async def _collect[Delta](self, reply: "_Collecting[Delta]", mailbox: Mailbox[Delta]) -> None:
+    async def _collect[Delta](self, reply: Collecting[Delta], mailbox: Mailbox[Delta]) -> None:
         left = len(reply.prompts)
         while left:
             for event in await mailbox.take():
@@ -288,16 +289,6 @@ class HttpApp:
         await exchange.reply_json({"version": __version__})
 
 
-class _Collecting[Delta](Protocol):
-    """An answer as it grows: a Reply or a PooledReply."""
-
-    prompts: Sequence[Sequence[int]]
-
-    @property
-    def complete(self) -> bool: ...
-    def add(self, prompt: int, delta: Delta) -> None: ...
-
-
 class _Endpoint:
     """A handler as Starlette wants it, an ASGI application that is no function; knows its path for the metrics."""
 
@@ -309,6 +300,6 @@ class _Endpoint:
         await self._handle(scope["exchange"])
 
 
-def _check_complete(reply: "_Collecting[Any]") -> None:
+def _check_complete(reply: Collecting[Any]) -> None:
     if not reply.complete:
         raise JaxserveError("the engine ended a request without finishing all of its sequences")
