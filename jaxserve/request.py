@@ -330,7 +330,8 @@ def embedding_of(info: EngineInfo) -> EmbeddingInfo:
     """How the engine makes embeddings. Raises UnsupportedParameter for one that generates."""
     if info.embedding is None:
         raise UnsupportedParameter(
-            "this model generates text and gives no embeddings; serve an embedding model, or this one with --task embed",
+            "this model generates text and gives no embeddings: serve an embedding model, or this one with --task "
+            "embed",
             param="model",
         )
     return info.embedding

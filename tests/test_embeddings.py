@@ -140,14 +140,14 @@ def test_what_is_refused_names_the_cure(bert, tmp_path):
     with pytest.raises(UnsupportedParameter, match="gives embeddings and generates no text: use /v1/embeddings"):
         bert.generate("a")
     with (
-        LLM(str(GENERATES), max_model_len=32, **SMALL) as llm,
+        LLM(max_model_len=32, **SMALL) as llm,
         pytest.raises(UnsupportedParameter, match="--task embed"),
     ):
         llm.embed([3, 4])
 
 
 def test_any_decoder_gives_its_last_hidden_state_when_asked(tmp_path):
-    with LLM(str(GENERATES), task="embed", max_model_len=32, **SMALL) as llm:
+    with LLM(task="embed", max_model_len=32, **SMALL) as llm:
         assert llm.info.embedding == EmbeddingInfo(pooling="last", width=llm.info.embedding.width)
         found = llm.embed([[3, 4, 5], [3, 4], [5, 3, 4]])
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)

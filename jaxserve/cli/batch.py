@@ -54,10 +54,10 @@ def batch(
 ) -> int:
     """Answer a file of requests, each exactly once. Stopped or killed at any moment, the same command goes on.
 
-    The input is OpenAI's batch format (.jsonl; chat and text completions, embeddings, scores), a column of prompts or messages (.parquet,
-    .arrow), or a prompt a line (any other suffix). The output is in the order of the input: records of OpenAI's batch
-    output (.jsonl), or the input's columns and those of the answers. A bad row gets a record with its error. Exit code:
-    0 all answered; 3 all done, some with an error; 1 stopped before the end; 130 interrupted.
+    The input is OpenAI's batch format (.jsonl; chat and text completions, embeddings, scores), a column of prompts or
+    messages (.parquet, .arrow), or a prompt a line (any other suffix). The output is in the order of the input: records
+    of OpenAI's batch output (.jsonl), or the input's columns and those of the answers. A bad row gets a record with its
+    error. Exit code: 0 all answered; 3 all done, some with an error; 1 stopped before the end; 130 interrupted.
 
     Parameters
     ----------
