@@ -21,6 +21,7 @@ from jaxserve.loading import load_model
 from jaxserve.pooling import pool
 from jaxserve.request import EMBED, EmbeddingInfo, Request
 from jaxserve.weights import open_checkpoint
+from jaxserve.weights.convert import convert
 from jaxserve.weights.gguf_export import hyperparameters
 
 GOLDENS = Path(__file__).parent / "goldens" / "embeddings"
@@ -310,6 +311,15 @@ def test_what_the_files_say_is_done_to_a_text(tmp_path):
         found = llm.embed("TEN Dogs")
         np.testing.assert_array_equal(found, llm.embed(llm.text.encode_prompt("one: ten dogs")))
     assert abs(np.linalg.norm(found) - 1) > 0.1
+
+
+def test_an_orbax_copy_is_the_same_embedding_model(tmp_path):
+    convert(GOLDENS / "qwen3", tmp_path / "orbax")
+    before, after = (open_checkpoint(p) for p in (GOLDENS / "qwen3", tmp_path / "orbax"))
+    said = dict(causal=True, width=32, task="auto", pooling=None)
+    found = read_embedding(after.path, after.config, **said)
+    assert found is not None and found == read_embedding(before.path, before.config, **said)
+    assert after.names() == before.names()
 
 
 def test_a_checkpoint_with_a_leftover_tensor_is_refused(tmp_path):
