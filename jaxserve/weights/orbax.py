@@ -92,7 +92,8 @@ def save_orbax(
     """Writes a whole checkpoint directory, or nothing: it takes its name only when it is complete.
 
     `extra_files` come along under the names given. Memory-mapped params are written from the map, not copied. `dtype`
-    casts them; `progress(written, total)` counts bytes. Raises ConfigError if `path` exists and is not an empty directory, or if `path`.tmp exists.
+    casts them; `progress(written, total)` counts bytes. Raises ConfigError if `path` exists and is not an empty
+    directory, or if `path`.tmp exists.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not an empty directory; remove it or name another")
