@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018), as MiniLM, BGE, E5 and GTE have it: an encoder with learned positions and norms after.
+"""BERT (Devlin et al. 2018), as MiniLM, BGE and E5 have it: an encoder with learned positions and norms after.
 
 T tokens in the step, D width, N heads, H head_dim, F ffn
 """

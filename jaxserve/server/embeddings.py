@@ -3,7 +3,7 @@
 import base64
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -92,20 +92,36 @@ class PooledReply:
 class EmbeddingReply(PooledReply):
     """The vectors themselves; in base64 the bytes of their little-endian float32."""
 
-    base64 = False
+    def __init__(
+        self,
+        head: Head,
+        prompts: Sequence[Sequence[int]],
+        info: EmbeddingInfo,
+        dimensions: int | None,
+        encoding: Literal["float", "base64"],
+    ):
+        super().__init__(head, prompts, info, dimensions)
+        self._encoding = encoding
 
     def _answer(self, vectors: Sequence[np.ndarray], usage: EmbeddingUsage) -> EmbeddingAnswer:
-        shown = [base64.b64encode(v.astype("<f4").tobytes()).decode() if self.base64 else v.tolist() for v in vectors]
+        shown = [
+            base64.b64encode(v.astype("<f4").tobytes()).decode() if self._encoding == "base64" else v.tolist()
+            for v in vectors
+        ]
         return EmbeddingAnswer([EmbeddingObject(i, v) for i, v in enumerate(shown)], self.head.model, usage)
 
 
 class ScoreReply(PooledReply):
     """The cosine of pairs: `pairs` are numbers of prompts."""
 
-    pairs: Sequence[tuple[int, int]] = ()
+    def __init__(
+        self, head: Head, prompts: Sequence[Sequence[int]], info: EmbeddingInfo, pairs: Sequence[tuple[int, int]]
+    ):
+        super().__init__(head, prompts, info, None)
+        self._pairs = pairs
 
     def _answer(self, vectors: Sequence[np.ndarray], usage: EmbeddingUsage) -> ScoreAnswer:
-        scores = [ScoreObject(i, cosine(vectors[a], vectors[b])) for i, (a, b) in enumerate(self.pairs)]
+        scores = [ScoreObject(i, cosine(vectors[a], vectors[b])) for i, (a, b) in enumerate(self._pairs)]
         return ScoreAnswer(self.head.id, self.head.created, self.head.model, scores, usage)
 
 
@@ -115,7 +131,7 @@ class Pooling:
 
     body: PoolingBody
     prompts: Sequence[Sequence[int]]
-    params: tuple[str, ...]
+    fields: tuple[str, ...]
     """The field that each prompt came from, for errors."""
     reply: PooledReply
 
@@ -124,7 +140,7 @@ class Pooling:
     ) -> list[AsyncGenerator[PooledDelta]]:
         """The vector of each prompt; nothing is queued before they are iterated. Raises RequestError."""
         body, found = self.body, []
-        for i, (prompt, param) in enumerate(zip(self.prompts, self.params, strict=True)):
+        for i, (prompt, field) in enumerate(zip(self.prompts, self.fields, strict=True)):
             try:
                 found.append(
                     model.embed(
@@ -137,7 +153,7 @@ class Pooling:
                 )
             except RequestError as error:
                 if error.param == "prompt":
-                    error.param = param
+                    error.param = field
                 raise
         return found
 
@@ -149,10 +165,10 @@ async def read_embeddings(body: EmbeddingBody, model: TextModel, head: Head) -> 
     _check_count(len(given), "input")
     info = embedding_of(model.client.info)
     check_dimensions(body.dimensions, info)
-    prompts = await _encoded(given, body, model, ("input",) * len(given))
-    reply = EmbeddingReply(head, prompts, info, body.dimensions)
-    reply.base64 = body.encoding_format == "base64"
-    return Pooling(body, prompts, ("input",) * len(given), reply)
+    fields = ("input",) * len(given)
+    prompts = await _encoded(given, body, model, fields)
+    reply = EmbeddingReply(head, prompts, info, body.dimensions, body.encoding_format or "float")
+    return Pooling(body, prompts, fields, reply)
 
 
 async def read_score(body: ScoreBody, model: TextModel, head: Head) -> Pooling:
@@ -169,11 +185,10 @@ async def read_score(body: ScoreBody, model: TextModel, head: Head) -> Pooling:
             param="text_1",
         )
     info = embedding_of(model.client.info)
-    params = ("text_1",) * len(first) + ("text_2",) * len(second)
-    prompts = await _encoded([*first, *second], body, model, params)
-    reply = ScoreReply(head, prompts, info, None)
-    reply.pairs = [(i if len(first) > 1 else 0, len(first) + i) for i in range(len(second))]
-    return Pooling(body, prompts, params, reply)
+    fields = ("text_1",) * len(first) + ("text_2",) * len(second)
+    prompts = await _encoded([*first, *second], body, model, fields)
+    pairs = [(i if len(first) > 1 else 0, len(first) + i) for i in range(len(second))]
+    return Pooling(body, prompts, fields, ScoreReply(head, prompts, info, pairs))
 
 
 def _check_count(count: int, param: str) -> None:
@@ -184,7 +199,7 @@ def _check_count(count: int, param: str) -> None:
 
 
 async def _encoded(
-    given: Sequence[str | tuple[int, ...]], body: PoolingBody, model: TextModel, params: Sequence[str]
+    given: Sequence[str | tuple[int, ...]], body: PoolingBody, model: TextModel, fields: Sequence[str]
 ) -> list[tuple[int, ...]]:
     """The token ids of each; texts are cut to truncate_prompt_tokens, and ids, of which nobody knows the ends, too."""
     longest, most = body.truncate_prompt_tokens, model.client.info.max_model_len
@@ -203,7 +218,7 @@ async def _encoded(
             return model.encode_embedded(text, longest)
         except RequestError as error:
             if error.param in ("input", "prompt"):
-                error.param = params[i]
+                error.param = fields[i]
             raise
 
     chars = sum(len(text) for text in given if isinstance(text, str))
