@@ -36,7 +36,7 @@ def read_embedding(
     contradict the model, or ask for what is not computed.
     """
     folder = path if path.is_dir() else None
-    modules = _modules(folder) if folder is not None else {}
+    modules = _modules(folder) if folder is not None and task != "generate" else {}
     headless, named = bool(config.get(HEADLESS)), config.get(POOLING_TYPE)
     if task == "generate" and (headless or not causal):
         lack = "has no output matrix" if causal else "is an encoder"

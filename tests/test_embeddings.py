@@ -13,11 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve import LLM, native
 from jaxserve.config import DeviceOptions, ModelOptions
+from jaxserve.conformance import check_model
 from jaxserve.embedding import check_dimensions, cosine, finished, read_embedding
 from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, PromptTooLong, UnsupportedParameter
 from jaxserve.evaluate import check_models
 from jaxserve.layers import layer_norm
 from jaxserve.loading import load_model
+from jaxserve.models import find_model
 from jaxserve.pooling import pool
 from jaxserve.request import EMBED, EmbeddingInfo, Request
 from jaxserve.weights import open_checkpoint
@@ -311,6 +313,12 @@ def test_what_the_files_say_is_done_to_a_text(tmp_path):
         found = llm.embed("TEN Dogs")
         np.testing.assert_array_equal(found, llm.embed(llm.text.encode_prompt("one: ten dogs")))
     assert abs(np.linalg.norm(found) - 1) > 0.1
+
+
+def test_check_knows_encoders():
+    checkpoint = open_checkpoint(GOLDENS / "bert")
+    found = list(check_model(find_model(checkpoint.config)[0], None, checkpoint))
+    assert {f.check: f.outcome for f in found} == {"checkpoint": "ok", "config": "ok", "shapes": "ok", "values": "note"}
 
 
 def test_an_orbax_copy_is_the_same_embedding_model(tmp_path):
