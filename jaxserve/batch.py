@@ -52,8 +52,7 @@ def pick(known: Seq[Shape], plan: Plan) -> Shape:
 
 def covering(known: Seq[Shape]) -> list[Shape]:
     """The shape that can serve anything, and those that serve a lone user fast: the answer's and a short prompt's."""
-    found = [max(known), min(known), min(s for s in known if not s.single)]
-    return list(dict.fromkeys(found))
+    return [max(known), min(known), min(s for s in known if not s.single)]
 
 
 @jax.tree_util.register_dataclass
