@@ -67,6 +67,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int | None = None
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
+    weights_version: int | None = None
+    """On the first delta of an index; see EngineInfo."""
 
 
 class PooledDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +76,7 @@ class PooledDelta(msgspec.Struct, frozen=True, kw_only=True):
 
     pooled: bytes
     num_cached_tokens: int
+    weights_version: int
 
 
 type Prompt = str | Sequence[int]
@@ -248,7 +251,11 @@ class TextModel:
                 async for delta in deltas:
                     assert delta.embedding is not None, "a model that gives embeddings gives nothing else"
                     outcome = "stop"
-                    yield PooledDelta(pooled=delta.embedding, num_cached_tokens=delta.num_cached_tokens or 0)
+                    yield PooledDelta(
+                        pooled=delta.embedding,
+                        num_cached_tokens=delta.num_cached_tokens or 0,
+                        weights_version=delta.weights_version or 0,
+                    )
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "abort" if outcome == "error" else outcome
             raise
@@ -357,6 +364,7 @@ class _Sequence:
             num_cached_tokens=delta.num_cached_tokens,
             finish=finish,
             stop_reason=stop_reason,
+            weights_version=delta.weights_version,
         )
 
     def _new_text(self, ids: Sequence[int], shown: int, last: bool) -> tuple[str, tuple[int, str] | None]:

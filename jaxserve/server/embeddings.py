@@ -71,6 +71,12 @@ class PooledReply:
         self.prompt_tokens = sum(map(len, prompts))
         self.vectors: list[np.ndarray | None] = [None] * len(prompts)
         self._info, self._dimensions = info, dimensions
+        self._versions: set[int] = set()
+
+    @property
+    def weights_versions(self) -> list[int]:
+        """Of the vectors, more than one if the weights were switched meanwhile."""
+        return sorted(self._versions or {self.head.weights_version})
 
     @property
     def complete(self) -> bool:
@@ -78,6 +84,7 @@ class PooledReply:
         return all(vector is not None for vector in self.vectors)
 
     def add(self, prompt: int, delta: PooledDelta) -> None:
+        self._versions.add(delta.weights_version)
         self.vectors[prompt] = finished(delta.pooled, self._info, self._dimensions)
 
     def body(self) -> bytes:

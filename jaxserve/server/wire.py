@@ -125,6 +125,15 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
 
 
+class UpdateParamsBody(msgspec.Struct, kw_only=True):
+    """Body of POST /admin/update_params."""
+
+    path: str
+    """A checkpoint directory or GGUF file, as the server sees it."""
+    in_flight: Literal["wait", "abort"] = "wait"
+    """What becomes of requests that have begun; see request.Update."""
+
+
 _SCHEMA = "output cannot be constrained to a grammar here; describe the form in the prompt and check the answer"
 _SAMPLER = "use temperature, top_k, top_p, min_p and the penalties"
 _TEXT_ONLY = "this server takes and gives text only"
