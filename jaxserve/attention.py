@@ -42,6 +42,7 @@ def choose(
     progress: Callable[[str], None] = lambda message: None,
     *,
     devices: int = 1,
+    causal: bool = True,
     kv_dtype: DTypeLike = jnp.bfloat16,
     block_size: int | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
@@ -66,6 +67,8 @@ def choose(
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
     if chosen == "tpu":
         try:
+            if not causal:
+                raise ValueError("it is causal, and the model is an encoder")
             if jnp.dtype(kv_dtype) == jnp.int8:
                 raise ValueError("it does not read a cache of int8 (--kv-cache-dtype)")
             validate_for_tpu(block_size or PAGE_SIZE["tpu"], jnp.dtype(kv_dtype), 0, 0)
@@ -115,7 +118,9 @@ def bind(
 
     The layers' pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
     """
-    kernel = jax.jit(kernel, static_argnames=("scale", "window", "soft_cap"))  # traced once a step, not once a layer
+    kernel = jax.jit(
+        kernel, static_argnames=("scale", "window", "soft_cap", "causal")
+    )  # traced once a step, not once a layer
 
     @jax.named_scope("attention")
     def attend(
@@ -129,6 +134,7 @@ def bind(
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: jax.Array | None = None,
+        causal: bool = True,
     ) -> tuple[jax.Array, Cache]:
         first = layer * (cache.shape[0] // layers)
         out, cache = kernel(
@@ -144,6 +150,7 @@ def bind(
             window=window,
             soft_cap=soft_cap,
             sinks=sinks,
+            causal=causal,
         )
         return out.astype(q.dtype), cache
 
@@ -161,6 +168,7 @@ def dense(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    causal: bool = True,
 ) -> tuple[jax.Array, Cache]:
     """Attention of one whole sequence over itself, without a cache: for notebooks, and the oracle of tests."""
     tokens, heads, head_dim = q.shape
@@ -168,7 +176,7 @@ def dense(
     score = jnp.einsum("tkgh,ckh->kgtc", q, k.astype(jnp.float32)) * (scale or head_dim**-0.5)
     score = bounded(score, soft_cap)
     t = jnp.arange(tokens)
-    seen = t[None, :] <= t[:, None]
+    seen = (t[None, :] <= t[:, None]) | (not causal)
     if window is not None:
         seen &= t[None, :] > t[:, None] - window
     score = jnp.where(seen[None, None], score, -jnp.inf)

@@ -32,15 +32,16 @@ class Shape:
         return self.tokens == self.seqs
 
 
-def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int) -> list[Shape]:
+def shapes(max_num_seqs: int, max_num_batched_tokens: int, least: int, *, singles: bool = True) -> list[Shape]:
     """Every shape that `pick` can give, smallest first: what warm-up must compile.
 
-    Steps of one token a sequence come in powers of two from `least`, mixed ones in powers of four.
+    Steps of one token a sequence come in powers of two from `least`, mixed ones in powers of four. Without `singles`
+    there are only the latter, which hold single tokens as well: enough where nothing is generated.
     """
     seqs = max(least, _power_of_two(max_num_seqs))
     budget = max(_power_of_two(max_num_batched_tokens), 2 * seqs)
     mixed = {Shape(t, min(t // 4, seqs)) for t in _powers(32, budget, 4)[:-1]} | {Shape(budget, seqs)}
-    return sorted({Shape(n, n) for n in _powers(least, seqs, 2)} | mixed)
+    return sorted({Shape(n, n) for n in _powers(least, seqs, 2) if singles} | mixed)
 
 
 def pick(known: Seq[Shape], plan: Plan) -> Shape:

@@ -75,6 +75,12 @@ class ModelOptions:
     trust."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
+    task: Literal["auto", "generate", "embed"] = "auto"
+    """What the model is for. auto: to give embeddings if it is an encoder, or says so (modules.json beside config.json,
+    pooling_type in a GGUF file, no output matrix), otherwise to generate."""
+    pooling: Literal["last", "mean", "cls"] | None = None
+    """Which hidden state is the embedding: the last token's, the mean of all, the first token's. Default: what the
+    checkpoint says; last for decoders, which have no other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of activations and of plain weights. auto: float32 on CPU, whose kernels multiply matrices in the type
     that the checkpoint stores, bfloat16 on TPU and GPU."""

@@ -76,6 +76,10 @@ def check_model(model: Model, hf: Mapping[str, Any] | None, checkpoint: Checkpoi
     except ConfigError as error:
         yield Finding("shapes", "FAIL", error.message)
         return
+    if not model.causal:
+        yield Finding("shapes", "ok", "q, k, v, hidden and cache are as the config says")
+        yield Finding("values", "note", "not computed: an encoder's; compare its embeddings with the original's")
+        return
     yield Finding("shapes", "ok", "q, k, v, hidden, cache and logits are as the config says; logits are float32")
     found = [
         _layers(traced, model.cache_spec(config).layers),

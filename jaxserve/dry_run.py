@@ -62,8 +62,10 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
             _fits(f"{what}: {name}", x, ("T", kind, "head_dim"), (TOKENS, heads[name], config.head_dim), dtype)
         if getattr(cache, "shape", None) != state.shape:
             raise _Misfit(f"{what}: the cache is {_about(cache)}; hand on the one that came with the step")
-        if unknown := options.keys() - {"scale", "window", "soft_cap", "sinks"}:
-            raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap and sinks")
+        if unknown := options.keys() - {"scale", "window", "soft_cap", "sinks", "causal"}:
+            raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap, sinks and causal")
+        if options.get("causal", True) is not model.causal:
+            raise _Misfit(f"{what}: causal must be {model.causal}; a file of an encoder says CAUSAL = False")
         return q, cache
 
     state = jax.ShapeDtypeStruct((spec.layers, 1, spec.row), jnp.float32)
@@ -76,6 +78,8 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
         hidden, cache = out
         _fits("forward's hidden", hidden, ("T", "width"), (TOKENS, config.width), dtype)
         _fits("forward's cache", cache, ("layers", "1", "row"), state.shape, state.dtype)
+        if not model.causal:
+            return hidden, cache
         logits = model.logits(params, config, hidden[:ROWS])
         _fits("logits", logits, ("S", "vocab"), (ROWS, config.vocab), jnp.dtype(jnp.float32))
         return logits, cache

@@ -18,7 +18,7 @@ from jaxserve.loading import Progress
 from jaxserve.metrics import EngineMetrics
 from jaxserve.pages import PagePool
 from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, Update, check_request
-from jaxserve.runner import Launched, Prepared, Runner
+from jaxserve.runner import Launched, Pooled, Prepared, Runner
 from jaxserve.scheduler import Plan, Scheduler, Stats
 from jaxserve.spec import Params
 
@@ -60,7 +60,8 @@ class Engine:
         self.metrics = EngineMetrics(model_name, engine=str(index))
         self.runner = Runner(options, path, self.metrics, progress, mesh)
         self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
-        schedule = options.schedule
+        schedule, causal = options.schedule, self.runner.model.causal
+        prefix_caching = schedule.enable_prefix_caching and causal
         self.scheduler = Scheduler(
             PagePool(self.info.num_pages, self.info.page_size),
             max_num_seqs=self.info.max_num_seqs,
@@ -68,7 +69,8 @@ class Engine:
             max_model_len=self.info.max_model_len,
             max_queued_requests=schedule.max_queued_requests,
             priorities=schedule.scheduling_policy == "priority",
-            prefix_caching=schedule.enable_prefix_caching,
+            prefix_caching=prefix_caching,
+            whole_prompts=not causal,
             most_steps=self.runner.most_steps,
         )
         self.scheduler.weights_version = weights_version
@@ -79,7 +81,7 @@ class Engine:
             deferred=lambda: self.scheduler.num_deferred,
             kv_usage=lambda: self.scheduler.pages.usage,
         )
-        self.metrics.cache_config(self.info.page_size, self.info.num_pages, schedule.enable_prefix_caching)
+        self.metrics.cache_config(self.info.page_size, self.info.num_pages, prefix_caching)
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Request | _Abort | _Switch | None] = queue.SimpleQueue()
         self._seen = Stats()
@@ -118,7 +120,7 @@ class Engine:
 
     def run(self) -> None:
         """The loop, until `stop`. If a step fails, everybody is told and the error is raised."""
-        pending: tuple[Plan, Launched] | None = None
+        pending: tuple[Plan, Launched | Pooled] | None = None
         checked = False
         try:
             while not self._stopping:
@@ -205,7 +207,7 @@ class Engine:
             return [_refusal(request, i, error) for i in range(request.params.n)]
         return []
 
-    def _launch(self, plan: Plan) -> Launched:
+    def _launch(self, plan: Plan) -> Launched | Pooled:
         launched, padding = self.runner.launch(plan)
         self.metrics.steps.inc(plan.steps)
         self.metrics.computed_tokens.inc(plan.num_computed)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from jaxserve import attention
+from jaxserve.embedding import HEADLESS
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.loading import Loaded
 from jaxserve.logits_file import CUT, Rows
@@ -56,7 +57,12 @@ def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) 
 
     Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together.
     """
-    configs = [find_model(open_checkpoint(path).config, code)[1] for path in paths]
+    found = [open_checkpoint(path).config for path in paths]
+    models = [find_model(config, code) for config in found]
+    for path, (model, _), config in zip(paths, models, found, strict=True):
+        if not model.causal or config.get(HEADLESS):
+            raise ConfigError(f"{path} gives embeddings and predicts no tokens: there is nothing to score")
+    configs = [config for _, config in models]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(

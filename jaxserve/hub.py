@@ -17,6 +17,8 @@ _DEFAULT_KIND = "Q4_K_M"
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 # The filters also match inside subdirectories, which hold other formats; consolidated* repeats the weights.
 _UNWANTED = ("*/*", "consolidated*")
+_POOLING = "*_Pooling/config.json"
+"""How sentence-transformers pools, where a repository is one of its: the one file in a subdirectory that is read."""
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".h5")
 
 
@@ -72,6 +74,8 @@ def _download(model: str, revision: str | None) -> Path:
         path = Path(
             hf.snapshot_download(model, revision=revision, allow_patterns=[*_WANTED], ignore_patterns=[*_UNWANTED])
         )
+        if (path / "modules.json").is_file():
+            hf.snapshot_download(model, revision=revision, allow_patterns=[_POOLING])
     except Exception as error:  # transport errors come from whichever HTTP library huggingface_hub is built on
         raise ConfigError(_explain(model, revision, error)) from error
     if any(path.glob("*.safetensors")):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
+from jaxserve.native.norm import layer_norm as native_layer_norm
 from jaxserve.native.norm import rms_norm as native_rms_norm
 from jaxserve.quant import grouped_linear, linear, linear_f32
 
@@ -47,6 +48,26 @@ def _normed(x: jax.Array, weight: jax.Array, eps: float, *, around_one: bool) ->
 
     known = x.dtype == weight.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
     return native.by_platform(cpu if known else xla, xla, x, weight)
+
+
+@jax.named_scope("norm")
+def layer_norm(
+    x: Float[Array, "T D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "T D"]:
+    """Layer norm (Ba et al. 2016), in float32, rounded once at the end. On CPU in C++, as `rms_norm`."""
+
+    def xla(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        scale, shift = (jnp.broadcast_to(a.astype(jnp.float32), y.shape) for a in (weight, bias))
+        return (y * scale + shift).astype(x.dtype)
+
+    def cpu(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        return native_layer_norm(x, weight, bias, eps)
+
+    known = x.dtype == weight.dtype == bias.dtype and x.dtype in (jnp.float32, jnp.bfloat16)
+    return native.by_platform(cpu if known else xla, xla, x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,11 @@ def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
 def geglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     """The same with GELU (Shazeer 2020) in its tanh form: down(gelu(gate x) * up x)."""
     return project(p, "down", jax.nn.gelu(project(p, "gate", x), approximate=True) * project(p, "up", x))
+
+
+def gelu_mlp(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """Plain feed-forward of the block's up and down with GELU in its exact form: down(gelu(up x))."""
+    return project(p, "down", jax.nn.gelu(project(p, "up", x), approximate=False))
 
 
 @jax.named_scope("moe")

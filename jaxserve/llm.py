@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import rich.progress
 
 from jaxserve.client.local import LocalEngine
 from jaxserve.config import DEFAULT_MODEL_NAME, OFFLINE_DECODE_STEPS, engine_options_of
+from jaxserve.embedding import check_dimensions, finished
 from jaxserve.errors import EngineStopped, InvalidParameter
 from jaxserve.hub import resolve_model
 from jaxserve.packing import packed
-from jaxserve.request import EngineInfo, FinishReason, SamplingParams, Update
+from jaxserve.request import EngineInfo, FinishReason, SamplingParams, Update, embedding_of
 from jaxserve.score import ScoreOutput, encode_pair, score_output, scoring_params
 from jaxserve.text import Prompt, TextModel, TokenLogprob
 
@@ -141,6 +143,35 @@ class LLM:
             for result, (ids, start) in zip(results, pairs, strict=True)
         ]
 
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, progress: bool | None = None
+    ) -> np.ndarray:
+        """The embedding of a text, float32 [width], or of each of a list of texts [N, width].
+
+        `dimensions` cuts them, where the model was trained for that. Raises RequestError before anything runs if a
+        text is refused, or if the model is one that generates.
+        """
+        single = isinstance(texts, str) or (len(texts) > 0 and hasattr(texts[0], "__index__"))
+        many: list[Prompt] = [texts] if single else list(texts)  # type: ignore[list-item, arg-type]
+        info = embedding_of(self.info)
+        check_dimensions(dimensions, info)
+        ids = [self.text.encode_embedded(t) if isinstance(t, str) else tuple(map(operator.index, t)) for t in many]
+        streams = [self.text.embed(i, request_id=uuid.uuid4().hex) for i in ids]
+        rows = [np.empty(0, np.float32)] * len(streams)
+
+        with _Bar(len(streams), progress) as bar:
+
+            async def work(i: int) -> None:
+                async with aclosing(streams[i]) as deltas:
+                    async for delta in deltas:
+                        rows[i] = finished(delta.pooled, info, dimensions)
+                bar.advance(len(ids[i]))
+
+            self._call(self._at_once(range(len(streams)), work))
+        if single:
+            return rows[0]
+        return np.stack(rows) if rows else np.zeros((0, dimensions or info.width), np.float32)
+
     def update_params(self, params: Any, *, in_flight: Literal["wait", "abort"] = "wait") -> int:
         """Goes on with other weights of the same model, without compiling anything; returns their version, from 1 on.
 
@@ -214,56 +245,76 @@ class LLM:
         params: list[SamplingParams],
         progress: bool | None,
     ) -> list[RequestOutput]:
-        show = len(ids) >= PROGRESS_FROM if progress is None else progress
-        with rich.progress.Progress(
-            "[progress.description]{task.description}",
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
-            "{task.fields[rate]}",
-            console=rich.console.Console(stderr=True),
-            disable=not show,
-        ) as bar:
-            task, tokens = bar.add_task("requests", total=len(ids), rate=""), 0
-
-            def finished(output: RequestOutput) -> None:
-                nonlocal tokens
-                tokens += sum(len(o.token_ids) for o in output.outputs)
-                elapsed = bar.tasks[0].elapsed or 0.0
-                bar.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s" if elapsed else "")
-
-            return self._call(self._gather(texts, ids, params, finished))
+        with _Bar(len(ids), progress) as bar:
+            return self._call(self._gather(texts, ids, params, bar))
 
     async def _gather(
         self,
         texts: list[str | None],
         ids: list[tuple[int, ...]],
         params: list[SamplingParams],
-        finished: Callable[[RequestOutput], None],
+        bar: "_Bar",
     ) -> list[RequestOutput]:
-        """All requests, no more of them at once than keep the engine busy; the first error ends the others."""
         outputs: list[RequestOutput | None] = [None] * len(ids)
         streams = [self.text.generate(i, p, request_id=uuid.uuid4().hex) for i, p in zip(ids, params, strict=True)]
         limits, size = [p.max_tokens for p in params], self.info.page_size
         cuts = (slice(start, start + PACKED) for start in range(0, len(ids), PACKED))
-        order = (cut.start + i for cut in cuts for i in packed(ids[cut], limits[cut], size))
+        order = [cut.start + i for cut in cuts for i in packed(ids[cut], limits[cut], size)]
 
-        async def work() -> None:
-            for i in order:  # shared: each worker takes the next that is left
-                output = RequestOutput(texts[i], list(ids[i]), [CompletionOutput(k) for k in range(params[i].n)])
-                async with aclosing(streams[i]) as deltas:
-                    async for delta in deltas:
-                        _add(output, delta)
-                outputs[i] = output
-                finished(output)
+        async def work(i: int) -> None:
+            output = RequestOutput(texts[i], list(ids[i]), [CompletionOutput(k) for k in range(params[i].n)])
+            async with aclosing(streams[i]) as deltas:
+                async for delta in deltas:
+                    _add(output, delta)
+            outputs[i] = output
+            bar.advance(sum(len(o.token_ids) for o in output.outputs))
+
+        await self._at_once(order, work)
+        return [o for o in outputs if o is not None]
+
+    async def _at_once(self, order: Sequence[int], work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+        """work(i) in this order, no more at once than keep the engine busy; the first error ends the others."""
+        left = iter(order)
+
+        async def worker() -> None:
+            for i in left:  # shared: each worker takes the next that is left
+                await work(i)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(ids), 2 * self.info.max_num_seqs)):
-                    group.create_task(work())
+                for _ in range(min(len(order), 2 * self.info.max_num_seqs)):
+                    group.create_task(worker())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [o for o in outputs if o is not None]
+
+
+class _Bar:
+    """A progress bar of requests on stderr; `show` None: for long lists."""
+
+    def __init__(self, count: int, show: bool | None):
+        self._bar = rich.progress.Progress(
+            "[progress.description]{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.fields[rate]}",
+            console=rich.console.Console(stderr=True),
+            disable=not (count >= PROGRESS_FROM if show is None else show),
+        )
+        self._task, self._tokens = self._bar.add_task("requests", total=count, rate=""), 0
+
+    def __enter__(self) -> "_Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def advance(self, tokens: int) -> None:
+        """One more request has ended, which took `tokens`."""
+        self._tokens += tokens
+        elapsed = self._bar.tasks[0].elapsed or 0.0
+        self._bar.update(self._task, advance=1, rate=f"{self._tokens / elapsed:.0f} tokens/s" if elapsed else "")
 
 
 def _add(output: RequestOutput, delta: Any) -> None:

@@ -16,10 +16,12 @@ from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
 from jaxserve.dry_run import packed, trace
+from jaxserve.embedding import read_embedding
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import give_back, host_memory, peak_memory
 from jaxserve.models import find_model
+from jaxserve.request import EmbeddingInfo
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.weights import Checkpoint, open_checkpoint
@@ -46,6 +48,8 @@ class Loaded:
     """The kernel's name."""
     kernel: RaggedPagedAttention
     programs: CompileCache
+    embedding: EmbeddingInfo | None
+    """How it makes embeddings; None: it generates."""
 
     @property
     def device(self) -> jax.Device:
@@ -63,14 +67,17 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config, options.model_code)
-    config = limited(config, options)
+    embedding = read_embedding(
+        path, checkpoint.config, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
+    )
+    config = limited(config, options, embedding)
     shape = MeshShape.parse(device.mesh or "1")
     partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
     place = partition.mesh.devices.flat[0]
     devices = partition.mesh.size
     dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
     name, reason, kernel = attention.choose(
-        device.attention, place.platform, progress, devices=devices, block_size=device.block_size,
+        device.attention, place.platform, progress, devices=devices, causal=model.causal, block_size=device.block_size,
         kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
@@ -99,13 +106,17 @@ def load_model(
         f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
     )
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
-    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs)
+    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding)
 
 
-def limited(config: Any, options: ModelOptions) -> Any:
-    """A model's config with the positions that the options leave it, which may decide how positions are embedded."""
-    if options.max_model_len is not None and options.max_model_len < config.max_positions:
-        return replace(config, max_positions=options.max_model_len)
+def limited(config: Any, options: ModelOptions, embedding: EmbeddingInfo | None) -> Any:
+    """A model's config with the positions that the options leave it, which may decide how positions are embedded.
+
+    Where these do not say, an embedding model's files may.
+    """
+    longest = options.max_model_len or (embedding.longest if embedding is not None else None)
+    if longest is not None and longest < config.max_positions:
+        return replace(config, max_positions=longest)
     return config
 
 

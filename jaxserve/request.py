@@ -148,7 +148,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     priority: lower runs first (as in vLLM). timeout_s: seconds from arrival at the engine after which the
     work is aborted with DeadlineExceeded. cache_salt: prefixes are shared only within one salt.
-    eos_token_ids end a sequence unless params.ignore_eos.
+    eos_token_ids end a sequence unless params.ignore_eos. embed asks for the prompt's embedding instead of
+    continuations; params is EMBED then.
     """
 
     id: str
@@ -158,6 +159,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    embed: bool = False
+
+
+EMBED = SamplingParams(max_tokens=0)
+"""The params of a request that asks for an embedding: nothing is sampled."""
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -190,7 +196,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs holds one entry per token of token_ids when they were asked for. prompt_logprobs comes with the
     first delta of index 0, one entry per prompt token, None for the first and for those before
     prompt_logprobs_from. finish is set on the last delta; stop_token_id says which id ended it (that id is the last
-    of token_ids). error is set with finish ERROR.
+    of token_ids). error is set with finish ERROR. embedding is the pooled hidden state, float32 in the machine's byte
+    order, of a request that asked for it.
     """
 
     request_id: str
@@ -204,6 +211,30 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     error: ErrorInfo | None = None
     weights_version: int | None = None
     """Of all tokens of this sequence; on its first delta."""
+    embedding: bytes | None = None
+
+
+type PoolingKind = Literal["last", "mean", "cls"]
+"""Which hidden state of a prompt is its embedding: its last token's, the mean of all, its first token's."""
+
+
+class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model makes embeddings of texts, as its checkpoint or the options say."""
+
+    pooling: PoolingKind
+    width: int
+    normalised: bool = True
+    """To length 1."""
+    shortened: bool = False
+    """The model was trained for embeddings that are cut to fewer dimensions (Matryoshka, Kusupati et al. 2022)."""
+    sizes: tuple[int, ...] = ()
+    """Those that it was trained for; empty: any."""
+    longest: int | None = None
+    """Tokens that a text may have by the checkpoint's files, where they say."""
+    prompt: str = ""
+    """What is put before every text."""
+    lower: bool = False
+    """Texts are put into lower case first."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +258,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Devices, as --mesh says it: replicas of the engine x devices of each."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
+    embedding: EmbeddingInfo | None = None
+    """Of an engine that gives embeddings, and those only; None: it generates."""
     weights_version: int = 0
     """How often weights or model code were switched since the engine's first start."""
 
@@ -260,11 +293,18 @@ def check_request(request: Request, info: EngineInfo) -> None:
     Raises InvalidParameter, UnsupportedParameter or PromptTooLong.
     """
     params, prompt = request.params, request.prompt_token_ids
+    _check_task(request, info)
     if not prompt:
         raise InvalidParameter("the prompt is empty: at least one token is needed", param="prompt")
     if bad := [i for i in prompt if not 0 <= i < info.vocab_size]:
         raise InvalidParameter(
             f"prompt token id {bad[0]} is out of range: the vocabulary has {info.vocab_size} ids", param="prompt"
+        )
+    if request.embed and len(prompt) > info.max_model_len:
+        raise PromptTooLong(
+            f"This model's maximum context length is {info.max_model_len} tokens. However, the input has {len(prompt)} "
+            "tokens. Please shorten it, or give truncate_prompt_tokens.",
+            param="prompt",
         )
     wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
     scoring = params.max_tokens == 0  # then the last token is predicted, and does not take a place
@@ -310,4 +350,26 @@ def check_request(request: Request, info: EngineInfo) -> None:
     if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
         raise InvalidParameter(
             f"timeout must be a positive number of seconds, got {request.timeout_s}", param="timeout"
+        )
+
+
+def embedding_of(info: EngineInfo) -> EmbeddingInfo:
+    """How the engine makes embeddings. Raises UnsupportedParameter for one that generates."""
+    if info.embedding is None:
+        raise UnsupportedParameter(
+            "this model generates text and gives no embeddings: serve an embedding model, or this one with --task "
+            "embed",
+            param="model",
+        )
+    return info.embedding
+
+
+def _check_task(request: Request, info: EngineInfo) -> None:
+    if request.embed:
+        embedding_of(info)
+    elif info.embedding is not None:
+        raise UnsupportedParameter(
+            "this model gives embeddings and generates no text: use /v1/embeddings; to generate, serve another model, "
+            "or this one with --task generate if it can",
+            param="model",
         )

@@ -79,6 +79,18 @@ class Launched:
         return sampled
 
 
+class Pooled:
+    """The same of a step that makes embeddings."""
+
+    def __init__(self, plan: Plan, rows: jax.Array):
+        self._plan, self._rows = plan, rows
+        rows.copy_to_host_async()
+
+    def result(self) -> Sampled:
+        host = np.asarray(self._rows)
+        return Sampled((), embeddings={i: host[i].tobytes() for i, row in enumerate(self._plan.rows) if row.last})
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What `Runner.prepare` has made ready for `install`."""
@@ -117,6 +129,7 @@ class Runner:
         self._wait = platform == "cpu" and devices > 1
         self._sharers = MeshShape.parse(options.device.mesh or "1").devices
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
+        self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)
         self.programs = _programs(loaded)
         weights = bytes_per_device(self._params)
@@ -151,6 +164,7 @@ class Runner:
             priorities=options.schedule.scheduling_policy == "priority",
             device_bytes={kind: size * devices for kind, size in by_kind.items()},
             mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
+            embedding=loaded.embedding,
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
@@ -161,7 +175,7 @@ class Runner:
             f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
 
-    def launch(self, plan: Plan) -> tuple[Launched, int]:
+    def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
         for sequence in plan.admitted:
             if _needs_binding(sequence):
@@ -173,7 +187,8 @@ class Runner:
         self._state, output = compiled(self._params, self._state, buffer)
         if self._wait:
             jax.block_until_ready(self._state)
-        return Launched(plan, output), shape.tokens * plan.steps - plan.num_computed
+        launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
+        return launched, shape.tokens * plan.steps - plan.num_computed
 
     def most_steps(self, seqs: int) -> int:
         """How many decode steps a launch of so many sequences may take: 1 until one of several is compiled for them."""
@@ -249,8 +264,11 @@ class Runner:
         return next((n for n in (512, 256, 128) if n * work <= CPU_STEP_FLOPS), 64)
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
-        known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
+        known = self._shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
         return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps) for s in known}
+
+    def _shapes(self, seqs: int, tokens: int) -> list[Shape]:
+        return batch.shapes(seqs, tokens, self._least, singles=not self._embeds)
 
     def _get(self, program: Program) -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
@@ -283,13 +301,19 @@ class Runner:
         if wanted_len is not None and wanted_len > self.config.max_positions:
             raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048)
+        whole = 0 if self.model.causal else length  # a step of an encoder holds prompts whole
+        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048, whole)
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
                 "token; raise --max-num-batched-tokens or lower --max-num-seqs"
             )
-        largest, *_ = batch.covering(batch.shapes(seqs, tokens, self._least))
+        if tokens < whole:
+            raise ConfigError(
+                f"max_num_batched_tokens {tokens} is less than max_model_len {length}: an encoder takes prompts whole; "
+                "raise --max-num-batched-tokens or lower --max-model-len"
+            )
+        largest, *_ = batch.covering(self._shapes(seqs, tokens))
         page = attention.page_size(
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
@@ -322,7 +346,9 @@ class Runner:
                     f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
                     f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
                 )
-            if cpu:
+            if whole:  # for two steps: one runs while the next is planned, and nothing stays
+                pages = min(pages, 2 * (-(-tokens // page) + seqs))
+            elif cpu:
                 pages = min(pages, -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page))
         else:
             pages = given
@@ -395,7 +421,8 @@ class Runner:
 
 def _programs(loaded: Loaded) -> Programs:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
-    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes)
+    pooling = loaded.embedding.pooling if loaded.embedding is not None else None
+    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling)
 
 
 def _num_params(loaded: Loaded) -> int:

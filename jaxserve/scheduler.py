@@ -65,7 +65,7 @@ class Sequence:
     @property
     def num_wanted(self) -> int:
         """Tokens to compute: all, but for the last one of a prompt that is only scored, which predicts nothing."""
-        return max(1, self.num_prompt - 1) if self.scoring else self.length
+        return max(1, self.num_prompt - 1) if self.scoring and not self.request.embed else self.length
 
     @property
     def num_output(self) -> int:
@@ -124,6 +124,8 @@ class Sampled:
     logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprobs]] = field(default_factory=dict)
     """By row: the log-probabilities of the tokens at its `scored` positions."""
+    embeddings: dict[int, bytes] = field(default_factory=dict)
+    """By row that ends a prompt, of a model that gives embeddings: see Delta."""
 
 
 @dataclass(slots=True)
@@ -155,9 +157,12 @@ class Scheduler:
         priorities: bool = False,
         prefix_caching: bool = True,
         most_steps: Callable[[int], int] = lambda seqs: 1,
+        whole_prompts: bool = False,
     ):
-        """`most_steps` says how many decode steps a launch of so many sequences may take."""
+        """`most_steps` says how many decode steps a launch of so many sequences may take. `whole_prompts`: a prompt is
+        computed in one step, as encoders need it, and not in pieces."""
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
+        assert max_num_batched_tokens >= max_model_len or not whole_prompts, "the longest prompt must fit a step"
         assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
         self.pages = pages
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -166,6 +171,7 @@ class Scheduler:
         self.priorities = priorities
         self.prefix_caching = prefix_caching
         self._most_steps = most_steps
+        self.whole_prompts = whole_prompts
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_deferred = 0
@@ -310,6 +316,8 @@ class Scheduler:
                 continue
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
+            if self.whole_prompts and sequence.num_wanted > budget:
+                break
             blocks = self._sharable(sequence)
             found = self.pages.match(blocks)
             if len(found) < len(blocks) and blocks[len(found)] in computing:
@@ -351,7 +359,8 @@ class Scheduler:
             if not row.last:
                 continue
             if not produced:  # max_tokens 0: the prompt was all there was to compute
-                deltas.append(self._deliver(sequence, (), None, FinishReason.LENGTH, None, now))
+                ending = FinishReason.STOP if sequence.request.embed else FinishReason.LENGTH
+                deltas.append(self._deliver(sequence, (), None, ending, None, now, sampled.embeddings.get(i)))
                 continue
             sequence.in_flight -= row.steps
             tokens, finish, stop_token = sampled.tokens[i], None, None
@@ -513,6 +522,7 @@ class Scheduler:
         finish: FinishReason | None,
         stop_token: int | None,
         now: float,
+        embedding: bytes | None = None,
     ) -> Delta:
         first = sequence.num_output == len(tokens)
         prompt_logprobs = sequence.prompt_logprobs if first else None
@@ -530,6 +540,7 @@ class Scheduler:
             finish,
             stop_token,
             weights_version=self.weights_version if first else None,
+            embedding=embedding,
         )
 
 

@@ -33,6 +33,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "expert_ffn": ("model",),
     "width": (),
     "head_dim": (),
+    "positions": (),
+    "types": (),
 }
 """Logical axes and the mesh axes that divide them; none: every device has all of it."""
 
@@ -209,9 +211,10 @@ class Partition:
             window: int | None = None,
             soft_cap: float | None = None,
             sinks: jax.Array | None = None,
+            causal: bool = True,
         ) -> tuple[jax.Array, Cache]:
             def local(sinks: jax.Array | None, *arrays: Any) -> tuple[jax.Array, Cache]:
-                return kernel(*arrays, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+                return kernel(*arrays, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, causal=causal)
 
             rows = _cut(cache)
             return jax.shard_map(

@@ -1,7 +1,8 @@
 """What a model file may assume: how it names its weights, its cache and its attention. No engine, no mesh.
 
 A model is a module with `Config.from_hf(dict)`, `param_specs(config)`, `forward(...)` and `logits(...)`; it may have
-`unused(name)` and `EXAMPLE` as well. `Model` is that module seen as a type.
+`unused(name)` and `EXAMPLE` as well. With `CAUSAL = False` it is an encoder, which has no logits: embeddings are made
+of its hidden states. `Model` is that module seen as a type.
 """
 
 import math
@@ -164,7 +165,8 @@ class CacheSpec:
 class Attend(Protocol):
     """Attention as a model sees it: writes k and v of this step into the cache, then reads.
 
-    Every token attends to itself and its past; with `window` to the last `window` positions, itself included.
+    Every token attends to itself and its past; with `window` to the last `window` positions, itself included; where
+    `causal` is False, as encoders have it, to all of its sequence, which must be in this step whole.
     `scale` multiplies the scores (default head_dim ** -0.5), `soft_cap` bounds them by cap * tanh(score / cap), and
     `sinks` are logits, one a query head, that take a share of the weights and have no value.
     """
@@ -181,6 +183,7 @@ class Attend(Protocol):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
+        causal: bool = True,
     ) -> tuple[Float[Array, "T N H"], Cache]: ...
 
 
@@ -219,12 +222,16 @@ class Model:
     """unused(tensor name) -> whether a checkpoint may hold this tensor although no spec names it: a mask, say."""
     example: Mapping[str, Any] | None = None
     """A config.json of few and small layers, for `jaxserve check` to compute with."""
+    causal: bool = True
+    """Otherwise an encoder: it takes prompts whole, and nothing of them stays in the cache."""
 
     @classmethod
     def of(cls, module: Any, name: str | None = None) -> "Model":
         """The Model of a module, or of any object that has what a model file has. Raises ConfigError for a lack."""
         name = name or module.__name__.rsplit(".", 1)[-1]
-        lacks = [n for n in ("Config", "param_specs", "forward", "logits") if not hasattr(module, n)]
+        causal = getattr(module, "CAUSAL", True)
+        needed = ("Config", "param_specs", "forward", *(("logits",) if causal else ()))
+        lacks = [n for n in needed if not hasattr(module, n)]
         if not lacks and not hasattr(module.Config, "from_hf"):
             lacks = ["Config.from_hf"]
         if lacks:
@@ -234,11 +241,16 @@ class Model:
             module.Config.from_hf,
             module.param_specs,
             module.forward,
-            module.logits,
+            module.logits if causal else _no_logits,
             getattr(module, "unused", cls.unused),
             getattr(module, "EXAMPLE", None),
+            causal,
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:
-        """The cache of a model whose layers all keep their keys and values."""
-        return CacheSpec(config.layers, config.kv_heads, config.head_dim)
+        """The cache: every layer's keys and values, or of an encoder those of the layer that is being computed."""
+        return CacheSpec(config.layers if self.causal else 1, config.kv_heads, config.head_dim)
+
+
+def _no_logits(params: Params, config: Any, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    raise ConfigError("an encoder predicts no tokens; it gives embeddings: LLM.embed, /v1/embeddings")

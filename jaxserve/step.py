@@ -16,7 +16,8 @@ import numpy as np
 from jaxserve import attention, sampling
 from jaxserve.batch import Layout, Shape, StepInput
 from jaxserve.native.attention import untouched_cache
-from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
+from jaxserve.pooling import pool
+from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, PoolingKind
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
 from jaxserve.sharding import Partition
 from jaxserve.spec import Model, Params
@@ -87,18 +88,21 @@ class Programs:
     """Of the KV cache."""
     params: Params
     """The tree of weights as jax.ShapeDtypeStructs with their shardings."""
+    pooling: PoolingKind | None = None
+    """What a step makes of the hidden states where embeddings are wanted; None: tokens."""
 
     def step(self, shape: Shape, sizes: Sizes) -> Program:
         """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated.
 
         Where a sequence has one token each and `sizes.decode_steps` are allowed, it takes as many as the buffer says.
+        With `pooling` the second result is the sequences' pooled hidden states, float32 [S, D].
         """
         layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps)
         sizes = replace(sizes, decode_steps=layout.steps)
         params, tree = jax.tree.flatten(self.params)
         state, everywhere = self.state(sizes), self.partition.everywhere
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere)
-        what = ("step", self.config, self.kernel.__module__, shape, sizes, tree)
+        what = ("step", self.config, self.kernel.__module__, self.pooling, shape, sizes, tree)
         return Program(
             what, partial(_step, self, tree, layout), (params, state, buffer), 1, (_shardings(state), everywhere)
         )
@@ -158,7 +162,7 @@ def _bind(state: StepState, *binding: jax.Array) -> StepState:
 
 def _step(
     programs: Programs, tree: Any, layout: Layout, params: list[jax.Array], state: StepState, buffer: jax.Array
-) -> tuple[StepState, StepOutput]:
+) -> tuple[StepState, StepOutput | jax.Array]:
     with programs.partition.tracing():
         step = programs.partition.whole(layout.unpack(buffer))
         one = partial(_whole_step, programs, jax.tree.unflatten(tree, params), layout)
@@ -180,7 +184,7 @@ class _Loop(NamedTuple):
 
 
 def _decode_loop(
-    one: Callable[[StepState, StepInput], tuple[StepState, StepOutput]],
+    one: Callable[[StepState, StepInput], tuple[StepState, Any]],
     layout: Layout,
     top: int,
     state: StepState,
@@ -222,8 +226,8 @@ def _decode_loop(
 
 def _whole_step(
     programs: Programs, weights: Params, layout: Layout, state: StepState, step: StepInput
-) -> tuple[StepState, StepOutput]:
-    """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember."""
+) -> tuple[StepState, StepOutput | jax.Array]:
+    """One step, whole: resolve tokens, forward, logits of the last rows, sample, remember; or forward and pool."""
     model, partition = programs.model, programs.partition
     config = partition.config
     size, seqs = layout.shape.tokens, layout.shape.seqs
@@ -243,6 +247,10 @@ def _whole_step(
         layers, kernel = model.cache_spec(config).layers, partition.over_heads(programs.kernel)
         attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
+    if programs.pooling is not None:
+        with jax.named_scope("pool"):
+            pooled = partition.whole(pool(hidden, step.cu_q_lens, programs.pooling))
+        return StepState(cache, replace(state.slots, history=history)), pooled
     last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
     slots = replace(state.slots, history=history)
 

@@ -15,7 +15,7 @@ from jaxserve.client import EngineClient
 from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
 from jaxserve.host_memory import give_back
 from jaxserve.metrics import FrontMetrics
-from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
+from jaxserve.request import EMBED, Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
 from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer, read_gguf, text_gguf
 from jaxserve.tokenizer.base import read_json
 
@@ -71,6 +71,14 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     """On the first delta of an index; see EngineInfo."""
 
 
+class PooledDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """All that comes of a text that is embedded: its pooled hidden state, which embedding.finished takes."""
+
+    pooled: bytes
+    num_cached_tokens: int
+    weights_version: int
+
+
 type Prompt = str | Sequence[int]
 """Text, or token ids."""
 
@@ -122,6 +130,30 @@ class TextModel:
         llama.cpp; parse_special=False for text that comes from somebody else. Any thread may call this.
         """
         return tuple(self.tokenizer.encode(prompt, parse_special=parse_special))
+
+    def encode_embedded(self, text: str, longest: int | None = None) -> tuple[int, ...]:
+        """The ids of a text to embed, with all that the model wants around it. Any thread may call this.
+
+        Of more than `longest` ids the last ones of the text itself are left out. Raises InvalidParameter for an empty
+        text, or where what is around it leaves no room.
+        """
+        if not text:
+            raise InvalidParameter("the text is empty: there is nothing to embed", param="input")
+        info = self.client.info.embedding
+        if info is not None:
+            text = info.prompt + (text.lower() if info.lower else text)
+        ids = self.encode_prompt(text)
+        if longest is None or len(ids) <= longest:
+            return ids
+        bare = tuple(self.tokenizer.encode(text, add_special_tokens=False, parse_special=True))
+        before = next((k for k in range(len(ids)) if ids[k : k + len(bare)] == bare), 0)
+        kept = longest - (len(ids) - len(bare))
+        if kept < 1:
+            raise InvalidParameter(
+                f"{longest} tokens leave no room for the text: the model wants {len(ids) - len(bare)} of its own",
+                param="truncate_prompt_tokens",
+            )
+        return ids[: before + kept] + ids[before + len(bare) :]
 
     def encode_chat(
         self,
@@ -186,6 +218,53 @@ class TextModel:
         )
         check_request(request, info)
         return self._deltas(request, arrival)
+
+    def embed(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        request_id: str,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[PooledDelta, None]:
+        """One PooledDelta of a prompt. Raises as `generate` does; so is it closed."""
+        arrival = time.monotonic()
+        request = Request(
+            id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=EMBED,
+            priority=priority,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt,
+            embed=True,
+        )
+        check_request(request, self.client.info)
+        return self._pooled(request, arrival)
+
+    async def _pooled(self, request: Request, arrival: float) -> AsyncGenerator[PooledDelta, None]:
+        timer = self.metrics.track(arrival) if self.metrics is not None else None
+        outcome = "error"
+        try:
+            generator = cast(AsyncGenerator[Delta, None], self.client.generate(request))
+            async with aclosing(generator) as deltas:
+                async for delta in deltas:
+                    assert delta.embedding is not None, "a model that gives embeddings gives nothing else"
+                    outcome = "stop"
+                    yield PooledDelta(
+                        pooled=delta.embedding,
+                        num_cached_tokens=delta.num_cached_tokens or 0,
+                        weights_version=delta.weights_version or 0,
+                    )
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "abort" if outcome == "error" else outcome
+            raise
+        except BaseException:
+            outcome = "error"
+            raise
+        finally:
+            if timer is not None:
+                timer.finish(outcome, len(request.prompt_token_ids), [0])
 
     async def _deltas(self, request: Request, arrival: float) -> AsyncGenerator[TextDelta, None]:
         sequences = [_Sequence(self.tokenizer, request) for _ in range(request.params.n)]

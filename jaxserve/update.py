@@ -77,7 +77,7 @@ def edited(served: Loaded, options: ModelOptions, path: Path, workspace: int, *,
     """
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config, options.model_code)
-    config = limited(config, options)
+    config = limited(config, options, served.embedding)
     partition = Partition(served.partition.mesh, model, config)
     packs = served.attention == "cpu"
     trace(model, config, served.dtype, stored_shapes(checkpoint, served.dtype, packs))
@@ -101,7 +101,7 @@ def _check_same_model(served: Loaded, options: ModelOptions, checkpoint: Checkpo
             raise ConfigError(f"{checkpoint.path} is a model of {model.name}; served is one of {served.model.name}")
     else:
         config = own_config(served.model, checkpoint.config)
-    config, now = limited(config, options), served.config
+    config, now = limited(config, options, served.embedding), served.config
     other = [f.name for f in fields(now) if getattr(config, f.name) != getattr(now, f.name)]
     if other:
         differences = ", ".join(f"{name} is {getattr(config, name)!r}, not {getattr(now, name)!r}" for name in other)

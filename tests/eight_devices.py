@@ -28,14 +28,16 @@ from jaxserve.client import EngineState
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, EngineOptions, MeshShape, ModelOptions, ScheduleOptions
 from jaxserve.conformance_mesh import check_divided
+from jaxserve.embedding import finished
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.model_code import load_model_code
 from jaxserve.models import find_model
-from jaxserve.request import Update
+from jaxserve.request import EMBED, Request, Update
 from jaxserve.runner import Runner
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, ParamSpec, weight
+from jaxserve.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 # Query and kv heads: 4 4 (and a vocabulary that is prime), 7 1, and 4 2 for all others but OLMo 2: 6 2.
@@ -215,6 +217,24 @@ def test_a_step_changes_the_cache_in_place_and_a_block_waits_twice(four, shape):
 def is_collective(line):
     kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
     return any(f" {kind}(" in line or f" {kind}-start(" in line for kind in kinds)
+
+
+@pytest.mark.parametrize(("name", "kind", "mesh"), [("bert", "mean", "1x2"), ("qwen3", "last", "1x4")])
+def test_embeddings_of_a_divided_model_are_the_same(name, kind, mesh):
+    path = GOLDENS / "embeddings" / name
+    golden = np.load(path / "golden.npz")
+    tokenizer = load_tokenizer(path)
+    with Running(path, seqs=4, budget=128, page=16, pages=20, mesh=mesh, warmup="lazy") as engine:
+        one_shape_only(engine)
+        info = engine.thread.info.embedding
+        deltas = {}
+        for i, text in enumerate(golden["texts"]):
+            ids = tuple(tokenizer.encode(str(text)))
+            engine.thread.submit(Request(id=str(i), prompt_token_ids=ids, params=EMBED, embed=True))
+        while len(deltas) < len(golden["texts"]):
+            deltas |= {int(d.request_id): finished(d.embedding, info) for d in engine._deltas.get(timeout=120)}
+    found = np.stack([deltas[i] for i in range(len(deltas))])
+    np.testing.assert_allclose(found, golden[kind], atol=1e-5)
 
 
 def test_memory_is_told_by_device_and_in_sum(four):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from jaxserve.client import EngineState, EngineStatus
 from jaxserve.errors import EngineStopped, JaxserveError
@@ -173,10 +174,21 @@ class FakeEngine:
         finally:
             self.running.discard(request.id)
 
+    def _embedded(self, request: Request) -> Delta:
+        """(length, first id, last id, 0, ...) of the prompt."""
+        assert self._info.embedding is not None
+        vector = np.zeros(self._info.embedding.width, np.float32)
+        prompt = request.prompt_token_ids
+        vector[:3] = len(prompt), prompt[0], prompt[-1]
+        return Delta(request.id, num_cached_tokens=0, finish=FinishReason.STOP, embedding=vector.tobytes())
+
     def _held(self) -> bool:
         return self.steps_left == 0 or (self.gate is not None and not self.gate.is_set())
 
     async def _deltas(self, request: Request) -> AsyncIterator[Delta]:
+        if request.embed:
+            yield self._embedded(request)
+            return
         params, prompt = request.params, request.prompt_token_ids
         left = {k: self._tokens(request, k) for k in range(params.n)}
         prompt_logprobs = None

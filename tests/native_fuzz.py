@@ -68,7 +68,9 @@ def random_case(rng):
     data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held), jnp.asarray(scales)]
     step["sinks"] = rng.normal(size=int(rng.choice([0, kv_heads * group]))).astype(np.float32)  # often none
     window, soft_cap = np.int64(rng.choice([0, 0, 1, 5, 70])), np.float32(rng.choice([0, 0, 0.5, 50]))
-    return data, step, {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap}, sum(q_lens)
+    causal = bool(window or rng.random() < 0.7)
+    attributes = {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap, "causal": causal}
+    return data, step, attributes, sum(q_lens)
 
 
 def attend(q, k, v, cache, scales, *step, **attributes):
@@ -302,7 +304,8 @@ def misfit(rng, heads, scales):
         ({"sinks": np.zeros(heads, np.float16)}, {}),
         ({}, {"soft_cap": np.float32(rng.choice([-1, np.inf, np.nan]))}),
         ({}, {"window": np.int64(-1)}),
-    ][rng.integers(0, 6)]
+        ({}, {"window": np.int64(3), "causal": False}),
+    ][rng.integers(0, 7)]
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def test_a_body_is_answered_as_over_http(batch, tmp_path) -> None:
         ({"custom_id": "x", "url": "/v1/completions"}, "missing required field `body`"),
         (text_row("x") | {"custom_id": 7}, "line 2: not a line"),
         (text_row("x") | {"method": "GET"}, "method 'GET' is not served"),
-        (text_row("x") | {"url": "/v1/embeddings"}, "url '/v1/embeddings' is not served in a batch; served are"),
+        (text_row("x") | {"url": "/v1/images"}, "url '/v1/images' is not served in a batch; served are"),
         (text_row("first"), "custom_id 'first' was used before, in line 1"),
         (text_row("x", ""), "the prompt is empty"),
         (text_row("x", "y" * 600), "maximum context length is 512 tokens"),

@@ -46,6 +46,8 @@ def checkpoint():
         "tokenizer.model": b"sentencepiece",
         "chat_template.jinja": b"{{ messages }}",
         "merges.txt": b"a b",
+        "modules.json": b"[]",
+        "1_Pooling/config.json": b"{}",
     }
     unwanted = ("pytorch_model.bin", "m.gguf", "onnx/config.json", "original/x.safetensors", "consolidated.safetensors")
     return weights, files, files | dict.fromkeys(unwanted, b"unwanted")
@@ -134,7 +136,8 @@ def test_a_download_that_stopped_goes_on_with_what_it_lacks(resolve):
         assert hub.gets(SHARD) == [None]
         again = {name for name in wanted if hub.gets(name)} - {SHARD}
         assert len(again) < len(wanted) - 1
-    assert {f.name: f.read_bytes() for f in path.iterdir()} == wanted
+    found = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+    assert found == wanted
 
 
 def test_refusals_name_the_cure(resolve):

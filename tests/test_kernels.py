@@ -71,13 +71,13 @@ def random_batch(
     return [jnp.asarray(a) for a in args], kv
 
 
-def oracle(args, kv, scale, window, soft_cap=None, sinks=None):
+def oracle(args, kv, scale, window, soft_cap=None, sinks=None, causal=True):
     q, _, _, _, _, _, cu, _ = (np.asarray(a) for a in args)
     out = []
     for s, rows in enumerate(kv):
         queries = q[cu[s] : cu[s + 1]]
         for i, query in enumerate(queries):
-            end = len(rows) - len(queries) + i + 1
+            end = len(rows) - len(queries) + i + 1 if causal else len(rows)
             start = 0 if window is None else max(0, end - window)
             group = query.shape[0] // rows.shape[1]
             for head in range(query.shape[0]):
@@ -170,12 +170,26 @@ def test_parity_with_soft_cap_and_sinks(body, window, caps):
 
 
 @pytest.mark.parametrize("body", COMPILED)
-@pytest.mark.parametrize("caps", CAPS, ids=lambda c: "+".join(c))
+@pytest.mark.parametrize(("page", "head_dim"), [(PAGE, 12), (16, 16)])
+def test_parity_where_every_token_sees_its_whole_sequence(body, page, head_dim):
+    kernel = body_of(body)
+    rng = np.random.default_rng(21)
+    run = jax.jit(lambda *a: kernel(*a, scale=0.3, causal=False))
+    for case in (dict(q_lens=[70], pasts=[0]), dict(q_lens=[1, 1, 3, 65, 1, 40, 9], pasts=[0, 0, 0, 0, 0, 0, 30])):
+        args, kv = random_batch(rng, heads=4, kv_heads=2, head_dim=head_dim, page=page, body=body, **case)
+        out, _ = run(*args)
+        want = oracle(args, kv, 0.3, None, causal=False)
+        np.testing.assert_allclose(np.asarray(out)[: len(want)], want, rtol=2e-5, atol=2e-5)
+        assert np.isfinite(np.asarray(out)).all(), "padding rows must stay finite"
+
+
+@pytest.mark.parametrize("body", COMPILED)
+@pytest.mark.parametrize("caps", [*CAPS, dict(causal=False)], ids=lambda c: "+".join(c))
 def test_bodies_agree_with_dense(body, caps):
     """`attention.dense` is what model files are tested with."""
     rng = np.random.default_rng(12)
     args, _ = random_batch(rng, heads=4, kv_heads=2, head_dim=12, q_lens=[100], pasts=[0], tokens=100, seqs_total=1)
-    for window in (None, 9):
+    for window in (None, 9) if caps.get("causal", True) else (None,):
         out, _ = body_of(body)(*args, scale=0.9, window=window, **caps)
         want, _ = attention.dense(0, *args[:3], jnp.zeros(()), scale=0.9, window=window, **caps)
         np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
@@ -214,6 +228,8 @@ def test_contract_names_what_is_wrong(body):
         kernel(args[0][:, :3], *args[1:], scale=1.0)
     with pytest.raises(ValueError, match="window"):
         kernel(*args, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="a window is that of causal attention; found 3 with causal=False"):
+        kernel(*args, scale=1.0, window=3, causal=False)
     for soft_cap in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="soft_cap must be a number above 0"):
             kernel(*args, scale=1.0, soft_cap=soft_cap)

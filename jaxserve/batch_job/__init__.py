@@ -25,7 +25,7 @@ from jaxserve.batch_job.files import digest, find, is_remote, kind_of, remote_si
 from jaxserve.batch_job.identity import describe, describe_engine, differences
 from jaxserve.batch_job.job import Job
 from jaxserve.batch_job.records import Names
-from jaxserve.batch_job.rows import read_rows
+from jaxserve.batch_job.rows import CHAT, COMPLETIONS, EMBEDDINGS, read_rows
 from jaxserve.batch_job.store import Store
 from jaxserve.client.remote import RemoteEngine
 from jaxserve.config import OFFLINE_DECODE_STEPS, EngineOptions, engine_options_of, model_name
@@ -46,7 +46,8 @@ class BatchOptions:
     """Replace an output that another job has written."""
     max_errors: int | None = None
     raw: bool = False
-    """Continue bare prompts as they are; otherwise each is a user's message, if the model has a chat template."""
+    """Continue bare prompts as they are; otherwise each is a user's message, if the model has a chat template. An
+    embedding model embeds them in any case."""
     column: str | None = None
     seed: int = 0
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -165,8 +166,11 @@ async def run_job(
                 if fresh:
                     store.begin(head | {"started": datetime.now().isoformat()})
                 assert store.head is not None
+                bare = COMPLETIONS if text.template is None or options.raw else CHAT
+                if text.client.info.embedding is not None:
+                    bare = EMBEDDINGS
                 job = Job(
-                    read_rows(sources, chat=text.template is not None and not options.raw, column=options.column),
+                    read_rows(sources, bare=bare, column=options.column),
                     text,
                     store,
                     Names(found.hex, options.seed),

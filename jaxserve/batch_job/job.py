@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from jaxserve.batch_job.records import Names, answered, refused
-from jaxserve.batch_job.rows import CHAT, COMPLETIONS, CustomIds, Row
+from jaxserve.batch_job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, CustomIds, Row
 from jaxserve.batch_job.store import SYNC_S, Store
 from jaxserve.client import EngineState
 from jaxserve.errors import (
@@ -23,11 +23,27 @@ from jaxserve.errors import (
     UnsupportedParameter,
 )
 from jaxserve.packing import packed
-from jaxserve.server.generation import Generation, read_chat, read_completion, system_fingerprint
+from jaxserve.server.embeddings import read_embeddings, read_score
+from jaxserve.server.generation import (
+    Collecting,
+    Generation,
+    Work,
+    read_chat,
+    read_completion,
+    system_fingerprint,
+)
 from jaxserve.server.openai import check_model
-from jaxserve.server.replies import Head, Reply
-from jaxserve.server.wire import ChatBody, CompletionBody, SamplingBody, parse_body
-from jaxserve.text import TextDelta, TextModel
+from jaxserve.server.replies import Head
+from jaxserve.server.wire import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    ModelBody,
+    SamplingBody,
+    ScoreBody,
+    parse_body,
+)
+from jaxserve.text import TextModel
 
 AT_ONCE = 2
 """Rows in work for each sequence that the engine computes at once: enough to keep its queue filled."""
@@ -39,6 +55,14 @@ CREATED = 0  # the clock would make each run of a job another
 MAX_DEATHS = 3
 DEAD_S = 90.0
 
+_KINDS: dict[str, tuple[type[ModelBody], str]] = {
+    CHAT: (ChatBody, "chatcmpl"),
+    COMPLETIONS: (CompletionBody, "cmpl"),
+    EMBEDDINGS: (EmbeddingBody, "embd"),
+    SCORE: (ScoreBody, "score"),
+}
+"""The body that a url takes, and how the ids of its answers begin."""
+
 _log = logging.getLogger("jaxserve.batch")
 
 
@@ -46,7 +70,7 @@ class _Asked(NamedTuple):
     """A row, and what it asks of the model."""
 
     row: Row
-    generation: Generation
+    work: Work[Any]
 
 
 class Job:
@@ -151,41 +175,50 @@ class Job:
             elif first is not None:
                 error = InvalidParameter(f"custom_id {row.custom_id!r} was used before, in {first}", param="custom_id")
                 self._fail(row, error, asked=False)
-            elif (generation := await self._translated(row)) is not None:
-                found.append(_Asked(row, generation))
-        prompts = [asked.generation.prompts[0] for asked in found]
-        limits = [asked.generation.params.max_tokens for asked in found]
+            elif (work := await self._translated(row)) is not None:
+                found.append(_Asked(row, work))
+        prompts = [asked.work.prompts[0] for asked in found]
+        works = (asked.work for asked in found)
+        limits = [work.params.max_tokens if isinstance(work, Generation) else 0 for work in works]
         order = packed(prompts, limits, self._model.client.info.page_size)
         self._ready.extend(found[i] for i in order)
 
-    async def _translated(self, row: Row) -> Generation | None:
+    async def _translated(self, row: Row) -> Work[Any] | None:
         """What a row asks of the model; None if that is refused, which is its result then."""
-        if row.url not in (CHAT, COMPLETIONS):
+        if row.url not in _KINDS:
             error = UnsupportedParameter(
-                f"url {row.url[:100]!r} is not served in a batch; served are {CHAT} and {COMPLETIONS}", param="url"
+                f"url {row.url[:100]!r} is not served in a batch; served are {', '.join(_KINDS)}", param="url"
             )
             self._fail(row, error, asked=False)
             return None
         try:
-            chat = row.url == CHAT
-            body: ChatBody | CompletionBody
-            body, ignored = parse_body(row.body, ChatBody) if chat else parse_body(row.body, CompletionBody)
+            kind, prefix = _KINDS[row.url]
+            body, ignored = parse_body(row.body, kind)
             check_model(body.model, self._model.name)
             _check_offline(body)
             if len(self.ignored) < 100:
                 self.ignored.update(ignored)
-            self._fill(body)
-            name = f"{'chatcmpl' if chat else 'cmpl'}-{body.request_id or self._names.id(row)}"
-            head = Head(name, CREATED, self._model.name, self._fingerprint)
-            if isinstance(body, ChatBody):
-                variables = {"strftime_now": self._now.strftime}
-                body.chat_template_kwargs = variables | (body.chat_template_kwargs or {})
-                generation = await read_chat(body, self._model, head)
-            else:
-                generation = await read_completion(body, self._model, head)
+            name = f"{prefix}-{body.request_id or self._names.id(row)}"
+            return await self._read_body(body, Head(name, CREATED, self._model.name, self._fingerprint))
         except Exception as error:
             self._fail(row, error, asked=True)
             return None
+
+    async def _read_body(self, body: ModelBody, head: Head) -> Work[Any]:
+        if isinstance(body, EmbeddingBody):
+            return await read_embeddings(body, self._model, head)
+        if isinstance(body, ScoreBody):
+            return await read_score(body, self._model, head)
+        assert isinstance(body, SamplingBody)
+        self._fill(body)
+        generation: Generation
+        if isinstance(body, ChatBody):
+            variables = {"strftime_now": self._now.strftime}
+            body.chat_template_kwargs = variables | (body.chat_template_kwargs or {})
+            generation = await read_chat(body, self._model, head)
+        else:
+            assert isinstance(body, CompletionBody)
+            generation = await read_completion(body, self._model, head)
         reply = generation.reply
         reply.options = msgspec.structs.replace(reply.options, cached_tokens=False)
         return generation
@@ -198,10 +231,10 @@ class Job:
 
     async def _answer(self, asked: _Asked) -> None:
         """Has a row answered; again, if the engine dies meanwhile."""
-        row, generation = asked
+        row, work = asked
         while True:
             try:
-                await self._generate(row, generation)
+                await self._compute(row, work)
                 break
             except (EngineStopped, Overloaded) as error:
                 stopped = error
@@ -211,24 +244,24 @@ class Job:
             await self._wait_for_engine(stopped)
             again = await self._translated(row)  # a reply takes in each delta once
             assert again is not None, "a row is refused for what it is"
-            generation = again
-        reply = generation.reply
+            work = again
+        reply = work.reply
         self._deaths = 0
         self._add(row, answered(row, self._names.id(row), reply.body()), failed=False, tokens=reply.completion_tokens)
 
-    async def _generate(self, row: Row, generation: Generation) -> None:
-        sources = generation.start(self._model, str(row.number), lambda i: self._names.seed(row, i))
+    async def _compute[Delta](self, row: Row, work: Work[Delta]) -> None:
+        sources = work.start(self._model, str(row.number), lambda i: self._names.seed(row, i))
         if len(sources) == 1:
-            await _collect(0, sources[0], generation.reply)
+            await _collect(0, sources[0], work.reply)
         else:
             turns = asyncio.Semaphore(self._model.client.info.max_num_seqs)
             try:
                 async with asyncio.TaskGroup() as group:
                     for i, source in enumerate(sources):
-                        group.create_task(_collect(i, source, generation.reply, turns))
+                        group.create_task(_collect(i, source, work.reply, turns))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-        assert generation.reply.complete, "the engine ended a request without finishing all of its sequences"
+        assert work.reply.complete, "the engine ended a request without finishing all of its sequences"
 
     async def _wait_for_engine(self, error: Exception) -> None:
         """Returns when the engine takes requests again. Raises BatchStopped if it stays away, or dies over and over."""
@@ -270,17 +303,17 @@ class Job:
         self._moved.set()
 
 
-async def _collect(
-    prompt: int, source: AsyncGenerator[TextDelta], reply: Reply, turns: asyncio.Semaphore | None = None
+async def _collect[Delta](
+    prompt: int, source: AsyncGenerator[Delta], reply: Collecting[Delta], turns: asyncio.Semaphore | None = None
 ) -> None:
     async with turns or contextlib.nullcontext(), contextlib.aclosing(source):
         async for delta in source:
             reply.add(prompt, delta)
 
 
-def _check_offline(body: SamplingBody) -> None:
+def _check_offline(body: ModelBody) -> None:
     """Raises UnsupportedParameter for what has no meaning in a file, or another one each time."""
-    if body.stream:
+    if isinstance(body, SamplingBody) and body.stream:
         raise UnsupportedParameter("stream is not served in a batch: leave it out", param="stream")
     if body.timeout is not None:
         raise UnsupportedParameter(

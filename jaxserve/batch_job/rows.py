@@ -12,6 +12,7 @@ from jaxserve.config import ServerOptions
 from jaxserve.errors import BatchStopped, BodyTooLarge, InvalidParameter, JaxserveError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+EMBEDDINGS, SCORE = "/v1/embeddings", "/v1/score"
 MAX_LINE_BYTES = ServerOptions.max_body_bytes
 
 
@@ -39,10 +40,11 @@ class _Line(msgspec.Struct):
 _line_decoder = msgspec.json.Decoder(_Line)
 
 
-def read_rows(sources: list[Source], *, chat: bool, column: str | None = None) -> Iterator[Row]:
+def read_rows(sources: list[Source], *, bare: str, column: str | None = None) -> Iterator[Row]:
     """All rows in the order of the files. Blank lines are passed over; what cannot be read is a Row with an error.
 
-    chat: a bare prompt is a user's message; otherwise it is continued as it is. column: see tables.py.
+    bare: the url that a bare prompt goes to: CHAT, where it is a user's message, COMPLETIONS or EMBEDDINGS. column: see
+    tables.py.
     """
     number = 0
     for source in sources:
@@ -53,7 +55,7 @@ def read_rows(sources: list[Source], *, chat: bool, column: str | None = None) -
 
             for line, (custom_id, prompt) in enumerate(read_table(source, column), start=1):
                 place = f"{prefix}row {line}"
-                yield _prompt_row(number, line, place, custom_id or f"{prefix}row-{line}", prompt, chat)
+                yield _prompt_row(number, line, place, custom_id or f"{prefix}row-{line}", prompt, bare)
                 number += 1
             continue
         with open_read(source.path) as file, explained(source.path):
@@ -67,7 +69,7 @@ def read_rows(sources: list[Source], *, chat: bool, column: str | None = None) -
                 elif kind == "jsonl":
                     yield _json_row(number, line, place, data)
                 else:
-                    yield _text_row(number, line, place, f"{prefix}line-{line}", data, chat)
+                    yield _text_row(number, line, place, f"{prefix}line-{line}", data, bare)
                 number += 1
 
 
@@ -113,15 +115,15 @@ def _custom_id(data: bytes) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _text_row(number: int, line: int, place: str, name: str, data: bytes, chat: bool) -> Row:
+def _text_row(number: int, line: int, place: str, name: str, data: bytes, bare: str) -> Row:
     try:
-        return _prompt_row(number, line, place, name, data.decode("utf-8").rstrip("\r\n"), chat)
+        return _prompt_row(number, line, place, name, data.decode("utf-8").rstrip("\r\n"), bare)
     except UnicodeDecodeError as e:
         error = InvalidParameter(f"not UTF-8 at byte {e.start}: {e.reason}")
         return Row(number=number, line=line, place=place, custom_id=name, error=error)
 
 
-def _prompt_row(number: int, line: int, place: str, custom_id: str, prompt: Any, chat: bool) -> Row:
+def _prompt_row(number: int, line: int, place: str, custom_id: str, prompt: Any, bare: str) -> Row:
     """A row that is text, a list of messages, or neither."""
     url, body = CHAT, b""
     error: JaxserveError | None = None
@@ -130,12 +132,12 @@ def _prompt_row(number: int, line: int, place: str, custom_id: str, prompt: Any,
             raise InvalidParameter("the prompt is null", param="prompt")
         if not isinstance(prompt, str):
             body = msgspec.json.encode({"messages": prompt})
-        elif chat:
+        elif bare == CHAT:
             if not prompt:  # the template's own text would be answered
                 raise InvalidParameter("the prompt is empty", param="prompt")
             body = msgspec.json.encode({"messages": [{"role": "user", "content": prompt}]})
         else:
-            url, body = COMPLETIONS, msgspec.json.encode({"prompt": prompt})
+            url, body = bare, msgspec.json.encode({"input" if bare == EMBEDDINGS else "prompt": prompt})
     except InvalidParameter as e:
         error = e
     except (TypeError, UnicodeEncodeError) as e:

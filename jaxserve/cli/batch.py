@@ -54,10 +54,10 @@ def batch(
 ) -> int:
     """Answer a file of requests, each exactly once. Stopped or killed at any moment, the same command goes on.
 
-    The input is OpenAI's batch format (.jsonl; chat and text completions), a column of prompts or messages (.parquet,
-    .arrow), or a prompt a line (any other suffix). The output is in the order of the input: records of OpenAI's batch
-    output (.jsonl), or the input's columns and those of the answers. A bad row gets a record with its error. Exit code:
-    0 all answered; 3 all done, some with an error; 1 stopped before the end; 130 interrupted.
+    The input is OpenAI's batch format (.jsonl; chat and text completions, embeddings, scores), a column of prompts or
+    messages (.parquet, .arrow), or a prompt a line (any other suffix). The output is in the order of the input: records
+    of OpenAI's batch output (.jsonl), or the input's columns and those of the answers. A bad row gets a record with its
+    error. Exit code: 0 all answered; 3 all done, some with an error; 1 stopped before the end; 130 interrupted.
 
     Parameters
     ----------
@@ -72,7 +72,8 @@ def batch(
     max_errors
         Stop when more rows than this have failed.
     raw
-        Continue bare prompts as they are. Otherwise each is a user's message, if the model has a chat template.
+        Continue bare prompts as they are. Otherwise each is a user's message, if the model has a chat template. A model
+        of embeddings embeds them in any case.
     column
         Column of the prompts or messages. Default: messages, else prompt.
     work_dir

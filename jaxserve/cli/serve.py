@@ -92,15 +92,18 @@ def ready_text(info: EngineInfo, name: str, chat: bool, url: str, grpc: str | No
         f"  HTTP     {url}",
         f"  gRPC     {grpc or 'off'}",
         "Try it:",
-        f"  {curl(url, name, chat)}",
+        f"  {curl(url, name, chat, embeds=info.embedding is not None)}",
     ]
     return "\n".join(lines)
 
 
-def curl(url: str, name: str, chat: bool) -> str:
+def curl(url: str, name: str, chat: bool, *, embeds: bool = False) -> str:
     """A shell command that asks the server something."""
     body: dict[str, Any] = {"model": name}
-    if chat:
+    if embeds:
+        path = "/v1/embeddings"
+        body["input"] = "What is the capital of France?"
+    elif chat:
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
     else:

@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
+ENCODERS = {"BertModel": "jaxserve.models.bert"}
+"""Those that give embeddings only."""
 
 
 def find_model(hf: Mapping[str, Any], code: str | None = None) -> tuple[Model, Any]:
@@ -33,11 +35,12 @@ def find_model(hf: Mapping[str, Any], code: str | None = None) -> tuple[Model, A
         model = load_model_code(code)
         return model, own_config(model, hf)
     names = hf.get("architectures") or []
-    module = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
+    known = ARCHITECTURES | ENCODERS
+    module = next((known[n] for n in names if n in known), None)
     if module is None:
         raise ConfigError(
             f"architecture {', '.join(names) or '(none in config.json)'} is not served; "
-            f"served are {', '.join(ARCHITECTURES)}; --model-code serves a model file of your own"
+            f"served are {', '.join(known)}; --model-code serves a model file of your own"
         )
     _refuse_quantised(hf)
     model = Model.of(import_module(module))

@@ -19,6 +19,7 @@ TARGETS = (
     "jaxserve_ragged_paged_attention",
     "jaxserve_untouched",
     "jaxserve_rms_norm",
+    "jaxserve_layer_norm",
     "jaxserve_sample",
     "jaxserve_token_logprobs",
 )

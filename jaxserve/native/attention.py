@@ -23,13 +23,14 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    causal: bool = True,
 ) -> tuple[Float[Array, "T N H"], Cache]:
     """See kernels_pallas/ragged_paged_attention/contract.py; `jaxserve.native.load` must have been called.
 
     The softmax and both products are float32 whatever the types of q and of the cache. A token's result depends on
     its own sequence alone, bit for bit.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
     none = jnp.zeros(0, jnp.float32)
     held, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, none)
     call = jax.ffi.ffi_call(
@@ -40,7 +41,7 @@ def ragged_paged_attention(
     out, held, scales = call(
         q, k, v, held, scales, kv_lens, page_table, cu_q_lens, distribution,
         none if sinks is None else jnp.asarray(sinks, jnp.float32),
-        scale=np.float32(scale), window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0),
+        scale=np.float32(scale), window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0), causal=causal,
     )  # fmt: skip
     return out, Int8Cache(held, scales) if isinstance(cache, Int8Cache) else held
 

@@ -7,8 +7,6 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.text import TextDelta
-
 Receive = Callable[[], Awaitable[Any]]
 
 
@@ -27,24 +25,24 @@ class Ended:
     error: Exception | None = None
 
 
-type Event = tuple[int, TextDelta] | Ended | Signal
+type Event[Delta] = tuple[int, Delta] | Ended | Signal
 
 
-class Mailbox:
+class Mailbox[Delta]:
     """Events from several producers to one consumer, which takes all that have come at once."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[Event[Delta]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Event[Delta]) -> None:
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self) -> list[Event]:
+    async def take(self) -> list[Event[Delta]]:
         """Waits until there is an event, and takes all there are."""
         if not self._events:
             self._waiter = self._loop.create_future()
@@ -67,14 +65,14 @@ class Mailbox:
 
 
 @asynccontextmanager
-async def under_way(
-    sources: Sequence[AsyncGenerator[TextDelta]], receive: Receive, at_once: int
-) -> AsyncIterator[Mailbox]:
+async def under_way[Delta](
+    sources: Sequence[AsyncGenerator[Delta]], receive: Receive, at_once: int
+) -> AsyncIterator[Mailbox[Delta]]:
     """A mailbox of what the sources yield (`at_once` of them at a time) and of the client's hanging up.
 
     Leaving the context closes every source, which aborts its work in the engine.
     """
-    mailbox = Mailbox()
+    mailbox = Mailbox[Delta]()
     turns = asyncio.Semaphore(at_once)
     tasks = [asyncio.create_task(_pump(i, source, mailbox, turns)) for i, source in enumerate(sources)]
     tasks.append(asyncio.create_task(_watch(receive, mailbox)))
@@ -87,7 +85,9 @@ async def under_way(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(prompt: int, source: AsyncGenerator[TextDelta], mailbox: Mailbox, turns: asyncio.Semaphore) -> None:
+async def _pump[Delta](
+    prompt: int, source: AsyncGenerator[Delta], mailbox: Mailbox[Delta], turns: asyncio.Semaphore
+) -> None:
     async with turns, aclosing(source):
         try:
             async for delta in source:
@@ -98,7 +98,7 @@ async def _pump(prompt: int, source: AsyncGenerator[TextDelta], mailbox: Mailbox
             mailbox.put(Ended(prompt))
 
 
-async def _watch(receive: Receive, mailbox: Mailbox) -> None:
+async def _watch[Delta](receive: Receive, mailbox: Mailbox[Delta]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     mailbox.put(Signal.DISCONNECTED)

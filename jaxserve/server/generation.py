@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -22,6 +23,33 @@ from jaxserve.server.wire import ChatBody, CompletionBody, SamplingBody
 from jaxserve.text import TextDelta, TextModel, TokenLogprob
 
 SLOW_TO_ENCODE_CHARS = 16_384  # a longer text is tokenised in a thread, so that other streams go on
+
+
+class Collecting[Delta](Protocol):
+    """An answer that is not streamed, as it grows."""
+
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def complete(self) -> bool: ...
+    def add(self, prompt: int, delta: Delta) -> None: ...
+    def body(self) -> bytes: ...
+
+
+class Work[Delta](Protocol):
+    """What a body asks of the model: Generation is that of texts, Pooling that of vectors."""
+
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def reply(self) -> Collecting[Delta]: ...
+    def start(
+        self, model: TextModel, unique: str, seed_of: Callable[[int], int] | None = None
+    ) -> list[AsyncGenerator[Delta]]: ...
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineStopped, JaxserveError
 from jaxserve.metrics import FrontMetrics
 from jaxserve.server import about, admin
+from jaxserve.server.embeddings import Pooling, read_embeddings, read_score
 from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
 from jaxserve.server.generation import (
     SLOW_TO_ENCODE_CHARS,
+    Collecting,
     Generation,
     in_thread_if,
     read_chat,
@@ -32,12 +34,14 @@ from jaxserve.server.wire import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    SamplingBody,
+    EmbeddingBody,
+    ModelBody,
+    ScoreBody,
     TokenizeBody,
     UpdateParamsBody,
     parse_body,
 )
-from jaxserve.text import TextModel
+from jaxserve.text import TextDelta, TextModel
 
 FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
 
@@ -65,6 +69,9 @@ class HttpApp:
             [
                 self._route("/v1/chat/completions", self._chat, "POST"),
                 self._route("/v1/completions", self._completion, "POST"),
+                self._route("/v1/embeddings", self._embeddings, "POST"),
+                self._route("/v1/score", self._score, "POST"),
+                self._route("/score", self._score, "POST"),
                 self._route("/v1/models", self._models),
                 self._route("/v1/models/{name:path}", self._models),
                 self._route("/tokenize", self._tokenize, "POST"),
@@ -125,8 +132,16 @@ class HttpApp:
         body = await self._read(exchange, CompletionBody)
         await self._answer(exchange, await read_completion(body, self._model, self._head("cmpl", body)))
 
-    async def _read[Body: SamplingBody](self, exchange: Exchange, kind: type[Body]) -> Body:
-        """The body of a request to generate, if there is an engine to do it and it is asked for by its name."""
+    async def _embeddings(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, EmbeddingBody)
+        await self._answer_pooled(exchange, await read_embeddings(body, self._model, self._head("embd", body)))
+
+    async def _score(self, exchange: Exchange) -> None:
+        body = await self._read(exchange, ScoreBody)
+        await self._answer_pooled(exchange, await read_score(body, self._model, self._head("score", body)))
+
+    async def _read[Body: ModelBody](self, exchange: Exchange, kind: type[Body]) -> Body:
+        """The body of a request for the model, if there is an engine to do it and it is asked for by its name."""
         data = await exchange.body(self._options.max_body_bytes)
         if self.draining:
             raise EngineStopped("the server is shutting down")
@@ -141,11 +156,18 @@ class HttpApp:
             exchange.notes["user"] = ascii(body.user[:64])
         return body
 
-    def _head(self, prefix: str, body: SamplingBody) -> Head:
+    def _head(self, prefix: str, body: ModelBody) -> Head:
         name = body.request_id or uuid.uuid4().hex
         info = self._client.info
         fingerprint = system_fingerprint(info)
         return Head(f"{prefix}-{name}", int(time.time()), self._model.name, fingerprint, info.weights_version)
+
+    async def _answer_pooled(self, exchange: Exchange, asked: Pooling) -> None:
+        sources = asked.start(self._model, uuid.uuid4().hex)
+        exchange.notes |= {"reply": asked.reply.head.id, "prompt_tokens": asked.reply.prompt_tokens}
+        async with under_way(sources, exchange.receive, self._client.info.max_num_seqs) as mailbox:
+            await self._collect(asked.reply, mailbox)
+        await exchange.reply(200, asked.reply.body(), headers=(_version_header(asked.reply.weights_versions),))
 
     async def _answer(self, exchange: Exchange, asked: Generation) -> None:
         reply, stream = asked.reply, bool(asked.body.stream)
@@ -163,7 +185,7 @@ class HttpApp:
         finally:
             exchange.notes |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
 
-    async def _collect(self, reply: Reply, mailbox: Mailbox) -> None:
+    async def _collect[Delta](self, reply: Collecting[Delta], mailbox: Mailbox[Delta]) -> None:
         left = len(reply.prompts)
         while left:
             for event in await mailbox.take():
@@ -178,7 +200,7 @@ class HttpApp:
                         reply.add(prompt, delta)
         _check_complete(reply)
 
-    async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox) -> None:
+    async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox[TextDelta]) -> None:
         """Writes events as they come, all that are ready at once; an error before the first still sets the status.
 
         Headers that go out before the first token say the weights' version of that moment; the events know better.
@@ -298,6 +320,6 @@ def _version_header(versions: Sequence[int]) -> tuple[bytes, bytes]:
     return b"x-jaxserve-weights-version", ", ".join(map(str, versions)).encode()
 
 
-def _check_complete(reply: Reply) -> None:
+def _check_complete(reply: Collecting[Any]) -> None:
     if not reply.complete:
         raise JaxserveError("the engine ended a request without finishing all of its sequences")

@@ -9,7 +9,7 @@ import msgspec
 from jaxserve.errors import InvalidParameter, ModelNotFound, RequestError, UnsupportedParameter
 from jaxserve.request import MAX_N, MAX_TOP_LOGPROBS, SamplingParams
 from jaxserve.server.replies import ReplyOptions
-from jaxserve.server.wire import ChatBody, CompletionBody, SamplingBody, TokenizeBody
+from jaxserve.server.wire import ChatBody, CompletionBody, ModelBody, SamplingBody, TokenizeBody
 from jaxserve.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024
@@ -85,24 +85,32 @@ def completion_params(
     return params, _reply_options(body, body.logprobs, echo=bool(body.echo))
 
 
-def completion_prompts(prompt: str | Sequence[str | int | Sequence[int]], n: int) -> list[str | tuple[int, ...]]:
-    """The prompts of a completion request: a text, texts, token ids, or lists of token ids. Raises InvalidParameter."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise InvalidParameter("the prompt is empty", param="prompt")
-    kinds = {type(p) for p in prompt}
+def texts_or_ids(given: str | Sequence[str | int | Sequence[int]], param: str) -> list[str | tuple[int, ...]]:
+    """What a field may hold: a text, texts, token ids, or lists of token ids. Raises InvalidParameter."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise InvalidParameter(f"the {param} is empty", param=param)
+    kinds = {type(p) for p in given}
     if len(kinds) > 1:
-        raise InvalidParameter("prompt mixes texts, token ids and lists of token ids", param="prompt")
+        raise InvalidParameter(f"{param} mixes texts, token ids and lists of token ids", param=param)
     if kinds == {int}:
-        return [tuple(prompt)]  # type: ignore[arg-type]
+        return [tuple(given)]  # type: ignore[arg-type]
+    return [p if isinstance(p, str) else tuple(p) for p in given]  # type: ignore[arg-type]
+
+
+def completion_prompts(prompt: str | Sequence[str | int | Sequence[int]], n: int) -> list[str | tuple[int, ...]]:
+    """The prompts of a completion request, as `texts_or_ids` takes them. Raises InvalidParameter."""
+    prompts = texts_or_ids(prompt, "prompt")
+    if len(prompts) == 1:
+        return prompts
     if len(prompt) > MAX_PROMPTS or len(prompt) * n > MAX_CHOICES:
         raise InvalidParameter(
             f"{len(prompt)} prompts with n={n}: at most {MAX_PROMPTS} prompts and {MAX_CHOICES} choices are served "
             "in one request; send several requests",
             param="prompt",
         )
-    return [p if isinstance(p, str) else tuple(p) for p in prompt]  # type: ignore[arg-type]
+    return prompts
 
 
 def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -172,10 +180,7 @@ def _check_common(body: SamplingBody) -> None:
         raise InvalidParameter(f"n must be in [1, {MAX_N}], got {n}", param="n")
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("stream_options needs stream to be true", param="stream_options")
-    if body.priority is not None and not -(2**31) <= body.priority < 2**31:
-        raise InvalidParameter("priority must fit in 32 bits", param="priority")
-    if body.request_id is not None and not REQUEST_ID.fullmatch(body.request_id):
-        raise InvalidParameter("request_id must be 1 to 128 letters, digits or any of . _ : -", param="request_id")
+    check_request_fields(body)
     kind = (body.response_format or {"type": "text"}).get("type")
     if kind != "text":
         raise UnsupportedParameter(
@@ -183,6 +188,14 @@ def _check_common(body: SamplingBody) -> None:
             "the form in the prompt and check the answer",
             param="response_format",
         )
+
+
+def check_request_fields(body: ModelBody) -> None:
+    """Raises InvalidParameter for what no request may have, whatever it asks for."""
+    if body.priority is not None and not -(2**31) <= body.priority < 2**31:
+        raise InvalidParameter("priority must fit in 32 bits", param="priority")
+    if body.request_id is not None and not REQUEST_ID.fullmatch(body.request_id):
+        raise InvalidParameter("request_id must be 1 to 128 letters, digits or any of . _ : -", param="request_id")
 
 
 def _check_tools(body: ChatBody) -> None:

@@ -15,10 +15,21 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class SamplingBody(msgspec.Struct, kw_only=True):
-    """What /v1/chat/completions and /v1/completions have in common; null means absent."""
+class ModelBody(msgspec.Struct, kw_only=True):
+    """What every body that gives the model work has; null means absent."""
 
     model: str | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    request_id: str | None = None
+    cache_salt: str | None = None
+    user: str | None = None
+    """Written to the access log."""
+
+
+class SamplingBody(ModelBody, kw_only=True):
+    """What /v1/chat/completions and /v1/completions have in common; null means absent."""
+
     n: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -43,12 +54,6 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     return_token_ids: bool | None = None
-    priority: int | None = None
-    timeout: float | None = None
-    request_id: str | None = None
-    cache_salt: str | None = None
-    user: str | None = None
-    """Written to the access log."""
 
 
 class ChatBody(SamplingBody, kw_only=True):
@@ -72,6 +77,28 @@ class CompletionBody(SamplingBody, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
+
+
+class PoolingBody(ModelBody, kw_only=True):
+    """What /v1/embeddings and /v1/score have in common."""
+
+    truncate_prompt_tokens: int | None = None
+    """Longer texts are cut to so many tokens; -1: to as many as the model takes. Without it they are refused."""
+
+
+class EmbeddingBody(PoolingBody, kw_only=True):
+    """Body of POST /v1/embeddings."""
+
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+
+class ScoreBody(PoolingBody, kw_only=True):
+    """Body of POST /v1/score, as vLLM has it."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):

@@ -178,10 +178,12 @@ def _byte_rule(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[st
                 strips = start == 1
             case {"type": "Fuse"}:
                 pass
+            case {"type": "WordPiece", "prefix": prefix}:
+                return lambda text: word_piece(text, prefix), True
             case _:
                 raise ConfigError(
                     f"{file}: decoder {json.dumps(step)[:200]} is not supported; ByteLevel, Metaspace, Replace, "
-                    "ByteFallback, Fuse and Strip are"
+                    "ByteFallback, Fuse, Strip and WordPiece are"
                 )
 
     def rule(text: str) -> bytes:
@@ -192,6 +194,11 @@ def _byte_rule(decoder: dict[str, Any] | None, file: Path) -> tuple[Callable[[st
         return text.encode()
 
     return rule, strips
+
+
+def word_piece(text: str, prefix: str) -> bytes:
+    """The bytes of a token of WordPiece: a word has a space before it, what goes on with one begins with `prefix`."""
+    return text.removeprefix(prefix).encode() if text.startswith(prefix) else b" " + text.encode()
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The reader for what the directory holds, or for a GGUF file; no tensor is read.
 
     A directory's only GGUF file, or split, counts where it holds nothing else that is read. Of a checkpoint with a
-    vision tower it is the text part.
+    vision tower it is the text part. One without its output matrix has the names of the whole.
     Raises ConfigError if there is no checkpoint or its model is not served, CheckpointError if it is damaged.
     """
     if not path.is_dir() and not path.is_file():
@@ -66,9 +66,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file():
         raise ConfigError(f"{path} is not a GGUF file; give the directory that holds config.json and the weights")
     if (checkpoint := _open_directory(path, _read_config(path / CONFIG))) is not None:
-        from jaxserve.weights.text_part import text_part  # which needs this module
+        from jaxserve.weights.headless import with_head_names  # which need this module
+        from jaxserve.weights.text_part import text_part
 
-        return text_part(checkpoint)
+        return with_head_names(text_part(checkpoint))
     held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
     raise ConfigError(
         f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"

@@ -10,7 +10,7 @@ from jaxserve.weights import CONFIG, FLOATS, open_checkpoint
 from jaxserve.weights.orbax import save_orbax
 from jaxserve.weights.problems import Problems
 
-_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
+_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "*_Pooling/config.json")
 
 
 def convert(src: Path, dst: Path, *, dtype: Any = None, progress: Callable[[int, int], None] | None = None) -> None:
@@ -37,6 +37,8 @@ def convert(src: Path, dst: Path, *, dtype: Any = None, progress: Callable[[int,
         config,
         {name: checkpoint.read(name) for name in sorted(checkpoint.names())},
         dtype=dtype,
-        extra_files=[f for f in beside if f.name != CONFIG and not f.name.endswith(".index.json")],
+        extra_files={
+            str(f.relative_to(src)): f for f in beside if f != src / CONFIG and not f.name.endswith(".index.json")
+        },
         progress=progress,
     )

@@ -10,9 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxserve.embedding import POOLING_TYPE
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import Blocks, dequantise
 from jaxserve.gguf import GgufFile, TensorInfo
+from jaxserve.request import PoolingKind
+from jaxserve.weights import gguf_bert
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -28,6 +31,8 @@ ARCHITECTURES = {
 }
 """general.architecture to the name that jaxserve.models knows; `llama` with experts is Mixtral, with a sliding window
 alone Mistral."""
+ENCODERS = {"bert": "BertModel"}
+"""The same of those that give embeddings only; see gguf_bert.py."""
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -85,6 +90,8 @@ ROPE_LISTS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_
 INTERLEAVED = ("llama", "granite", "smollm3")
 """Architectures that store those rows of a q or k head side by side that rotate together."""
 _LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)")
+POOLING_TYPES: dict[int, PoolingKind | None] = {0: None, 1: "mean", 2: "cls", 3: "last"}
+"""llama.cpp's numbers."""
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CHUNK = 2**20  # weights that are dequantised at a time: what that needs besides its result stays in the cache
 # Keys of an architecture that change nothing here: a size that the tensors tell too, the epsilon of a norm that the
@@ -218,6 +225,8 @@ def layer_names(architecture: str) -> dict[str, str]:
 
 def hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name of a GGUF tensor; its own where there is none."""
+    if architecture in ENCODERS:
+        return gguf_bert.hf_name(name)
     if name in TOP_NAMES:
         return TOP_NAMES[name]
     part, names = _LAYER.fullmatch(name), layer_names(architecture)
@@ -240,10 +249,9 @@ def make_config(file: GgufFile) -> dict[str, Any]:
     if not isinstance(kind, str) or kind != "model":
         raise ConfigError(f"{file.path}: a GGUF of type {kind!r}, not a model")
     architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"{file.path}: architecture {architecture!r} is not served; served are {', '.join(ARCHITECTURES)}"
-        )
+    served = ARCHITECTURES | ENCODERS
+    if not isinstance(architecture, str) or architecture not in served:
+        raise ConfigError(f"{file.path}: architecture {architecture!r} is not served; served are {', '.join(served)}")
     keys = _Keys(file, architecture)
     embed = file.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
@@ -257,10 +265,14 @@ def make_config(file: GgufFile) -> dict[str, Any]:
             raise keys.refused(key, f"head_dim {head_dim}")
     if head_dim % 2:
         raise keys.refused("attention.key_length", "an even one")
-    if keys.take("attention.causal", True) is not True:
-        raise keys.refused("attention.causal", "True")
+    causal = architecture not in ENCODERS
+    if keys.take("attention.causal", causal) is not causal:
+        raise keys.refused("attention.causal", str(causal))
+    pooling = keys.take("pooling_type", 0)
+    if type(pooling) is not int or pooling not in POOLING_TYPES:
+        raise keys.refused("pooling_type", ", ".join(f"{i} ({kind or 'none'})" for i, kind in POOLING_TYPES.items()))
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[architecture]],
+        "architectures": [served[architecture]],
         "model_type": architecture,
         "hidden_act": "silu",
         "vocab_size": embed.shape[0],
@@ -271,6 +283,14 @@ def make_config(file: GgufFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "intermediate_size": keys.whole("feed_forward_length"),
         "max_position_embeddings": keys.whole("context_length"),
+    }
+    if (kind := POOLING_TYPES[pooling]) is not None:
+        config[POOLING_TYPE] = kind
+    if not causal:
+        config |= gguf_bert.config(file, keys.number("attention.layer_norm_epsilon"))
+        keys.all_taken()
+        return config
+    config |= {
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
         "rope_scaling": None if architecture == "phi3" else _rope_scaling(keys),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.embedding import HEADLESS
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, Format
 from jaxserve.gguf import GgufFile
@@ -88,6 +89,10 @@ def gguf_tensors(file: GgufFile) -> dict[str, SourceTensor]:
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """general.architecture and the architecture's own keys. Raises ConfigError for what GGUF has no word for."""
+    if config.get(HEADLESS):
+        raise ConfigError(
+            "an embedding model without output matrix; quantising such is not served, only the whole model"
+        )
     architecture = _architecture(config)
     config = _DEFAULTS.get(architecture, {}) | dict(config)
     heads, width = config["num_attention_heads"], config["hidden_size"]

@@ -7,9 +7,10 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -85,13 +86,14 @@ def save_orbax(
     params: Mapping[str, np.ndarray],
     *,
     dtype: Any = None,
-    extra_files: Iterable[Path] = (),
+    extra_files: Mapping[str, Path] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a whole checkpoint directory, or nothing: it takes its name only when it is complete.
 
-    Memory-mapped params are written from the map, not copied. `dtype` casts them; `progress(written, total)` counts
-    bytes. Raises ConfigError if `path` exists and is not an empty directory, or if `path`.tmp exists.
+    `extra_files` come along under the names given. Memory-mapped params are written from the map, not copied. `dtype`
+    casts them; `progress(written, total)` counts bytes. Raises ConfigError if `path` exists and is not an empty
+    directory, or if `path`.tmp exists.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} exists and is not an empty directory; remove it or name another")
@@ -102,8 +104,9 @@ def save_orbax(
         raise ConfigError(f"{staging} exists: another run is writing it, or one was killed; then remove it") from error
     try:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        for file in extra_files:
-            shutil.copyfile(file, staging / file.name)
+        for name, file in extra_files.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, staging / name)
         total = sum(p.size * np.dtype(dtype or p.dtype).itemsize for p in params.values())
         with _watch(staging / ORBAX_PARAMS, total, progress), ocp.Checkpointer(_writer()) as checkpointer:
             save_args = {name: ocp.SaveArgs(dtype=dtype and np.dtype(dtype)) for name in params}

@@ -16,6 +16,7 @@ sequence has at most one query token, and a body may leave out what longer ones 
     -> out [T, N, H], cache with k and v written
 
 A token at position p attends to positions (p - window, p]. k and v are written before anything is read.
+Where `causal` is False, every token attends to all kv_lens positions of its sequence: the encoders' attention.
 Its weights are the softmax of cap(scale * q.k), where cap(x) is soft_cap * tanh(x / soft_cap) (Gemma 2, 2024). A sink
 (gpt-oss, 2025) is one more logit of each head in that softmax, neither scaled nor capped, whose value is zero.
 Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
@@ -89,6 +90,7 @@ class RaggedPagedAttention(Protocol):
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
+        causal: bool = True,
     ) -> tuple[Float[Array, "T N H"], Cache]: ...
 
 
@@ -104,6 +106,7 @@ def validate(
     window: int | None,
     soft_cap: float | None,
     sinks: jax.Array | None,
+    causal: bool = True,
 ) -> None:
     """Checks shapes and types at trace time. Raises ValueError saying what was found and what is expected."""
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
@@ -131,6 +134,8 @@ def validate(
         raise ValueError(f"distribution must be [3]; found {distribution.shape}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1; found {window}")
+    if window is not None and not causal:
+        raise ValueError(f"a window is that of causal attention; found {window} with causal=False")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"soft_cap must be a number above 0, or None for no cap; found {soft_cap}")
     if sinks is not None and sinks.shape != (heads,):

@@ -35,9 +35,10 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    causal: bool = True,
 ) -> tuple[Float[Array, "T N H"], Cache]:
     """See contract.py."""
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
     tokens, heads, head_dim = q.shape
     seqs, page = kv_lens.shape[0], cache.shape[1]
     decodes, total = distribution[0], distribution[2]
@@ -54,6 +55,7 @@ def ragged_paged_attention(
         window=window,
         soft_cap=soft_cap,
         sinks=sinks,
+        causal=causal,
     )
     out = jnp.zeros((tokens + PREFILL_TILE, heads, head_dim), q.dtype)  # the last tile may hang over
     q = jnp.pad(q, ((0, PREFILL_TILE), (0, 0), (0, 0)))
@@ -89,7 +91,7 @@ def ragged_paged_attention(
             tile = attend(
                 jax.lax.dynamic_slice_in_dim(q, row, PREFILL_TILE)[None],
                 first=first[None],
-                ends=jnp.minimum(kv_lens[s], first + PREFILL_TILE)[None],
+                ends=(jnp.minimum(kv_lens[s], first + PREFILL_TILE) if causal else kv_lens[s])[None],
                 table=table,
             )  # [1, Q, N, H]
             return jax.lax.dynamic_update_slice_in_dim(out, tile[0], row, 0)
@@ -147,6 +149,7 @@ def _attend_tile(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
+    causal: bool,
 ) -> Float[Array, "A Q N H"]:
     """A sequences, Q consecutive query tokens each, the first at position `first`; reads positions [0, ends)."""
     (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
@@ -172,10 +175,11 @@ def _attend_tile(
             scales = jnp.take(cache.scales, ids, axis=0, mode="clip").reshape(seqs, pages, kv_heads, 2, page)
             scales = scales.transpose(3, 0, 2, 1, 4).reshape(2, seqs, kv_heads, 1, block)  # [2, A, K, 1, C]
             scales = jnp.where(written[None, :, None, None, :], scales, 0.0)
-        seen = at[None, None, :] <= position[:, :, None]  # [A, rows, C]
+        seen = jnp.broadcast_to(written[:, None, :], (seqs, rows, block))  # [A, rows, C]
+        if causal:
+            seen &= at[None, None, :] <= position[:, :, None]
         if window is not None:
             seen &= at[None, None, :] > position[:, :, None] - window
-        seen &= written[:, None, :]
         score = jnp.einsum("akrh,akch->akrc", q, kv[0], preferred_element_type=jnp.float32)
         if isinstance(cache, Int8Cache):
             score = score * scales[0]

@@ -44,6 +44,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    causal: bool = True,
     chip: str | None = None,
     decode: Blocks | None = None,
     prefill: Blocks | None = None,
@@ -54,7 +55,9 @@ def ragged_paged_attention(
     `chip` is the device kind where it cannot be found out; `decode` and `prefill` are block sizes instead of those of
     tuning/tpu.json; `interpret` runs the kernel on a CPU.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    if not causal:
+        raise ValueError("the TPU's kernel is causal; use the reference")
     if isinstance(cache, Int8Cache):
         raise ValueError("the TPU's kernel does not read an Int8Cache; use the reference")
     if not 0 < scale < math.inf:

@@ -38,6 +38,7 @@ struct Step {
   int64_t heads, kv_heads, head_dim, page, row, table_width;
   float scale, soft_cap;  // 0: no cap
   int64_t window;         // 0: none
+  bool causal;            // otherwise every token attends to the whole sequence
   const int32_t *kv_lens, *page_table, *cu_q_lens;
   const float* sinks;  // [heads], or null
   float* scales;       // [pages][kv_heads][2][page] of a cache of bytes
@@ -95,7 +96,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
     }
   }
 
-  const int64_t end = position + count;  // positions [0, end) are written
+  const int64_t end = p.causal ? position + count : p.kv_lens[s];  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
   const int64_t step = entry(p), size = 2 * D * step;  // of a head's part of an entry
   const bool in_place = D == padded && (step == kPositions ? rows <= kRows || std::is_same_v<C, float>
@@ -183,7 +184,8 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
       }
       for (int r = 0; r < rows; r++) {
         float* score = scores + r * kBlock;
-        const int64_t own = position + r / group - block;  // this row's token, counted from the block
+        // The last position that this row's token attends to, counted from the block.
+        const int64_t own = (p.causal ? position + r / group : end - 1) - block;
         const int from = static_cast<int>(p.window ? std::clamp<int64_t>(own - p.window + 1, 0, n) : 0);
         const int to = static_cast<int>(std::clamp<int64_t>(own + 1, 0, n));
         std::fill(score, score + std::min(from, to), kNone);
@@ -415,7 +417,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
                                   ffi::Buffer<ffi::S32> distribution, ffi::Buffer<ffi::F32> sinks,
                                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache,
                                   ffi::ResultBuffer<ffi::F32> new_scales, float scale, int64_t window,
-                                  float soft_cap) {
+                                  float soft_cap, bool causal) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
   const auto ts = page_table.dimensions();
   if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
@@ -435,6 +437,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   }
   if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return refused("results of other shapes than q, cache");
   if (window < 0) return refused("a negative window");
+  if (window > 0 && !causal) return refused("a window of attention that is not causal");
   if (!(soft_cap >= 0.0f && std::isfinite(soft_cap))) return refused("a soft cap that is negative or no number");
   const bool with_sinks = sinks.element_count() > 0;  // none: an empty array
   if (with_sinks && (sinks.dimensions().size() != 1 || sinks.dimensions()[0] != qs[1])) {
@@ -451,7 +454,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
     return refused("scales for a cache that is not of bytes");
   }
 
-  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, kv_lens.typed_data(),
+  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, causal, kv_lens.typed_data(),
                page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr,
                new_scales->typed_data()};
   const int64_t seqs = distribution.typed_data()[2];
@@ -484,4 +487,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
-                                  .Attr<float>("soft_cap"));
+                                  .Attr<float>("soft_cap")
+                                  .Attr<bool>("causal"));

@@ -1,0 +1,47 @@
+"""A decoder's checkpoint without its output matrix, as embedding models are published, under the names of the whole."""
+
+import numpy as np
+
+from jaxserve.embedding import HEADLESS
+from jaxserve.formats import Blocks
+from jaxserve.weights import Checkpoint
+
+_PREFIX = "model."
+_FIRST = "embed_tokens.weight"
+
+
+def with_head_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names of XForCausalLM, if it has those of XModel; any other as it is."""
+    return _Headless(checkpoint) if _FIRST in checkpoint.names() else checkpoint
+
+
+class _Headless:
+    """A Checkpoint. Its config says `headless`, and tied embeddings, so that nobody looks for the output matrix."""
+
+    def __init__(self, whole: Checkpoint):
+        self.path = whole.path
+        names = [name.removesuffix("Model") for name in whole.config.get("architectures") or []]
+        names = [name if name.endswith("ForCausalLM") else f"{name}ForCausalLM" for name in names]
+        self.config = whole.config | {"architectures": names, "tie_word_embeddings": True, HEADLESS: True}
+        self._whole = whole
+
+    def names(self) -> frozenset[str]:
+        return frozenset(_PREFIX + name for name in self._whole.names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._whole.shape(name.removeprefix(_PREFIX))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._whole.dtype(name.removeprefix(_PREFIX))
+
+    def read(self, name: str) -> np.ndarray:
+        return self._whole.read(name.removeprefix(_PREFIX))
+
+    def blocks(self, name: str) -> Blocks | None:
+        return self._whole.blocks(name.removeprefix(_PREFIX))
+
+    def release(self, name: str) -> None:
+        self._whole.release(name.removeprefix(_PREFIX))
+
+    def nbytes(self, name: str) -> int:
+        return self._whole.nbytes(name.removeprefix(_PREFIX))
