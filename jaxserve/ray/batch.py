@@ -36,6 +36,7 @@ except ImportError:
 CALLS = 4
 """Tables in work at a worker: while one ends with its slowest row, the others keep the engine busy."""
 OBJECT_STORE_BYTES = 2**29
+PATIENCE_S = 0.5
 
 
 def on_ray(options: RayOptions, watch: Watch = unwatched) -> Compute:
@@ -81,6 +82,7 @@ class RayJob:
         self._work, self._placement = work, placement
         self._arrived: asyncio.Queue[Answered | Exception | None] = asyncio.Queue(maxsize=1)
         self._stop = asyncio.Event()
+        self._over = threading.Event()
         self._head: dict[str, str] | None = None
 
     def stop(self) -> str:
@@ -107,6 +109,7 @@ class RayJob:
             while (answered := await self._next()) is not None:
                 self._take(answered)
         finally:
+            self._over.set()
             syncing.cancel()
         if self.stopping:
             return False
@@ -162,22 +165,24 @@ class RayJob:
         return max(1, min(AT_ONCE * seqs // CALLS, share))
 
     def _receive(self, dataset: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """Hands on what the dataset gives, then None or what went wrong."""
+        """Hands on what the dataset gives, then None or what went wrong; ends the dataset when nobody takes it."""
 
         def put(what: Answered | Exception | None) -> None:
-            putting = self._arrived.put(what)
-            try:
-                asyncio.run_coroutine_threadsafe(putting, loop).result()
-            finally:
-                putting.close()
+            putting = asyncio.run_coroutine_threadsafe(self._arrived.put(what), loop)
+            while not self._over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    return putting.result(PATIENCE_S)
+            putting.cancel()
 
-        with contextlib.suppress(RuntimeError, asyncio.CancelledError):  # the loop has ended
-            try:
-                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                    for cell in table.column("answered"):
-                        put(unpacked(cell))
-                put(None)
-            except Exception as error:
+        try:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for cell in table.column("answered"):
+                    put(unpacked(cell))
+                if self._over.is_set():
+                    return
+            put(None)
+        except Exception as error:
+            if not self._over.is_set():
                 put(error)
 
     async def _next(self) -> Answered | None:
@@ -225,7 +230,7 @@ class RayJob:
             await asyncio.to_thread(self._work.store.sync)
 
 
-class _Requests(ray.data.Datasource):  # type: ignore[misc]
+class _Requests(ray.data.Datasource):
     """The tables that `read` yields, each a block of its own."""
 
     def __init__(self, read: Callable[[], Iterator[Any]]):
