@@ -13,6 +13,7 @@ import msgspec
 from jaxserve.chat import ChatTemplate, load_chat_template
 from jaxserve.client import EngineClient
 from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
+from jaxserve.host_memory import give_back
 from jaxserve.metrics import FrontMetrics
 from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
 from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer, read_gguf, text_gguf
@@ -66,6 +67,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int | None = None
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
+    weights_version: int | None = None
+    """On the first delta of an index; see EngineInfo."""
 
 
 type Prompt = str | Sequence[int]
@@ -93,6 +96,7 @@ class TextModel:
         Raises ConfigError, and CheckpointError for a broken .gguf file.
         """
         tokenizer, template, generation, source = _described(path)
+        give_back()  # a large vocabulary in pieces
         eos = generation.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if any(not isinstance(i, int) for i in eos_ids):
@@ -286,6 +290,7 @@ class _Sequence:
             num_cached_tokens=delta.num_cached_tokens,
             finish=finish,
             stop_reason=stop_reason,
+            weights_version=delta.weights_version,
         )
 
     def _new_text(self, ids: Sequence[int], shown: int, last: bool) -> tuple[str, tuple[int, str] | None]:
