@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve import cli
+from jaxserve.errors import ConfigError
 
 ray = pytest.importorskip("ray", reason="Ray is in the extra `ray`; `make test-ray` has it")
 httpx = pytest.importorskip("httpx")
@@ -161,3 +162,29 @@ def test_two_replicas_one_of_which_is_killed() -> None:
             raise AssertionError("the dead replica was not replaced")
     finally:
         serve.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"prot": 1}, "there is no option 'prot'"),
+        ({"admin_key": "x"}, "there is no option 'admin_key'"),
+        ({"max_num_seqs": "many"}, "max_num_seqs"),
+        ({"min_replicas": "3"}, "give 0 <= min <= max"),
+        ({"target_ongoing_requests": "0"}, "must be above 0"),
+        ({"resources": "GPU"}, "give NAME=AMOUNT"),
+    ],
+)
+def test_wrong_arguments_of_an_application_are_refused(args, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        app(args)
+
+
+def test_what_serve_is_asked_for() -> None:
+    asked = app({"max_num_seqs": "8", "mesh": "2x4", "resources": "TPU=8,CPU=2", "max_replicas": "3"})
+    deployment = asked._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 3, 16)
+    assert deployment.max_ongoing_requests == 32
+    actor = deployment.ray_actor_options
+    assert (actor["num_cpus"], actor["resources"]) == (2, {"TPU": 8})

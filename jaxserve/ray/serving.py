@@ -35,8 +35,8 @@ try:
 except ImportError:
     raise ConfigError(NEEDS) from None
 
-_PROXYS = ("host", "port", "grpc_port", "in_process")
-"""ServerOptions that are the business of Serve's proxy."""
+_NOT_HERE = ("host", "port", "grpc_port", "in_process", "admin_key", "reload")
+"""ServerOptions that are the business of Serve's proxy, or would change one replica and not the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,12 @@ class ReplicaOptions:
 
 
 def build(args: Mapping[str, Any]) -> Any:
-    """A Serve application from the names and values of any options of `serve` (but the address) and ReplicaOptions.
+    """A Serve application from the names and values of `serve`'s options (but _NOT_HERE) and of ReplicaOptions.
 
     Values may be texts, as `serve run` has them. Raises ConfigError for an unknown name or a wrong value.
     """
     sections = (ModelOptions, ScheduleOptions, DeviceOptions, ServerOptions, ReplicaOptions)
-    known = {f.name for section in sections for f in fields(section)} - set(_PROXYS)
+    known = {f.name for section in sections for f in fields(section)} - set(_NOT_HERE)
     if unknown := sorted(set(args) - known):
         raise ConfigError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
     model, schedule, device, server, replicas = (_section(section, args) for section in sections)
