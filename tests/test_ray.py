@@ -1,6 +1,7 @@
 """Jobs and replicas on a Ray of two workers, one of which is killed; RAY_ADDRESS names a Ray that is there already."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve import cli
+from jaxserve.batch_job.store import Store
 from jaxserve.errors import ConfigError
 
 ray = pytest.importorskip("ray", reason="Ray is in the extra `ray`; `make test-ray` has it")
@@ -103,6 +105,25 @@ def test_the_driver_dies_and_then_a_worker(source, whole, tmp_path, monkeypatch,
     assert 0 < killed_at[0] < 50
     assert out.read_bytes() == whole
     assert "going on after" in capfd.readouterr().err
+
+
+def test_where_nothing_is_left_no_worker_is_started(source, whole, tmp_path, monkeypatch) -> None:
+    (tmp_path / "none.txt").write_text("\n")
+    out = tmp_path / "none.jsonl"
+    argv = ["--engine", "ray", "--workers", "2"]
+    monkeypatch.setattr(RayJob, "_dataset", None)
+    assert cli.call(["batch", str(tmp_path / "none.txt"), str(out), *argv]) == 0
+    assert out.read_bytes() == b""
+    # As if the process had died when all rows were there, and it had not yet said so.
+    with contextlib.closing(Store(source.with_name("whole.jsonl"))) as done:
+        done.resume()
+        head, failed, tokens = done.head, done.failed, done.tokens
+    with contextlib.closing(Store(tmp_path / "again.jsonl")) as again:
+        again.begin(head)
+        for number, line in enumerate(whole.splitlines()):
+            again.add(number, line, failed=number < failed, tokens=tokens if number == 0 else 0)
+    assert cli.call(["batch", str(source), str(tmp_path / "again.jsonl"), *SMALL, *argv]) == 3
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
 
 
 def test_what_a_worker_cannot_load_is_said_in_one_line(source, tmp_path, capsys) -> None:

@@ -1,7 +1,8 @@
 """An offline job on Ray Data: rows are read here, answered by actors that hold an engine each, and kept here.
 
 Ray starts a dead actor again, however often, and sends what it had in hand to another one; the store knows rows by
-their numbers. Together: once each.
+their numbers. Together: once each. Memory: of input and results what Ray's object store holds, and an entry of the
+store's index for each row that has overtaken another.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from jaxserve.batch_job import Compute, Watch, Work, unwatched
@@ -53,7 +54,7 @@ def on_ray(options: RayOptions, watch: Watch = unwatched) -> Compute:
 
 
 @contextlib.asynccontextmanager
-async def connected(address: str | None):  # type: ignore[no-untyped-def]
+async def connected(address: str | None) -> AsyncIterator[None]:
     """A connection to Ray, or to a Ray of one's own if there is no address; it ends with the body."""
     if ray.is_initialized():
         yield
@@ -99,6 +100,10 @@ class RayJob:
         """
         work = self._work
         check_errors(work.store, work.options.max_errors)
+        rows = await asyncio.to_thread(count_rows, work.sources)
+        if (0 if work.fresh else work.store.rows) == rows:  # all there, but for the last words; or no row at all
+            work.agree({})
+            return True
         chat = not work.options.raw and await asyncio.to_thread(has_chat_template, work.path)
         dataset = await asyncio.to_thread(self._dataset, chat)
         loop = asyncio.get_running_loop()
@@ -113,11 +118,8 @@ class RayJob:
             syncing.cancel()
         if self.stopping:
             return False
-        rows = await asyncio.to_thread(count_rows, work.sources)
         if work.store.rows != rows:
             raise BatchStopped(f"Ray returned {work.store.finished} of {rows} rows: run the same again to go on")
-        if self._head is None:  # there was nothing to compute, nor anybody who would have said more
-            work.agree({})
         return True
 
     def _dataset(self, chat: bool) -> Any:
