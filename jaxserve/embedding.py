@@ -67,6 +67,11 @@ def read_embedding(
     )
 
 
+def says_embedding(path: Path, task: str) -> bool:
+    """Whether the task or the files of sentence-transformers at `path` say so, before a model is read."""
+    return task == "embed" or (task == "auto" and path.is_dir() and bool(_modules(path)))
+
+
 def check_dimensions(dimensions: int | None, info: EmbeddingInfo) -> None:
     """Raises InvalidParameter or UnsupportedParameter for embeddings of a size that the model does not give."""
     if dimensions is None or dimensions == info.width:

@@ -304,6 +304,11 @@ class TextModel:
                 timer.finish(outcome, prompt_tokens, [s.tokens for s in sequences])
 
 
+def has_chat_template(path: Path) -> bool:
+    """Whether a model has one. Raises what TextModel.open raises for its tokenizer and template."""
+    return _described(path)[1] is not None
+
+
 def _described(path: Path) -> tuple[Tokenizer, ChatTemplate | None, dict[str, Any], Path]:
     """A checkpoint's tokenizer, its template, what its generation_config.json says or would say, and where that is."""
     if (file := text_gguf(path)) is not None:

@@ -20,7 +20,7 @@ from batch_running import Counter, install, write_rows
 from fake_engine import FakeEngine, write_tokenizer
 
 from jaxserve import cli
-from jaxserve.batch_job import BatchOptions, job, rows, run_job, store
+from jaxserve.batch_job import BatchOptions, in_one_engine, job, rows, run_job, store
 from jaxserve.batch_job.identity import checkpoint_digest
 from jaxserve.batch_job.store import Store
 from jaxserve.client import EngineState
@@ -575,7 +575,7 @@ def answered(tmp_path: Path, model: TextModel, count: int = 20) -> list[dict]:
     async def opened():
         yield model
 
-    result = asyncio.run(run_job(options, EngineOptions(), source, "counter", opened))
+    result = asyncio.run(run_job(options, EngineOptions(), source, "counter", in_one_engine(opened)))
     assert result.complete
     return read(tmp_path / "out.jsonl")
 

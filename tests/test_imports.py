@@ -29,16 +29,17 @@ RANKS = {
     "score": 12, "bench": 12,
     "llm": 13, "server": 13, "profile": 13,
     "batch_job": 14, "lm_eval": 14,
-    "cli": 15,
-    "__init__": 16,  # the public names
-    "__main__": 16,
+    "ray": 15,
+    "cli": 16,
+    "__init__": 17,  # the public names
+    "__main__": 17,
 }  # fmt: skip
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "lookahead",
     "packing", "scheduler", "embedding", "perplexity", "logits_file", "client", "client.remote", "client.routing",
-    "text", "score", "server", "batch_job", "cli",
+    "text", "score", "server", "batch_job", "ray", "cli",
 ]  # fmt: skip
 
 

@@ -92,7 +92,9 @@ def test_a_python_that_was_named_must_work(machine) -> None:
     assert find_python(machine, PYTHON=sys.executable).stdout.strip() == sys.executable
 
 
-@pytest.mark.parametrize("script", ["tools/find_python.sh", "tools/check", "tools/test_oldest_jax", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", ["tools/find_python.sh", "tools/check", "tools/test_oldest_jax", "tools/test_ray", ".ci/run"]
+)
 def test_scripts_are_executable_and_parse(script) -> None:
     path = ROOT / script
     assert os.access(path, os.X_OK)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from jaxserve.batch_job import BatchOptions, run_job
+from jaxserve.batch_job import BatchOptions, in_one_engine, run_job
 from jaxserve.client import EngineState, EngineStatus
 from jaxserve.config import EngineOptions
 from jaxserve.hub import resolve_model
@@ -100,7 +100,7 @@ def main() -> None:
         write_input(Path(folder, "in.jsonl"), rows)
         options = BatchOptions(input=f"{folder}/in.jsonl", output=f"{folder}/out.jsonl")
         begun, begun_cpu = time.perf_counter(), time.process_time()
-        result = asyncio.run(run_job(options, EngineOptions(), path, "instant", opened, watch))
+        result = asyncio.run(run_job(options, EngineOptions(), path, "instant", in_one_engine(opened, watch)))
         elapsed, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
         assert result.complete and not result.failed and result.rows == rows
         size = Path(folder, "out.jsonl").stat().st_size

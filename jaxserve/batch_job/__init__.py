@@ -1,7 +1,8 @@
 """Offline jobs: a file of requests in, a file of answers out, every row once and the same bytes whatever happens.
 
     files.py, rows.py, tables.py    the input, a row at a time, and tables as output
-    job.py                          rows through the model: what the HTTP server would answer
+    answers.py                      a row through the model: what the HTTP server would answer
+    job.py                          the rows of a job through one engine
     records.py                      one line of output; ids and seeds made from the input, never from time or order
     store.py                        the protocol by which results reach the disk exactly once
     identity.py                     what a job depends on, so that only the same job is resumed
@@ -14,14 +15,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from jaxserve.batch_job.files import digest, find, is_remote, kind_of, remote_size, upload
+from jaxserve.batch_job.answers import Answers
+from jaxserve.batch_job.files import Source, digest, find, is_remote, kind_of, remote_size, upload
 from jaxserve.batch_job.identity import describe, describe_engine, differences
 from jaxserve.batch_job.job import Job
 from jaxserve.batch_job.records import Names
@@ -73,7 +75,70 @@ class BatchResult:
     complete: bool
 
 
-type Watch = Callable[[Job, Store, int], AbstractAsyncContextManager[Any]]
+class Running(Protocol):
+    """A job while its rows are computed: job.Job, or one whose engines are elsewhere."""
+
+    stopping: bool
+
+    @property
+    def ignored(self) -> set[str]:
+        """Fields of bodies that nothing here knows."""
+        ...
+
+    def stop(self) -> str:
+        """Begins no further row; says what becomes of those in flight."""
+        ...
+
+
+type Watch = Callable[[Running, Store, int], AbstractAsyncContextManager[Any]]
+"""Entered while rows are computed; the number is about how many there are."""
+
+
+def unwatched(job: Running, store: Store, rows: int) -> AbstractAsyncContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@dataclass
+class Work:
+    """A job whose files are found and whose store is open: what engines have to do."""
+
+    options: BatchOptions
+    engine: EngineOptions
+    path: Path
+    """Of the model."""
+    name: str
+    sources: list[Source]
+    digest: str
+    """Of the sources."""
+    rows: int
+    """About how many there are."""
+    settings: Mapping[str, Any]
+    head: dict[str, str]
+    """What the store's head has to say, as far as it is known."""
+    store: Store
+    fresh: bool
+    """Whether the job begins, rather than goes on."""
+    now: datetime
+    """When it began."""
+
+    @property
+    def names(self) -> Names:
+        return Names(self.digest, self.options.seed)
+
+    def agree(self, engine: Mapping[str, str]) -> None:
+        """Begins the job, or goes on with it, now that it is known what `describe_engine` says of the engine.
+
+        Raises ConfigError if the rows that are there are from another one, and may not be overwritten.
+        """
+        self.head |= engine
+        if not self.fresh:
+            self.fresh = _refused(self.store, self.head, self.options)
+        if self.fresh:
+            self.store.begin(self.head | {"started": self.now.isoformat()})
+
+
+type Compute = Callable[[Work], Awaitable[bool]]
+"""Fills the store of a job whose engines have agreed; whether it is full."""
 
 
 def run_batch(
@@ -117,7 +182,7 @@ def run_batch(
     path = resolve_model(model, engine.model.revision)
 
     def work() -> BatchResult:
-        return asyncio.run(run_job(job, engine, path, name, lambda: _opened(engine, path, name)))
+        return asyncio.run(run_job(job, engine, path, name, in_one_engine(lambda: _opened(engine, path, name))))
 
     try:
         asyncio.get_running_loop()
@@ -127,18 +192,31 @@ def run_batch(
         return pool.submit(work).result()
 
 
-async def run_job(
-    options: BatchOptions,
-    engine: EngineOptions,
-    path: Path,
-    name: str,
-    opened: Callable[[], AbstractAsyncContextManager[TextModel]],
-    watch: Watch = lambda job, store, lines: contextlib.nullcontext(),
-) -> BatchResult:
-    """Runs a job, or what is left of it, with the model that `opened` opens from `path`; see run_batch.
+def in_one_engine(opened: Callable[[], AbstractAsyncContextManager[TextModel]], watch: Watch = unwatched) -> Compute:
+    """Computes with the model that `opened` opens."""
 
-    `watch(job, store, rows)` is entered while rows are computed; `rows` is about how many there are.
-    """
+    async def compute(work: Work) -> bool:
+        async with opened() as text:
+            work.agree(describe_engine(text.client.info, work.engine))
+            options = work.options
+            bare = COMPLETIONS if text.template is None or options.raw else CHAT
+            if text.client.info.embedding is not None:
+                bare = EMBEDDINGS
+            job = Job(
+                read_rows(work.sources, bare=bare, column=options.column),
+                text,
+                Answers(text, work.names, given=options.given, now=work.now),
+                work.store,
+                max_errors=options.max_errors,
+            )
+            async with watch(job, work.store, work.rows):
+                return await job.run()
+
+    return compute
+
+
+async def run_job(options: BatchOptions, engine: EngineOptions, path: Path, name: str, compute: Compute) -> BatchResult:
+    """Runs a job, or what is left of it, with the model at `path`; see run_batch."""
     sources = find(options.input, options.output)
     local = Path(options.output)
     if is_remote(options.output):
@@ -155,33 +233,16 @@ async def run_job(
             lines = check_tables(sources, options.column, options.output)
     found = await asyncio.to_thread(digest, sources)
     settings = {"output": kind_of(options.output), "raw": options.raw, "column": options.column, "seed": options.seed}
-    head = describe(found.hex, path, name, engine, settings | dict(options.given))
+    settings |= dict(options.given)
+    head = describe(found.hex, path, name, engine, settings)
     with contextlib.closing(Store(local if plain else local.with_name(local.name + ".rows"))) as store:
         fresh = _compare(store, head, options, plain)
         if fresh or not store.done:
-            async with opened() as text:
-                head |= describe_engine(text.client.info, engine)
-                if not fresh:
-                    fresh = _refused(store, head, options)
-                if fresh:
-                    store.begin(head | {"started": datetime.now().isoformat()})
-                assert store.head is not None
-                bare = COMPLETIONS if text.template is None or options.raw else CHAT
-                if text.client.info.embedding is not None:
-                    bare = EMBEDDINGS
-                job = Job(
-                    read_rows(sources, bare=bare, column=options.column),
-                    text,
-                    store,
-                    Names(found.hex, options.seed),
-                    given=options.given,
-                    now=datetime.fromisoformat(store.head["started"]),
-                    max_errors=options.max_errors,
-                )
-                async with watch(job, store, found.lines if lines is None else lines):
-                    complete = await job.run()
-                if complete:
-                    store.finish()
+            now = datetime.now() if fresh or store.head is None else datetime.fromisoformat(store.head["started"])
+            rows = found.lines if lines is None else lines
+            work = Work(options, engine, path, name, sources, found.hex, rows, settings, head, store, fresh, now)
+            if await compute(work):
+                store.finish()
         if store.done and not plain and not store.published:
             await asyncio.to_thread(_publish, store, sources, local, options.output)
         return BatchResult(options.output, store.finished, store.failed, store.tokens, store.done)

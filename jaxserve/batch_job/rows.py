@@ -73,6 +73,20 @@ def read_rows(sources: list[Source], *, bare: str, column: str | None = None) ->
                 number += 1
 
 
+def count_rows(sources: list[Source]) -> int:
+    """How many rows read_rows finds."""
+    total = 0
+    for source in sources:
+        if kind_of(source.path) in ("parquet", "arrow"):
+            from jaxserve.batch_job.tables import count_table
+
+            total += count_table(source)
+            continue
+        with open_read(source.path) as file, explained(source.path):
+            total += sum(data is None or not data.isspace() for _, data in _lines(file))
+    return total
+
+
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines; None for one that is too long to be held."""
     line = 0
@@ -155,13 +169,19 @@ class CustomIds:
         self._db.execute("CREATE TABLE seen (id BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
         self._db.execute("BEGIN")
 
-    def first(self, row: Row) -> str | None:
-        """The place of an earlier row with this custom_id; None if there is none. To be asked once for each row."""
-        if row.custom_id is None:
-            return None
-        key = hashlib.blake2b(row.custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    def checked(self, row: Row) -> Row:
+        """The row, with an error if an earlier one had its custom_id. To be asked once for each row, in order."""
+        first = None if row.custom_id is None else self._first(row.custom_id, row.place)
+        if first is None or row.error is not None:
+            return row
+        error = InvalidParameter(f"custom_id {row.custom_id!r} was used before, in {first}", param="custom_id")
+        return msgspec.structs.replace(row, error=error)
+
+    def _first(self, custom_id: str, place: str) -> str | None:
+        """The place of an earlier row with this custom_id; None if there is none."""
+        key = hashlib.blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         try:
-            if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, row.place)).rowcount:
+            if self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, place)).rowcount:
                 return None
             return str(self._db.execute("SELECT place FROM seen WHERE id = ?", (key,)).fetchone()[0])
         except sqlite3.Error as error:

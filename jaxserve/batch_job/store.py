@@ -99,6 +99,11 @@ class Store:
         """How many results there are."""
         return self.rows + len(self._waiting)
 
+    @property
+    def waiting(self) -> frozenset[int]:
+        """Rows with a result that is not in PATH yet."""
+        return frozenset(self._waiting)
+
     def __contains__(self, number: int) -> bool:
         return number < self.rows or number in self._waiting
 

@@ -43,6 +43,12 @@ def check_tables(sources: Sequence[Source], column: str | None, output: str) -> 
     return total
 
 
+def count_table(source: Source) -> int:
+    """How many rows a table has."""
+    with _opened(source) as table:
+        return table.rows
+
+
 def read_table(source: Source, column: str | None) -> Iterator[tuple[str | None, Any]]:
     """(custom_id, prompt or messages or None) of each row; custom_id if there is a column of texts of that name."""
     pa = _pyarrow()

@@ -2,23 +2,24 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from jaxserve.batch_job import BatchOptions, run_job
-from jaxserve.batch_job.job import Job
+from jaxserve.batch_job import BatchOptions, Compute, Running, in_one_engine, run_job
 from jaxserve.batch_job.store import Store
 from jaxserve.cli import INTERRUPTED
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened, run
 from jaxserve.cli.progress import RowProgress
-from jaxserve.config import DeviceOptions
+from jaxserve.config import DeviceOptions, EngineOptions, RayOptions
+from jaxserve.errors import ConfigError
 from jaxserve.hub import resolve_model
 
 SOME_FAILED = 3
@@ -33,6 +34,7 @@ class SamplingFlags(cli.SamplingFlags):
 
 
 Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling, where a row does not say", sort_key=2))]
+Ray = Annotated[RayOptions, Parameter(name="*", group=Group("With --engine ray", sort_key=4))]
 
 
 def batch(
@@ -46,11 +48,13 @@ def batch(
     column: str | None = None,
     work_dir: Path = Path(),
     served_model_name: str | None = None,
+    engine: Literal["local", "ray"] = "local",
     config: cli.ConfigFile = None,
     models: cli.Models = cli.ModelFlags(),
     sampling: Sampling = SamplingFlags(),
     schedule: cli.OfflineSchedule = cli.OfflineScheduleFlags(),
     device: cli.Device = DeviceOptions(),
+    ray: Ray = RayOptions(),
 ) -> int:
     """Answer a file of requests, each exactly once. Stopped or killed at any moment, the same command goes on.
 
@@ -80,10 +84,13 @@ def batch(
         Where an output that is remote is prepared.
     served_model_name
         Name that rows use for the model. Default: the directory's name or the hub id.
+    engine
+        local: one process of this machine. ray: engines on a Ray cluster, or several on this machine, for the same
+        output; each machine must have this jaxserve and find the model under the same name.
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device].
     """
-    engine = cli.engine_options(model, models, schedule, device)
+    settings = cli.engine_options(model, models, schedule, device)
     name = cli.model_name(model, served_model_name)
     given = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name != "seed"}
     job = BatchOptions(
@@ -99,9 +106,10 @@ def batch(
         },
         work_dir=work_dir,
     )
+    compute = _on_ray(ray) if engine == "ray" else _here(settings, name, ray)
     path = resolve_model(model, models.revision)
     try:
-        result = run(run_job(job, engine, path, name, lambda: opened(engine, name, in_process=False), _watched))
+        result = run(run_job(job, settings, path, name, compute))
     except asyncio.CancelledError:  # by a second Ctrl-C
         print("stopped; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -113,8 +121,22 @@ def batch(
     return SOME_FAILED if result.failed else 0
 
 
+def _here(settings: EngineOptions, name: str, ray: RayOptions) -> Compute:
+    for option in fields(ray):
+        if getattr(ray, option.name) is not None:
+            raise ConfigError(f"--{option.name.replace('_', '-')} is for --engine ray; leave it out, or give that too")
+    return in_one_engine(lambda: opened(settings, name, in_process=False), _watched)
+
+
+def _on_ray(options: RayOptions) -> Compute:
+    from jaxserve.ray.batch import on_ray
+
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or None
+    return on_ray(replace(options, ray_address=address), _watched)
+
+
 @contextlib.asynccontextmanager
-async def _watched(job: Job, store: Store, rows: int) -> AsyncIterator[None]:
+async def _watched(job: Running, store: Store, rows: int) -> AsyncIterator[None]:
     """Shows how far the job is; a first SIGINT or SIGTERM lets it finish what is in flight, a second cancels it."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
@@ -123,8 +145,7 @@ async def _watched(job: Job, store: Store, rows: int) -> AsyncIterator[None]:
         if job.stopping:
             task.cancel()
             return
-        print(f"finishing {job.in_flight} rows in flight; once more stops at once", file=sys.stderr)
-        job.stop()
+        print(job.stop(), file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
