@@ -64,6 +64,9 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
             raise _Misfit(f"{what}: the cache is {_about(cache)}; hand on the one that came with the step")
         if unknown := options.keys() - {"scale", "window", "soft_cap", "sinks"}:
             raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap and sinks")
+        kept, window = spec.windows[number] if spec.windows and number is not None else None, options.get("window")
+        if kept is not None and (window is None or window > kept):
+            raise _Misfit(f"{what} has window={window}; the config's windows say {kept}, and no more tokens are kept")
         return q, cache
 
     state = jax.ShapeDtypeStruct((spec.layers, 1, spec.row), jnp.float32)

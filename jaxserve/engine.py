@@ -58,6 +58,7 @@ class Engine:
             max_queued_requests=schedule.max_queued_requests,
             priorities=schedule.scheduling_policy == "priority",
             prefix_caching=schedule.enable_prefix_caching,
+            windows=self.info.windows,
         )
         self.metrics.watch(
             running=lambda: len(self.scheduler.running),

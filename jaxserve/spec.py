@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from jaxserve.errors import ConfigError
+from jaxserve.page_groups import PageGroups
 from kernels_pallas.ragged_paged_attention.contract import Cache
 
 type Params = Any
@@ -153,6 +154,12 @@ class CacheSpec:
     layers: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int | None, ...] = ()
+    """How many tokens each layer sees, the token itself included; None: all. Empty: all layers see all."""
+
+    def groups(self, length: int) -> PageGroups:
+        """The layers by what they keep of sequences of up to `length` tokens."""
+        return PageGroups.of(self.windows or (None,) * self.layers, length)
 
     @property
     def row(self) -> int:
@@ -185,7 +192,11 @@ class Attend(Protocol):
 
 
 class ModelConfig(Protocol):
-    """The sizes that the engine reads of every model's config."""
+    """The sizes that the engine reads of every model's config.
+
+    One whose layers have sliding windows may say so in `windows`, a tuple of one window a layer, None for none: then
+    such a layer keeps of a sequence only the pages that its window needs, and `attend` refuses a wider one.
+    """
 
     @property
     def layers(self) -> int: ...
@@ -240,5 +251,16 @@ class Model:
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:
-        """The cache of a model whose layers all keep their keys and values."""
-        return CacheSpec(config.layers, config.kv_heads, config.head_dim)
+        """The cache of a model whose layers all keep their keys and values, or those of their windows.
+
+        Raises ConfigError for windows that are none.
+        """
+        windows = tuple(getattr(config, "windows", ()))
+        if windows and (
+            len(windows) != config.layers or not all(w is None or (isinstance(w, int) and w >= 1) for w in windows)
+        ):
+            raise ConfigError(
+                f"{self.name}: {type(config).__name__}.windows is {windows}; needed are {config.layers} whole numbers "
+                "above 0, or None where a layer sees everything"
+            )
+        return CacheSpec(config.layers, config.kv_heads, config.head_dim, windows)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxserve import attention, sampling
 from jaxserve.batch import Layout, Shape, StepInput
 from jaxserve.native.attention import untouched_cache
+from jaxserve.page_groups import PageGroups
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
 from jaxserve.sharding import Partition
@@ -28,7 +29,7 @@ from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAtt
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: Cache  # [layers * pages, page_size, kv_heads * 2 * head_dim]
+    cache: Cache  # [layers of a group * pages, page_size, kv_heads * 2 * head_dim]
     slots: SlotState
 
 
@@ -86,7 +87,7 @@ class Programs:
 
     def step(self, shape: Shape, sizes: Sizes) -> Program:
         """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated."""
-        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs)
+        layout = self.layout(shape, sizes)
         params, tree = jax.tree.flatten(self.params)
         state, everywhere = self.state(sizes), self.partition.everywhere
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere)
@@ -94,6 +95,15 @@ class Programs:
         return Program(
             what, partial(_step, self, tree, layout), (params, state, buffer), 1, (_shardings(state), everywhere)
         )
+
+    def layout(self, shape: Shape, sizes: Sizes) -> Layout:
+        """Of the buffer of a step."""
+        return Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs, self.groups.windows, sizes.page_size)
+
+    @property
+    def groups(self) -> PageGroups:
+        """The model's layers by what they keep."""
+        return self.model.cache_spec(self.partition.config).groups(self.partition.config.max_positions)
 
     def bind(self, sizes: Sizes) -> Program:
         """(state, *binding) -> state, as `no_binding` has them. The state is donated."""
@@ -116,7 +126,8 @@ class Programs:
     def state(self, sizes: Sizes) -> StepState:
         """The shapes of a step's state, and where it lies."""
         spec = self.model.cache_spec(self.partition.config)
-        cache = self.partition.cache(attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype))
+        shapes = attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype, self.groups)
+        cache = self.partition.cache(shapes)
         slots = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.partition.everywhere),
             slot_shapes(sizes.max_num_seqs, sizes.max_model_len),
@@ -175,8 +186,9 @@ def _whole_step(
     history = _remember(history, slot, positions, tokens)
 
     with jax.named_scope("forward"):
-        layers, kernel = model.cache_spec(config).layers, partition.over_heads(programs.kernel)
-        attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
+        kernel, groups = partition.over_heads(programs.kernel), programs.groups
+        kv_lens = [step.kv_lens if begin is None else step.kv_lens - begin for begin in step.kv_begins]
+        attend = attention.bind(kernel, groups, kv_lens, step.page_tables, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
     last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
     slots = replace(state.slots, history=history)

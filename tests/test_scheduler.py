@@ -6,7 +6,8 @@ import zlib
 import pytest
 
 from jaxserve.errors import Overloaded
-from jaxserve.pages import PagePool
+from jaxserve.page_groups import longest
+from jaxserve.pages import PagePool, block_hashes
 from jaxserve.request import FinishReason, Logprobs, Request, SamplingParams
 from jaxserve.scheduler import Sampled, Scheduler
 
@@ -30,8 +31,8 @@ def scores(prompt, first):
 class Device:
     """Executes plans in launch order: pages of tokens, and each slot's last sampled token."""
 
-    def __init__(self, num_pages, page_size):
-        self.page_size = page_size
+    def __init__(self, num_pages, page_size, windows=(None,)):
+        self.page_size, self.windows = page_size, windows
         self.kv = [[None] * page_size for _ in range(num_pages)]
         self.last = {}
 
@@ -42,13 +43,19 @@ class Device:
             for position in range(row.start, row.start + row.count):
                 known = position < len(s.tokens)
                 token = s.tokens[position] if known else self.last[row.slot]
-                self.kv[s.pages[position // self.page_size]][position % self.page_size] = (position, token)
+                for group, pages in enumerate(s.pages):
+                    held = (group, position, token)
+                    self.kv[pages[position // self.page_size]][position % self.page_size] = held
         for row in plan.rows:
             s, end = row.sequence, row.start + row.count
             said = [next_token(s.request.id, s.index, p) for p in range(s.num_prompt, end)]
             wanted = [*s.request.prompt_token_ids, *said][:end]
-            seen = [self.kv[s.pages[p // self.page_size]][p % self.page_size] for p in range(end)]
-            assert seen == list(enumerate(wanted)), f"{s.request.id}[{s.index}] read another's pages"
+            for group, (window, pages) in enumerate(zip(self.windows, s.pages, strict=True)):
+                first = 0 if window is None else max(0, row.start - window + 1)
+                assert -1 not in pages[first // self.page_size :], "gave up what it sees"
+                seen = [self.kv[pages[p // self.page_size]][p % self.page_size] for p in range(first, end)]
+                right = [(group, p, token) for p, token in enumerate(wanted)]
+                assert seen == right[first:], f"{s.request.id}[{s.index}] read another's pages"
             token = next_token(s.request.id, s.index, end)
             self.last[row.slot] = token
             tokens.append(token)
@@ -57,6 +64,7 @@ class Device:
 
 
 def scheduler(pages=16, size=4, seqs=4, budget=16, length=40, **options):
+    """`windows` as PageTables has them."""
     return Scheduler(
         PagePool(pages, size), max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=length, **options
     )
@@ -272,18 +280,86 @@ def test_who_waits_for_the_pages_of_another_goes_on_when_that_one_goes():
     assert output(deltas, "b") == expected("b", 11, 2) and s.num_deferred == 0
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_ten_thousand_random_events(seed):
+def test_a_long_prompt_passes_through_a_window():
+    """200 tokens take 50 pages of the layers that see all, and of those that see 8 only what a chunk does."""
+    windows = (None, 8)
+    s, device = scheduler(pages=58, length=220, windows=windows), Device(58, 4, windows)
+    s.add(request("a", range(200), max_tokens=20), 0.0)
+    most, pending, deltas = 0, None, []
+    while not s.idle:
+        plan = s.plan(0.0)
+        launched = (plan, device.launch(plan)) if plan else None
+        most = max(most, s.pages.num_pages - s.pages.available)
+        deltas += s.commit(*pending, 0.0) if pending else []
+        pending = launched
+        s.check_integrity()
+    assert output(deltas, "a") == expected("a", 200, 20)
+    assert most == 55 + 3, "all blocks, and the three that 8 tokens can lie in"
+    assert s.stats.preemptions == 0
+
+
+@pytest.mark.parametrize("windows", [(None, 8), (8,), (None, 8, 8, 20)])
+def test_a_hit_has_all_that_comes_after_it_sees(windows):
+    s, device = scheduler(pages=64, length=100, windows=windows), Device(64, 4, windows)
+    for name, cached in (("a", 0), ("b", 48), ("c", 48)):  # the device asserts that what is read is right
+        s.add(request(name, range(50), max_tokens=3), 0.0)
+        deltas = run(s, device)
+        assert output(deltas, name) == expected(name, 50, 3) and deltas[0].num_cached_tokens == cached
+    s.add(request("branch", [*range(33), *[7] * 9], max_tokens=3), 0.0)
+    deltas = run(s, device)  # the pages of the windows before block 8 were given up, and are kept while there is room
+    assert deltas[0].num_cached_tokens == 32 and output(deltas, "branch") == expected("branch", 42, 3)
+
+
+def test_of_a_prompt_that_lost_a_window_no_more_than_the_rest_is_a_hit():
+    windows = (None, 8)
+    s, device = scheduler(pages=40, length=100, windows=windows), Device(40, 4, windows)
+    s.add(request("a", range(50), max_tokens=3), 0.0)
+    run(s, device)
+    hashes = block_hashes(range(50), 4, "")
+    assert s.tables.known(hashes) == 12
+    taken = s.pages.take(40 - 13 - 3)  # the pages that fell out of the window first, and some that were free
+    assert s.tables.known(hashes) == 12 and s.tables.known(hashes[:8]) == 0
+    s.pages.release(taken)
+    s.add(request("b", range(35), max_tokens=3), 0.0)
+    deltas = run(s, device)
+    assert deltas[0].num_cached_tokens == 0 and output(deltas, "b") == expected("b", 35, 3)
+
+
+def test_the_same_memory_holds_more_sequences():
+    """Five of six groups of layers see 16 tokens: eight sequences of 128 fit where two would."""
+    windows = (None, *[16] * 5)
+    for held, running in ((windows, 8), ((None,) * 6, 2)):
+        s, device = scheduler(6 * 80, seqs=8, budget=512, length=128, windows=held), Device(6 * 80, 4, held)
+        for name in "abcdefgh":
+            s.add(request(name, [ord(name)] * 64, max_tokens=64), 0.0)
+        together, pending = [], None
+        while not s.idle:
+            plan = s.plan(0.0)
+            together.append(sum(q.num_computed > 120 for q in s.running))
+            launched = (plan, device.launch(plan)) if plan else None
+            if pending:
+                s.commit(*pending, 0.0)
+            pending = launched
+        assert max(together) == running
+
+
+WINDOWS = [(None, 7), (5,), (None, 3, 3, 12), (4, 9)]
+EVENTS = [*((seed, (None,), 10_000) for seed in range(20)), *((seed, WINDOWS[seed % 4], 1_500) for seed in range(8))]
+
+
+@pytest.mark.parametrize(("seed", "windows", "events"), EVENTS, ids=str)
+def test_thousands_of_random_events(seed, windows, events):
     """Arrivals, aborts, deadlines, preemptions, prefix hits: every page and slot accounted for after each event."""
     rng = random.Random(seed)
     size, pages = rng.choice([(1, 30), (4, 12), (4, 60), (16, 8)])
-    length = min(40, size * pages)
+    pages *= 1 + len(windows) // 3
+    length = longest(windows, pages, size, 40)
     seqs = rng.choice([1, 3, 8])
     s = scheduler(
         pages, size, seqs, budget=rng.choice([seqs, 8 + seqs, 64]), length=length,
-        max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8,
+        max_queued_requests=12, priorities=rng.random() < 0.5, prefix_caching=rng.random() < 0.8, windows=windows,
     )  # fmt: skip
-    device, pending, now = Device(pages, size), None, 0.0
+    device, pending, now = Device(pages, size, windows), None, 0.0
     asked, got, ended, scored, refused = {}, {}, {}, set(), 0
     prefixes = [[rng.randrange(50) for _ in range(rng.randrange(1, 25))] for _ in range(4)]
 
@@ -299,7 +375,7 @@ def test_ten_thousand_random_events(seed):
             if d.finish is not None:
                 ended[key] = d.finish
 
-    for event in range(10_000):
+    for event in range(events):
         now += rng.random()
         draw = rng.random()
         if draw < 0.25:

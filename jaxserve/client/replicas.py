@@ -77,7 +77,7 @@ class Replicas:
         self.info = _joined(shape, [e.info for e in self.engines])
         self._router = Router(
             [e.info for e in self.engines],
-            [e.scheduler.pages for e in self.engines],
+            [e.scheduler.tables for e in self.engines],
             prefix_caching=options.schedule.enable_prefix_caching,
         )
 
