@@ -1,10 +1,12 @@
 """How much main memory this process may use, control groups counted; what of it goes back, and what the GC may skip."""
 
+import ctypes
 import gc
 import mmap
 import os
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +79,12 @@ def drop_pages(file: mmap.mmap, begin: int, nbytes: int) -> None:
     first, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if first < end and hasattr(mmap, "MADV_DONTNEED"):  # not everywhere
         file.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def give_back() -> None:
+    """Returns memory that the C library keeps for later to the system, where it can: after much was freed at once."""
+    with suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_objects() -> None:

@@ -18,7 +18,7 @@ from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
 from jaxserve.dry_run import packed, trace
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
-from jaxserve.host_memory import host_memory, peak_memory
+from jaxserve.host_memory import give_back, host_memory, peak_memory
 from jaxserve.models import find_model
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
@@ -101,6 +101,7 @@ def load_model(
         pack=pack,
         progress=report,
     )
+    give_back()
     seconds = time.perf_counter() - start
     progress(
         f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "

@@ -22,6 +22,7 @@ from jaxserve import attention, batch
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
+from jaxserve.host_memory import give_back
 from jaxserve.loading import Progress, device_memory, load_model, memory_share
 from jaxserve.metrics import EngineMetrics
 from jaxserve.page_groups import capacity, longest, pages_held
@@ -196,6 +197,7 @@ class Runner:
     def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
         compiled = self._compile(shape, sizes)
+        give_back()
         self._metrics.compiled(phase, time.perf_counter() - start)
         return compiled
 

@@ -13,6 +13,7 @@ import msgspec
 from jaxserve.chat import ChatTemplate, load_chat_template
 from jaxserve.client import EngineClient
 from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
+from jaxserve.host_memory import give_back
 from jaxserve.metrics import FrontMetrics
 from jaxserve.request import Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
 from jaxserve.tokenizer import Detokenizer, StopStrings, Tokenizer, load_tokenizer, read_gguf, text_gguf
@@ -93,6 +94,7 @@ class TextModel:
         Raises ConfigError, and CheckpointError for a broken .gguf file.
         """
         tokenizer, template, generation, source = _described(path)
+        give_back()  # a large vocabulary in pieces
         eos = generation.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if any(not isinstance(i, int) for i in eos_ids):

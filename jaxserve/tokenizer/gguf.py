@@ -404,12 +404,14 @@ def _bpe(vocabulary: _Vocabulary, **options: Any) -> tokenizers.Tokenizer:
     merges = vocabulary.values.texts(key)
     if merges is None:
         raise CheckpointError(f"{vocabulary.where}: {key} is missing")
-    pairs = []
+    ids, tokens, pairs = vocabulary.text_ids, vocabulary.tokens, []
     for i, merge in enumerate(merges):
         left, _, right = merge[1:].partition(" ")  # the left part may be a space itself
         if not merge or not right:
             raise vocabulary.values.wrong(f"{key}[{i}]", f"must be two tokens with a space between, got {merge!r}")
-        pairs.append((merge[0] + left, right))
+        left = merge[0] + left
+        # The vocabulary's own strings: a large one's merges would be 16 MB of copies.
+        pairs.append((tokens[ids[left]] if left in ids else left, tokens[ids[right]] if right in ids else right))
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocabulary.text_ids, merges=pairs, **options))
     except Exception as error:  # the library raises plain Exception

@@ -84,7 +84,10 @@ def load_params(
         progress(0, total)
     pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), thread_name_prefix="load")
     try:
-        return jax.tree.unflatten(tree, list(pool.map(load, specs, sizes)))
+        # The largest first: what is staged for it is gone when the others have filled the memory.
+        order = sorted(range(len(specs)), key=lambda i: -sizes[i])
+        leaves = dict(zip(order, pool.map(load, [specs[i] for i in order], [sizes[i] for i in order]), strict=True))
+        return jax.tree.unflatten(tree, [leaves[i] for i in range(len(specs))])
     finally:
         pool.shutdown(cancel_futures=True)
 
