@@ -1,12 +1,16 @@
 """Which layers share pages, and what a sequence then holds; the models' own windows."""
 
+import jax.numpy as jnp
 import pytest
+import toy_model
 from toy_model import Config
 
+from jaxserve import attention
+from jaxserve.dry_run import trace
 from jaxserve.errors import ConfigError
 from jaxserve.models import ARCHITECTURES, find_model
 from jaxserve.page_groups import PageGroups, capacity, first_block, longest, pages_held
-from jaxserve.spec import CacheSpec
+from jaxserve.spec import CacheSpec, Model
 
 GEMMA_3 = {  # of the published models: layers, and every sixth one sees all
     "1b": (26, 512, (None, *[512] * 6), 4),
@@ -92,14 +96,31 @@ def test_models_say_their_windows(name, hf, windows):
 
 @pytest.mark.parametrize("windows", [(4,), (4, 0), (None, 2.5)])
 def test_windows_that_are_none_are_refused(windows):
-    from jaxserve.spec import Model
-
     class Windowed(Config):
         pass
-
-    import toy_model
 
     config = Windowed(2, 1, 1, 1, 2, 50, 64)
     object.__setattr__(config, "windows", windows)
     with pytest.raises(ConfigError, match=r"Windowed.windows is .*; needed are 2 whole numbers above 0"):
         Model.of(toy_model).cache_spec(config)
+
+
+def test_a_model_that_sees_more_than_it_says_is_refused():
+    class Windowed(Config):
+        windows = (3,)
+
+    with pytest.raises(ConfigError, match=r"attend of layer 0 has window=None; the config's windows say 3"):
+        trace(Model.of(toy_model), Windowed(1, 1, 1, 1, 2, 50, 64), "float32")
+    q = jnp.zeros((1, 1, 2))
+    groups, seen = PageGroups.of((3, None), 64), []
+    attend = attention.bind(lambda *a, window, **_: (seen.append(window), a[:4:3])[1], groups, [q] * 2, [q] * 2, q, q)
+    for layer, window, text in (
+        (0, None, "attend of layer 0 is called with window=None, and by the Config's windows only 3 tokens are kept"),
+        (0, 4, "window=4"),
+        (jnp.int32(0), 3, "a traced layer"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            attend(layer, q, q, q, q, window=window)
+    for layer, window in ((0, 3), (0, 2), (1, None), (1, 9)):
+        attend(layer, q, q, q, q, window=window)
+    assert seen == [3, 2, None, 9]

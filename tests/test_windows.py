@@ -1,12 +1,15 @@
 """Layers with windows keep only those in the engine, and nobody notices: the answers are those of an engine that keeps
 every page."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from running_engine import Running, request
 
+from jaxserve import profile
 from jaxserve.batch import Layout, Shape
 from jaxserve.errors import ConfigError
 from jaxserve.page_groups import PageGroups
@@ -92,6 +95,12 @@ def test_a_cache_of_bytes_has_groups_too(without_groups):
     with engine("gemma2", pages=400, cache="int8") as running:
         assert running.engine.info.windows == GROUPS["gemma2"]
         assert_same(answers(running), without_groups("gemma2", "int8"))
+        with pytest.raises(ConfigError, match="pages of KV cache needed: 248 exceeds num_kv_pages 200"):
+            profile.Case(4, 1, 220).plan(
+                SimpleNamespace(sizes=replace(running.engine.runner.sizes, num_pages=200), info=running.engine.info)
+            )
+        timing = profile.measure(running.engine.runner, profile.Case(4, 1, 220), steps=1, warm=0)
+        assert timing.shape.tokens == 32, "a step of `jaxserve bench step` has groups, too"
 
 
 def test_the_same_bytes_hold_longer_contexts(monkeypatch):
