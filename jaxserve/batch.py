@@ -169,8 +169,9 @@ class _Table(NamedTuple):
 def _tables(shape: Shape, pages_per_seq: int, windows: Seq[int | None], page_size: int) -> list[_Table]:
     """Of every group. Those with a window need only list what the step's tokens see, unless there is but one group."""
     tables, step = [], aligned(page_size)
+    most = 1 if shape.single else shape.tokens  # of one sequence
     for window in windows:
-        seen = 0 if window is None else window - 1 + (1 if shape.single else shape.tokens)
+        seen = 0 if window is None else window - 1 + most
         width = -(-(seen + step - 1) // page_size)
         narrow = len(windows) > 1 and window is not None and width < pages_per_seq
         tables.append(_Table(width, window, step) if narrow else _Table(pages_per_seq))

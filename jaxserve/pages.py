@@ -144,8 +144,8 @@ class PageTables:
     """What sequences hold of a pool. `windows`: of each group of layers, those without one first.
 
     A group with a window has a page of each block that a token to come can see, and takes pages as a prompt's chunks
-    need them; one without has a page of every block, and is given those of a whole prompt at once. As long as each
-    other group's the lists of all groups with a window are; see `Tables`.
+    need them; one without has a page of every block, and is given those of a whole prompt at once. So in `Tables` the
+    lists of all groups with a window are equally long, and no longer than the others.
     """
 
     def __init__(self, pool: PagePool, windows: Sequence[int | None] = (None,)):

@@ -103,6 +103,15 @@ def test_a_cache_of_bytes_has_groups_too(without_groups):
         assert timing.shape.tokens == 32, "a step of `jaxserve bench step` has groups, too"
 
 
+def test_with_the_cpus_kernels_no_bit_differs(compiler, monkeypatch):
+    with engine("gemma2", pages=100, page=16, attention="cpu") as running:
+        got = answers(running)
+    monkeypatch.setattr(CacheSpec, "groups", lambda spec, length: PageGroups.single(spec.layers))
+    with engine("gemma2", pages=100, page=16, attention="cpu") as running:
+        want = answers(running)
+    assert {k: (r.tokens, r.logprobs) for k, r in got.items()} == {k: (r.tokens, r.logprobs) for k, r in want.items()}
+
+
 def test_the_same_bytes_hold_longer_contexts(monkeypatch):
     with engine("gemma3", pages=7 * 20) as running:
         info = running.engine.info
