@@ -33,6 +33,7 @@ NOT_IN_PROGRAMS = (
     "cli",
     "client",
     "conformance",
+    "conformance_mesh",
     "dry_run",
     "embedded",
     "hub",
@@ -42,6 +43,7 @@ NOT_IN_PROGRAMS = (
     "server",
     "text",
     "tokenizer",
+    "update",
     "weights",
 )
 """Parts of the package that no program is made from, so that they may change and the programs stay."""

@@ -163,6 +163,12 @@ class ServerOptions:
     """Seconds that requests in flight get to finish after SIGTERM; a second signal aborts at once."""
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body; a larger one is refused with 413."""
+    admin_key: str | None = None
+    """Key that /admin asks for, as `Authorization: Bearer KEY`; without one there is no /admin. Better given as
+    JAXSERVE_ADMIN_KEY, since others can read a command line."""
+    reload: bool = False
+    """Watch the file of --model-code: an edit is compiled in the background and then switched to; a broken one is
+    reported, and the old code goes on."""
     sse_keep_alive_interval: float = 15.0
     """Seconds of silence in a stream after which a comment is sent; 0 turns it off."""
 
@@ -174,6 +180,8 @@ class ServerOptions:
         for name in ("shutdown_timeout", "sse_keep_alive_interval"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ConfigError(f"{name} must be a number of seconds, 0 or more, got {getattr(self, name)}")
+        if self.admin_key is not None and not (self.admin_key.isascii() and len(self.admin_key.split()) == 1):
+            raise ConfigError("admin_key must be of ASCII letters, digits and signs, without blanks")
         if self.max_body_bytes < 1024:
             raise ConfigError(f"max_body_bytes must be at least 1024, got {self.max_body_bytes}")
 

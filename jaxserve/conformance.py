@@ -3,6 +3,7 @@
 T tokens of a step, S sequences, V vocab
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.model_code import brief, place
 from jaxserve.page_groups import PageGroups
 from jaxserve.random_weights import draw_params, stored_shape
+from jaxserve.sharding import Partition
 from jaxserve.spec import Cache, Model, Params, ParamSpec
 from jaxserve.weights import Checkpoint
 from jaxserve.weights.load import check_params
@@ -169,14 +171,19 @@ def _trace_packed(model: Model, config: Any) -> None:
     trace(model, config, jnp.float32, leaf)
 
 
-class _Steps:
-    """A model of drawn weights, run dense, and in steps over a paged cache as the engine runs it."""
+class Steps:
+    """A model of drawn weights, run dense, and in steps over a paged cache as the engine runs it.
 
-    def __init__(self, model: Model, config: Any):
-        self.config = config
+    `params` are other weights than those drawn; `partition` is where they lie, and how many heads they have there.
+    """
+
+    def __init__(self, model: Model, config: Any, params: Params | None = None, partition: Partition | None = None):
+        self.config = config = config if partition is None else partition.config
         self._spec = model.cache_spec(config)
-        self._params = jax.tree.map(jnp.asarray, draw_params(specs_of(model, config)))
+        self._params = jax.tree.map(jnp.asarray, params or draw_params(specs_of(model, config)))
         kernel = attention.choose("reference", "cpu")[2]
+        if partition is not None:
+            kernel = partition.over_heads(kernel)
 
         def dense(params: Params, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
             hidden, _ = model.forward(params, config, tokens, positions, jnp.zeros(()), attention.dense)
@@ -192,10 +199,11 @@ class _Steps:
             *where: jax.Array,
         ) -> tuple[jax.Array, Cache]:
             attend = attention.bind(kernel, PageGroups.single(self._spec.layers), [lens], [table], *where)
-            hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
-            return model.logits(params, config, hidden), cache
+            with contextlib.nullcontext() if partition is None else partition.tracing():
+                hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
+                return model.logits(params, config, hidden), cache
 
-        self._dense, self._step = jax.jit(dense), jax.jit(step)
+        self._dense, self._step, self._partition = jax.jit(dense), jax.jit(step), partition
         self._per_seq = -(-STEP // PAGE)
         self._pages = SEQS * self._per_seq + 1
 
@@ -206,7 +214,10 @@ class _Steps:
 
     def empty(self) -> Any:
         """A cache in which nothing was written, which shows as NaN."""
-        return jnp.full((self._spec.layers * self._pages, PAGE, self._spec.row), jnp.nan)
+        cache = jnp.full((self._spec.layers * self._pages, PAGE, self._spec.row), jnp.nan)
+        if self._partition is None:
+            return cache
+        return jax.tree.map(lambda a, there: jax.device_put(a, there.sharding), cache, self._partition.cache(cache))
 
     def step(self, pieces: list[tuple[int, np.ndarray]], cache: Any, padding: int = 0) -> tuple[list[np.ndarray], Any]:
         """The logits of each sequence's piece: (tokens computed before, new tokens); `padding` fills the step up."""
@@ -234,14 +245,14 @@ def _values(model: Model, config: Any) -> Iterator[Finding]:
     """Stops at the first of the first three that fails: the others would fail for the same reason."""
     rng = np.random.default_rng(1)
     prompt = rng.integers(0, config.vocab, LENGTH).astype(np.int32)
-    steps = _Steps(model, config)
+    steps = Steps(model, config)
     try:
         right, fifth = steps.dense(prompt)
         if not np.isfinite(right).all():
             yield Finding("values", "FAIL", "with plain attention the logits are no numbers already")
             return
         yield (
-            finding := _equal(
+            finding := equal(
                 "logits by row", fifth, right[::5], "logits of some rows", "those rows of the logits of all"
             )
         )
@@ -267,21 +278,21 @@ def _values(model: Model, config: Any) -> Iterator[Finding]:
     )
     cause = mixes if reads else counts
     what, than = "a prompt through the paged cache, the step filled up with padding", "the same alone, without a cache"
-    yield _equal("paged is dense", whole, right, what, than, mixes)
+    yield equal("paged is dense", whole, right, what, than, mixes)
     ((padded,), _) = steps.step([(0, prompt)], steps.empty(), padding=config.vocab - 1)
-    yield _equal("padding", padded, whole, "a step filled up with one token", "filled up with another", mixes)
+    yield equal("padding", padded, whole, "a step filled up with one token", "filled up with another", mixes)
     chunked, done, cache = [], 0, steps.empty()
     for size in PIECES:
         ((part,), cache) = steps.step([(done, prompt[done : done + size])], cache)
         chunked.append(part)
         done += size
     what = f"a prompt in pieces of {', '.join(map(str, PIECES))} tokens"
-    yield _equal("chunked is whole", np.concatenate(chunked), whole, what, "in one piece", cause)
+    yield equal("chunked is whole", np.concatenate(chunked), whole, what, "in one piece", cause)
     others = [rng.integers(0, config.vocab, size).astype(np.int32) for size in OTHERS]
     alone = [steps.step([(0, tokens)], steps.empty())[0][0] for tokens in others]
     together, _ = steps.step([(0, tokens) for tokens in others], steps.empty())
     what = f"sequences of {', '.join(map(str, OTHERS))} tokens in one step"
-    yield _equal(
+    yield equal(
         "batch is alone", np.concatenate(together), np.concatenate(alone), what, "each in a step of its own", cause
     )
 
@@ -297,7 +308,15 @@ def _cache_kept(lost: list[int]) -> Finding:
     )
 
 
-def _equal(check: str, found: np.ndarray, right: np.ndarray, what: str, than: str, cause: str = "") -> Finding:
+def equal(
+    check: str,
+    found: np.ndarray,
+    right: np.ndarray,
+    what: str,
+    than: str,
+    cause: str = "",
+    tolerance: float = TOLERANCE,
+) -> Finding:
     """Compares logits [T, V]; `cause` is what makes them differ, most likely."""
     because = f"; {cause}" if cause else ""
     if np.isnan(found).any():
@@ -305,8 +324,8 @@ def _equal(check: str, found: np.ndarray, right: np.ndarray, what: str, than: st
         text = f"{what}: the logits of token {row} are NaN: a place of the cache was read that was not written"
         return Finding(check, "FAIL", text + because)
     apart = np.abs(found - right).max(axis=-1) / np.abs(right).max()
-    if apart.max() > TOLERANCE:
-        row = int((apart > TOLERANCE).argmax())
+    if apart.max() > tolerance:
+        row = int((apart > tolerance).argmax())
         text = f"{what}, and {than}: from token {row} on the logits differ, by up to {apart.max():.2g} of the largest"
         return Finding(check, "FAIL", text + because)
     return Finding(check, "ok", f"{what}, and {than}: equal" + (f" to {apart.max():.0e}" if apart.max() else ""))

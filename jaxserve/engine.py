@@ -4,6 +4,8 @@ import queue
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import msgspec
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions
-from jaxserve.errors import EngineStopped, JaxserveError, Overloaded
+from jaxserve.errors import EngineStopped, JaxserveError, ModelChanged, Overloaded
 from jaxserve.loading import Progress
 from jaxserve.metrics import EngineMetrics
 from jaxserve.pages import PagePool
-from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, check_request
-from jaxserve.runner import Launched, Runner
+from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, Update, check_request
+from jaxserve.runner import Launched, Prepared, Runner
 from jaxserve.scheduler import Plan, Scheduler, Stats
+from jaxserve.spec import Params
 
 IDLE_WAIT_S = 1.0
 """How long an idle loop sleeps before it looks at deadlines again; any arrival wakes it."""
@@ -28,8 +31,15 @@ class _Abort:
     request_id: str
 
 
+@dataclass(frozen=True, eq=False)
+class _Switch:
+    prepared: Prepared
+    abort: bool
+    done: Future[None]
+
+
 class Engine:
-    """A loaded model and its step loop. `submit`, `abort` and `stop` may be called from any thread.
+    """A loaded model and its step loop. `submit`, `abort`, `switch` and `stop` may be called from any thread.
 
     `deliver` is called by the loop's thread with the deltas of each step. Of several replicas it is number `index`, on
     the devices of `mesh`. Raises ConfigError or CheckpointError.
@@ -45,10 +55,11 @@ class Engine:
         progress: Progress = lambda message: None,
         mesh: Mesh | None = None,
         index: int = 0,
+        weights_version: int = 0,
     ):
         self.metrics = EngineMetrics(model_name, engine=str(index))
         self.runner = Runner(options, path, self.metrics, progress, mesh)
-        self.info: EngineInfo = self.runner.info
+        self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
         schedule = options.schedule
         self.scheduler = Scheduler(
             PagePool(self.info.num_pages, self.info.page_size),
@@ -60,6 +71,8 @@ class Engine:
             prefix_caching=schedule.enable_prefix_caching,
             windows=self.info.windows,
         )
+        self.scheduler.weights_version = weights_version
+        self.metrics.weights_version.set(weights_version)
         self.metrics.watch(
             running=lambda: len(self.scheduler.running),
             waiting=lambda: len(self.scheduler.waiting),
@@ -68,9 +81,10 @@ class Engine:
         )
         self.metrics.cache_config(self.info.page_size, self.info.num_pages, schedule.enable_prefix_caching)
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | _Abort | _Switch | None] = queue.SimpleQueue()
         self._seen = Stats()
-        self._stopping = False
+        self._switch: _Switch | None = None
+        self._stopping = self._ended = False
 
     def submit(self, request: Request) -> None:
         """Queues a request. What it is refused with comes back as a delta with an error."""
@@ -79,6 +93,23 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free for the next step. No delta follows."""
         self._inbox.put(_Abort(request_id))
+
+    def prepare(self, update: Update, params: Params | None = None) -> list[Prepared]:
+        """What `switch` takes, of each replica; see Runner.prepare."""
+        return [self.runner.prepare(update, params)]
+
+    def switch(self, prepared: list[Prepared], *, abort: bool) -> list[Future[None]]:
+        """Switches between two steps, once no request that has begun is left; `abort` ends them with ModelChanged.
+
+        One switch at a time. The futures, one a replica, are done when the next step is of what was prepared, or raise
+        EngineStopped.
+        """
+        (one,) = prepared
+        switch = _Switch(one, abort, Future())
+        self._inbox.put(switch)
+        if self._ended:  # then perhaps nobody looks into the inbox any more
+            _fail(switch.done, EngineStopped("the engine was stopped"))
+        return [switch.done]
 
     def stop(self) -> None:
         """Ends the loop after the step that is running; whatever is unfinished gets EngineStopped."""
@@ -131,9 +162,33 @@ class Engine:
             block = False
             if isinstance(item, _Abort):
                 self.scheduler.abort(item.request_id)
+            elif isinstance(item, _Switch):
+                deltas += self._hold(item)
             elif item is not None:
                 deltas += self._accept(item)
-        return deltas + self.scheduler.expire(time.monotonic())
+        deltas += self.scheduler.expire(time.monotonic())
+        if self._switch is not None and not self.scheduler.begun:
+            self._install(self._switch)
+        return deltas
+
+    def _hold(self, switch: _Switch) -> list[Delta]:
+        """Lets nothing new begin until the switch."""
+        assert self._switch is None, "one switch at a time"
+        self._switch, self.scheduler.holding = switch, True
+        if not switch.abort:
+            return []
+        changed = "weights or model code were switched while this request was in flight; send it again"
+        return self.scheduler.fail_all(ModelChanged(changed), begun_only=True)
+
+    def _install(self, switch: _Switch) -> None:
+        """Steps in flight are of requests that have ended, and keep the weights that they were launched with."""
+        self.runner.install(switch.prepared)
+        self.scheduler.renew()
+        version = self.scheduler.weights_version
+        self.info = msgspec.structs.replace(self.runner.info, weights_version=version)
+        self.metrics.weights_version.set(version)
+        self._switch = None
+        switch.done.set_result(None)
 
     def _accept(self, request: Request) -> list[Delta]:
         try:
@@ -187,13 +242,23 @@ class Engine:
 
     def _end(self, error: EngineStopped) -> None:
         self.runner.close()
+        self._ended = True
         deltas = self.scheduler.fail_all(error)
+        if self._switch is not None:
+            _fail(self._switch.done, error)
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, Request):
                 deltas += [_refusal(item, i, error) for i in range(item.params.n)]
+            elif isinstance(item, _Switch):
+                _fail(item.done, error)
         if deltas:
             self._deliver(deltas)
+
+
+def _fail(done: Future[None], error: Exception) -> None:
+    with suppress(InvalidStateError):  # somebody else has
+        done.set_exception(error)
 
 
 def _refusal(request: Request, index: int, error: JaxserveError) -> Delta:

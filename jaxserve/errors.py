@@ -8,10 +8,12 @@ JaxserveError
 │   ├── UnsupportedParameter    a value is legal elsewhere and not served here; says the cure
 │   ├── PromptTooLong           prompt plus max_tokens exceed the context
 │   ├── ModelNotFound           the request names a model that is not served
+│   ├── NotAuthorized           the key of an administrator's request is missing or wrong
 │   └── BodyTooLarge            the request body exceeds the limit
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request's own deadline passed
 ├── EngineStopped           the engine is loading, draining or gone
+├── ModelChanged            weights or code were switched while the request was in flight; send it again
 └── BatchStopped            an offline job ended before its last row; says how to go on
 """
 
@@ -56,6 +58,10 @@ class ModelNotFound(RequestError):
     """The request names a model that this server does not serve."""
 
 
+class NotAuthorized(RequestError):
+    """The request lacks the key that its route asks for."""
+
+
 class BodyTooLarge(RequestError):
     """The request body is larger than the server's limit."""
 
@@ -72,6 +78,10 @@ class DeadlineExceeded(JaxserveError):
 
 class EngineStopped(JaxserveError):
     """The engine is loading, draining or gone; the request was not served."""
+
+
+class ModelChanged(JaxserveError):
+    """Weights or model code were switched before the request had finished, which was told not to wait for it."""
 
 
 class BatchStopped(JaxserveError):

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import rich.progress
 
@@ -15,7 +16,7 @@ from jaxserve.client.local import LocalEngine
 from jaxserve.config import DEFAULT_MODEL_NAME, engine_options_of
 from jaxserve.errors import EngineStopped, InvalidParameter
 from jaxserve.hub import resolve_model
-from jaxserve.request import EngineInfo, FinishReason, SamplingParams
+from jaxserve.request import EngineInfo, FinishReason, SamplingParams, Update
 from jaxserve.score import ScoreOutput, encode_pair, score_output, scoring_params
 from jaxserve.text import Prompt, TextModel, TokenLogprob
 
@@ -46,6 +47,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
+    weights_version: int = 0
+    """How often `update_params` had been called for the weights that computed it."""
 
 
 class LLM:
@@ -133,6 +136,22 @@ class LLM:
             score_output(ids, start, result.prompt_logprobs, result.num_cached_tokens)
             for result, (ids, start) in zip(results, pairs, strict=True)
         ]
+
+    def update_params(self, params: Any, *, in_flight: Literal["wait", "abort"] = "wait") -> int:
+        """Goes on with other weights of the same model, without compiling anything; returns their version, from 1 on.
+
+        params: a tree of numpy or JAX arrays of any floating type, like the tree that the model file's param_specs
+        describes (they are copied), or the path of a checkpoint directory or GGUF file. Both weights are in memory
+        until the switch, which is between two steps. What other threads have in flight finishes first and new requests
+        wait for it; with in_flight "abort" it ends with ModelChanged. Nothing that the prefix cache holds is used
+        afterwards. Raises CheckpointError naming every tensor that is missing, unknown or misshapen, or ConfigError;
+        everything is as it was then.
+        """
+        if params is None:
+            raise InvalidParameter("params is None: give a tree of arrays or a checkpoint's path", param="params")
+        path = str(params) if isinstance(params, str | Path) else None
+        update = Update(path=path, in_flight=in_flight)
+        return self._call(self.engine.update(update, params if path is None else None)).info.weights_version
 
     def metrics_text(self) -> str:
         """The engine's metrics in the Prometheus text format."""
@@ -249,6 +268,8 @@ def _add(output: RequestOutput, delta: Any) -> None:
         part.logprobs = (part.logprobs or []) + list(delta.logprobs)
     if delta.prompt_logprobs is not None:
         output.prompt_logprobs = list(delta.prompt_logprobs)
+    if delta.weights_version is not None:
+        output.weights_version = delta.weights_version
     if delta.num_cached_tokens is not None and delta.index == 0:
         output.num_cached_tokens = delta.num_cached_tokens
     if delta.finish is not None:

@@ -27,6 +27,7 @@ from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
 type Progress = Callable[[str], None]
+type Packer = Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,7 @@ def load_model(
     """
     checkpoint = open_checkpoint(path)
     model, config = find_model(checkpoint.config, options.model_code)
-    if options.max_model_len is not None and options.max_model_len < config.max_positions:
-        config = replace(config, max_positions=options.max_model_len)  # which may decide how positions are embedded
+    config = limited(config, options)
     shape = MeshShape.parse(device.mesh or "1")
     partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
     place = partition.mesh.devices.flat[0]
@@ -80,8 +80,8 @@ def load_model(
 
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
-        trace(model, config, dtype, _shapes(checkpoint, dtype, name == "cpu"))
-    pack = _packer(options, dtype, name == "cpu")
+        trace(model, config, dtype, stored_shapes(checkpoint, dtype, name == "cpu"))
+    pack = packer(options, dtype, name == "cpu")
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
     start, size = time.perf_counter(), 0
@@ -91,16 +91,7 @@ def load_model(
         size = total
         progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
 
-    params = load_params(
-        model,
-        config,
-        checkpoint,
-        dtype=dtype,
-        device_put=lambda leaf, spec: jax.device_put(leaf, place),
-        divide=partial(partition.put, dtype=dtype) if devices > 1 else None,
-        pack=pack,
-        progress=report,
-    )
+    params = place_params(model, config, checkpoint, partition, dtype, pack, report)
     give_back()
     seconds = time.perf_counter() - start
     progress(
@@ -109,6 +100,36 @@ def load_model(
     )
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
     return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs)
+
+
+def limited(config: Any, options: ModelOptions) -> Any:
+    """A model's config with the positions that the options leave it, which may decide how positions are embedded."""
+    if options.max_model_len is not None and options.max_model_len < config.max_positions:
+        return replace(config, max_positions=options.max_model_len)
+    return config
+
+
+def place_params(
+    model: Model,
+    config: Any,
+    checkpoint: Checkpoint,
+    partition: Partition,
+    dtype: np.dtype,
+    pack: Packer | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Params:
+    """`load_params` onto the devices of `partition`."""
+    device = partition.mesh.devices.flat[0]
+    return load_params(
+        model,
+        config,
+        checkpoint,
+        dtype=dtype,
+        device_put=lambda leaf, spec: jax.device_put(leaf, device),
+        divide=partial(partition.put, dtype=dtype) if partition.mesh.size > 1 else None,
+        pack=pack,
+        progress=progress,
+    )
 
 
 def _only_mesh(shape: MeshShape) -> Mesh:
@@ -144,7 +165,7 @@ def memory_share(options: DeviceOptions, platform: str) -> float:
     return options.memory_utilization or (0.5 if platform == "cpu" else 0.9)
 
 
-def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
+def stored_shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
     """The shapes of the leaves that `load_params` will make."""
 
     def leaf(spec: ParamSpec) -> Any:
@@ -158,9 +179,7 @@ def _shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[P
     return leaf
 
 
-def _packer(
-    options: ModelOptions, dtype: np.dtype, available: bool
-) -> Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed] | None:
+def packer(options: ModelOptions, dtype: np.dtype, available: bool) -> Packer | None:
     """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
     if not available:
         if options.quantization is not None:

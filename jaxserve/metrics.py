@@ -129,6 +129,9 @@ class EngineMetrics:
         )
         self.started = gauge("jaxserve_engine_start_time_seconds", "When this engine started (Unix time)")
         self.started.set(time.time())
+        self.weights_version = gauge(
+            "jaxserve_weights_version", "How often weights or model code were switched since the engine's first start"
+        )
         self._compiles = Counter(
             "jaxserve_xla_compiles", "Step compilations by phase", (*labels, "phase"), registry=self.registry
         )
@@ -148,7 +151,7 @@ class EngineMetrics:
             registry=self.registry,
         )
         self._values = values
-        for phase in ("warmup", "serving"):  # a series that is there and 0 can be alerted on
+        for phase in ("warmup", "serving", "update"):  # a series that is there and 0 can be alerted on
             self._compiles.labels(*values, phase)
             self._compile_seconds.labels(*values, phase)
 

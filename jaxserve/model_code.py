@@ -53,6 +53,12 @@ def load_model_code(code: str) -> "Model":
     return model
 
 
+def code_file(code: str) -> Path | None:
+    """The file of PATH.py[:NAME]; None for a module's name."""
+    source, _ = _split(code)
+    return Path(source).expanduser() if _is_path(source) else None
+
+
 def code_digest(code: str) -> str:
     """A digest of the file that `load_model_code` would run; what that imports is not in it.
 

@@ -117,6 +117,13 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
+    def forget(self) -> None:
+        """Takes every page its name: what they hold is of no use to anyone who comes from now on."""
+        self._free += self._cached
+        self._cached.clear()
+        self._by_hash.clear()
+        self._hash = [None] * self.num_pages
+
     def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
         """Asserts that free + cached + owned pages are all pages, given the page lists of every live sequence."""
         counts = [0] * self.num_pages

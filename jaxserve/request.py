@@ -5,6 +5,7 @@ All types are msgspec structs, so the in-process engine and the engine process s
 
 import enum
 import math
+from typing import Literal
 
 import msgspec
 
@@ -201,6 +202,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     finish: FinishReason | None = None
     stop_token_id: int | None = None
     error: ErrorInfo | None = None
+    weights_version: int | None = None
+    """Of all tokens of this sequence; on its first delta."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,6 +229,31 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of each group of layers that has pages of its own, how many tokens it keeps; None: all. See page_groups.py."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
+    weights_version: int = 0
+    """How often weights or model code were switched since the engine's first start."""
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running engine is to switch to: the weights at `path`, or its model code as the file now is.
+
+    in_flight: what becomes of requests that have begun. wait: they finish first, and others wait for them. abort: they
+    end with ModelChanged. Requests that have not begun run on what is new.
+    """
+
+    path: str | None = None
+    """A checkpoint directory or GGUF file."""
+    code: bool = False
+    in_flight: Literal["wait", "abort"] = "wait"
+
+
+class Updated(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update came to: the engine as it is now, and how long it took, in seconds."""
+
+    info: EngineInfo
+    load_s: float
+    """To read, check and place what is new, or to compile it, while requests were served as before."""
+    wait_s: float
+    """From then to the switch: what requests in flight took to finish."""
 
 
 def check_request(request: Request, info: EngineInfo) -> None:

@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,15 +24,16 @@ from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import give_back
-from jaxserve.loading import Progress, device_memory, load_model, memory_share
+from jaxserve.loading import Loaded, Progress, device_memory, load_model, memory_share
 from jaxserve.metrics import EngineMetrics
 from jaxserve.page_groups import capacity, longest, pages_held
-from jaxserve.request import EngineInfo, Logprobs
+from jaxserve.request import EngineInfo, Logprobs, Update
 from jaxserve.sampling import TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
 from jaxserve.sharding import bytes_per_device
 from jaxserve.spec import Params
 from jaxserve.step import Program, Programs, Sizes, StepOutput, no_binding, slot_shapes
+from jaxserve.update import edited, weights_at, weights_of
 
 log = logging.getLogger("jaxserve.runner")
 
@@ -74,6 +76,20 @@ class Launched:
         return sampled
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `Runner.prepare` has made ready for `install`."""
+
+    loaded: Loaded
+    path: Path
+    """The checkpoint whose config counts."""
+    reread: bool
+    """Whether it holds the weights, too."""
+    programs: Programs
+    compiled: dict[Shape, jax.stages.Compiled] | None = None
+    """The steps of edited code; None where they stay."""
+
+
 class Runner:
     """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
@@ -88,7 +104,8 @@ class Runner:
         progress: Progress,
         mesh: Mesh | None = None,
     ):
-        loaded = load_model(options.model, options.device, path, progress, mesh)
+        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh)
+        self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
         self._device = loaded.device
@@ -97,17 +114,9 @@ class Runner:
         self._wait = platform == "cpu" and devices > 1
         self._sharers = MeshShape.parse(options.device.mesh or "1").devices
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
-        self._params, self._tree = jax.tree.flatten(loaded.params)
-        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in self._params]
-        self.programs = Programs(
-            loaded.model,
-            loaded.config,
-            loaded.partition,
-            loaded.kernel,
-            loaded.kv_dtype,
-            jax.tree.unflatten(self._tree, shapes),
-        )
-        weights = bytes_per_device(shapes)
+        self._params = jax.tree.leaves(loaded.params)
+        self.programs = _programs(loaded)
+        weights = bytes_per_device(self._params)
         self._lock = threading.Lock()
         self._closing = False
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
@@ -135,7 +144,7 @@ class Runner:
             num_pages=self.sizes.num_pages,
             windows=windows,
             dtype=loaded.dtype.name,
-            num_params=self._num_params(),
+            num_params=_num_params(loaded),
             platform=platform,
             attention=loaded.attention,
             priorities=options.schedule.scheduling_policy == "priority",
@@ -173,15 +182,67 @@ class Runner:
     @property
     def params(self) -> Params:
         """The weights as the model file sees them."""
-        return jax.tree.unflatten(self._tree, self._params)
+        return self._loaded.params
+
+    def prepare(self, update: Update, params: Params | None = None) -> Prepared:
+        """What `update` asks for, or the tree of weights `params`, beside what is served. Threads but the loop's.
+
+        Nothing changes, and the steps that are launched meanwhile wait for nothing. Raises ConfigError and
+        CheckpointError; see `update.py`.
+        """
+        now, options = self._loaded, self._options
+        workspace = self.info.device_bytes["workspace"] // now.partition.mesh.size
+        if update.code:
+            return self._prepare_code(edited(now, options, self._path, workspace, reread=self._reread))
+        if params is None:
+            path = Path(update.path or self._path)
+            loaded = replace(now, params=weights_at(now, options, path, workspace))
+            return Prepared(loaded, path, True, self.programs)
+        loaded = replace(now, params=weights_of(now, options, params, workspace))
+        return Prepared(loaded, self._path, False, self.programs)
+
+    def _prepare_code(self, loaded: Loaded) -> Prepared:
+        """Compiles every step that is compiled now. Raises ConfigError for another cache, vocabulary or context."""
+        programs, sizes = _programs(loaded), self.sizes
+        if programs.state(sizes) != self.programs.state(sizes):
+            raise ConfigError(
+                "the edited code wants another KV cache: its layers, kv_heads or head_dim; restart for it"
+            )
+        if loaded.config.vocab != self.config.vocab or loaded.config.max_positions < sizes.max_model_len:
+            raise ConfigError("the edited code has another vocabulary, or fewer max_positions; restart for it")
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)  # so that no step of the old code comes later
+
+        def compile_one(shape: Shape) -> jax.stages.Compiled:
+            start = time.perf_counter()
+            compiled = self._get(programs.step(shape, sizes))
+            self._metrics.compiled("update", time.perf_counter() - start)
+            return compiled
+
+        shapes = list(self._compiled)
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile", initializer=give_way) as pool:
+            compiled = dict(zip(shapes, pool.map(compile_one, shapes), strict=True))
+        return Prepared(loaded, self._path, self._reread, programs, compiled)
+
+    def install(self, prepared: Prepared) -> None:
+        """The next step is that of `prepared`. What is in the KV cache is of no use to it. The loop's thread."""
+        loaded = self._loaded = prepared.loaded
+        self._path, self._reread, self.programs = prepared.path, prepared.reread, prepared.programs
+        self._params = jax.tree.leaves(loaded.params)
+        if prepared.compiled is not None:
+            self.model, self.config, self._compiled = loaded.model, loaded.config, prepared.compiled
+            weights = bytes_per_device(self._params) * loaded.partition.mesh.size
+            self.info = msgspec.structs.replace(
+                self.info,
+                num_params=_num_params(loaded),
+                device_bytes=self.info.device_bytes | {"weights": weights},
+            )
+            self._metrics.device_bytes(self.info.device_bytes)
 
     def _cpu_tokens(self) -> int:
         """Tokens of a default step on CPU: 512 of small models, 64 of large ones."""
-        work = 2 * self._num_params()
+        work = 2 * _num_params(self._loaded)
         return next((n for n in (512, 256, 128) if n * work <= CPU_STEP_FLOPS), 64)
-
-    def _num_params(self) -> int:
-        return sum(math.prod(s.shape) for s in jax.tree.leaves(self.model.param_specs(self.config)))
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = batch.shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens, self._least)
@@ -295,7 +356,7 @@ class Runner:
             for job in as_completed([pool.submit(self._compile_ahead, s) for s in missing if s in first]):
                 job.result()
                 progress(f"compiling steps {len(self.shapes)}/{len(first)}")
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="compile", initializer=_give_way)
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="compile", initializer=give_way)
         for shape in missing:
             if shape not in first:
                 self._pool.submit(self._compile_ahead, shape)
@@ -332,7 +393,16 @@ class Runner:
         return np.int32(sequence.slot), history, ids, values, stops
 
 
-def _give_way() -> None:
+def _programs(loaded: Loaded) -> Programs:
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
+    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes)
+
+
+def _num_params(loaded: Loaded) -> int:
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(loaded.model.param_specs(loaded.config)))
+
+
+def give_way() -> None:
     """Lets the steps go before this thread's work, and before that of the threads it starts."""
     if sys.platform == "linux":  # elsewhere a priority is the whole process's
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

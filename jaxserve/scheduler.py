@@ -158,6 +158,10 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_deferred = 0
         """Sequences that the last plan had room for, but left waiting for pages that it computes for another one."""
+        self.weights_version = 0
+        """Of the weights that compute the next step; the first delta of a sequence says it."""
+        self.holding = False
+        """Requests that have not begun wait for `renew`, those that have go on."""
         self.stats = Stats()
         self.ended: list[Sequence] = []
         """Sequences that finished by themselves, for whoever measures them to take."""
@@ -171,6 +175,18 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a request one of whose sequences has run."""
+        return len(self._requests) > len(self._queued)
+
+    def renew(self) -> None:
+        """From now on everything is computed by other weights. Nothing may have begun."""
+        assert not self.begun, "a request would go on with the keys and values of other weights"
+        self.pages.forget()
+        self.weights_version += 1
+        self.holding = False
 
     def add(self, request: Request, now: float) -> None:
         """Queues a checked request. Raises Overloaded when the queue is full."""
@@ -220,10 +236,11 @@ class Scheduler:
                 deltas.append(_failure(sequence, DeadlineExceeded(message, param="timeout")))
         return deltas
 
-    def fail_all(self, error: JaxserveError) -> list[Delta]:
-        """Ends everything with an error."""
+    def fail_all(self, error: JaxserveError, *, begun_only: bool = False) -> list[Delta]:
+        """Ends everything with an error, or every request that has begun."""
         deltas = []
-        for sequence in [s for group in self._requests.values() for s in group]:
+        spared = set(self._queued) if begun_only else set()
+        for sequence in [s for name, group in self._requests.items() if name not in spared for s in group]:
             self._end(sequence)
             deltas.append(_failure(sequence, error))
         return deltas
@@ -273,6 +290,8 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
                 break
+            if self.holding and sequence.request.id in self._queued:
+                continue
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
             blocks = self._sharable(sequence)
@@ -490,6 +509,7 @@ class Scheduler:
             sequence.num_cached if first else None,
             finish,
             stop_token,
+            weights_version=self.weights_version if first else None,
         )
 
 

@@ -67,6 +67,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_tokens: int | None = None
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
+    weights_version: int | None = None
+    """On the first delta of an index; see EngineInfo."""
 
 
 type Prompt = str | Sequence[int]
@@ -283,6 +285,7 @@ class _Sequence:
             num_cached_tokens=delta.num_cached_tokens,
             finish=finish,
             stop_reason=stop_reason,
+            weights_version=delta.weights_version,
         )
 
     def _new_text(self, ids: Sequence[int], shown: int, last: bool) -> tuple[str, tuple[int, str] | None]:

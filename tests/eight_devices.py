@@ -27,9 +27,12 @@ from jaxserve.batch import Shape
 from jaxserve.client import EngineState
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, EngineOptions, MeshShape, ModelOptions, ScheduleOptions
-from jaxserve.errors import ConfigError
+from jaxserve.conformance_mesh import check_divided
+from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.metrics import EngineMetrics
+from jaxserve.model_code import load_model_code
 from jaxserve.models import find_model
+from jaxserve.request import Update
 from jaxserve.runner import Runner
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, ParamSpec, weight
@@ -380,3 +383,75 @@ def test_programs_of_meshes_are_not_taken_for_each_other(tmp_path):
             np.testing.assert_array_equal(y, np.arange(16.0).reshape(4, 4) * 2)
             assert y.sharding == sharding
         assert len(made) == len(cases), times
+
+
+def test_every_replica_gets_other_weights_divided_as_the_first_ones(family, tmp_path):
+    """From a checkpoint, and from a tree."""
+    path = family("llama2")
+    tensors = {name: w[..., ::-1].copy() for name, w in load_file(path / "model.safetensors").items()}
+    (tmp_path / "config.json").write_text((path / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors")
+    want, _ = answers(tmp_path, None, greedy(4))
+    model, config = find_model(json.loads((path / "config.json").read_text()))
+    specs = model.param_specs(config)
+
+    def array(spec):
+        return tensors[spec.name].reshape(spec.shape)
+
+    tree = jax.tree.map(array, specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    with running(path, "2x3") as engine:
+        one_shape_only(engine)
+        before = engine.run({r.id: r for r in greedy(4)})
+        assert engine.thread.update(Update(path=str(tmp_path))).info.weights_version == 1
+        assert_same(engine.run({r.id: r for r in greedy(4)}), want)
+        with pytest.raises(CheckpointError, match="missing tensor"):
+            engine.thread.update(Update(), {})
+        assert engine.thread.update(Update(path=str(path))).info.weights_version == 2
+        assert_same(engine.run({r.id: r for r in greedy(4)}), before)
+        for given in (tree, jax.tree.map(jnp.asarray, tree)):
+            engine.thread.update(Update(), given)
+            assert_same(engine.run({r.id: r for r in greedy(4)}), want)
+        assert engine.thread.info.weights_version == 4
+        text = engine.thread.metrics_text().decode()
+        assert len(re.findall(r"jaxserve_weights_version{.*} 4.0", text)) == 2
+        assert len(re.findall(r'jaxserve_xla_compiles_total{.*phase="serving".*} 0.0', text)) == 2
+
+
+ALONE_ONLY = {
+    "has a size of its own": (
+        'linear(h, p["q"], out=2)',
+        'linear(h, p["q"], out=2).reshape(-1, 4, 16)',
+        ["heads from 4 to 6", "mine.py:120: TypeError: cannot reshape", "take sizes from the config"],
+    ),
+    "takes the mean of what is divided": (
+        'linear(h, p["up"])',
+        '(lambda u: u - u.mean(axis=-1, keepdims=True))(linear(h, p["up"]))',
+        ["ffn from 128 to 129", "the logits differ", "it is axis ffn", "with zeros to 129", "layers.0.mlp.up_proj"],
+    ),
+    "has its heads in another order": (
+        "attend(layer, q, k, v, cache)",
+        "attend(layer, q[:, ::-1], k, v, cache)",
+        ["the logits differ", "it is axis heads or kv_heads", "side by side", "self_attn.q_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", ALONE_ONLY)
+def test_what_is_right_on_one_device_only_is_named(bug, tmp_path):
+    old, new, words = ALONE_ONLY[bug]
+    text = (Path(models.__file__).parent.parent / "embedded" / "new_model.py").read_text()
+    assert old in text
+    (tmp_path / "mine.py").write_text(
+        text.replace(old, new).replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    )
+    model = load_model_code(str(tmp_path / "mine.py"))
+    finding = check_divided(model, model.config_from_hf(model.example))
+    assert finding.outcome == "FAIL"
+    for word in words:
+        assert word in finding.detail
+
+
+def test_a_model_whose_axes_have_no_rule_is_noted():
+    model = load_model_code(str(GOLDENS.parent.parent / "examples" / "gpt2_nnx.py"))
+    finding = check_divided(model, model.config_from_hf(model.example))
+    assert finding.outcome == "note" and "no rule divides axis 'axis0'" in finding.detail

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from jaxserve.client import EngineState, EngineStatus
 from jaxserve.errors import EngineStopped, JaxserveError
-from jaxserve.request import Delta, EngineInfo, FinishReason, Logprobs, Request, check_request
+from jaxserve.request import Delta, EngineInfo, FinishReason, Logprobs, Request, Update, Updated, check_request
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(4)
@@ -110,6 +112,7 @@ class FakeEngine:
         self.finished: list[str] = []
         self.running: set[str] = set()
         self.calls: list[str] = []
+        self.updates: list[Update] = []
         self._info = fake_info(**info)
 
     @property
@@ -128,6 +131,14 @@ class FakeEngine:
     async def wait_ready(self) -> None:
         while self.state is EngineState.LOADING:
             await asyncio.sleep(0.005)
+
+    async def update(self, update: Update) -> Updated:
+        """Raises `refuse`, or counts the weights' version up."""
+        self.updates.append(update)
+        if self.refuse is not None:
+            raise self.refuse
+        self._info = msgspec.structs.replace(self._info, weights_version=self._info.weights_version + 1)
+        return Updated(info=self._info, load_s=0.25, wait_s=0.5)
 
     async def metrics_text(self) -> bytes:
         return b"# HELP fake_engine_up Always 1.\n# TYPE fake_engine_up gauge\nfake_engine_up 1.0\n"
@@ -201,6 +212,7 @@ class FakeEngine:
                     num_cached_tokens=self.num_cached_tokens if first else None,
                     finish=None if later else finish,
                     stop_token_id=None if later else stop_id,
+                    weights_version=self._info.weights_version if first else None,
                 )
                 first = False
                 if later:

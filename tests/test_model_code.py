@@ -74,7 +74,7 @@ def test_from_nothing_to_a_served_model(made, capsys):
     file, checkpoint = made
     assert "class Config" in file.read_text() and "NewModel" not in file.read_text()
     assert cli.call(["check", str(file), "--checkpoint", str(checkpoint)]) == 0
-    assert "all 14 checks passed" in capsys.readouterr().out
+    assert "all 15 checks passed" in capsys.readouterr().out
     with LLM(str(checkpoint), model_code=str(file), **SMALL) as llm:
         assert llm.info.architecture == "my_model"
         want = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=8)).outputs[0].token_ids

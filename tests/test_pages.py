@@ -55,3 +55,18 @@ def test_integrity_check_bites():
     pool.release(pages)
     with pytest.raises(AssertionError, match="more often"):
         pool.release(pages)
+
+
+def test_what_is_forgotten_is_not_found_and_its_pages_are_free():
+    pool = PagePool(4, 2)
+    held, kept = block_hashes([1, 2, 3, 4], 2, ""), block_hashes([5, 6], 2, "")
+    owned, cached = pool.take(2), pool.take(1)
+    for page, name in zip([*owned, *cached], [*held, *kept], strict=True):
+        pool.register(page, name)
+    pool.release(cached)
+    pool.forget()
+    pool.check_integrity([owned])
+    assert pool.match(held) == pool.match(kept) == [] and pool.available == 2
+    pool.release(owned)
+    pool.check_integrity([])
+    assert sorted(pool.take(4)) == [0, 1, 2, 3]

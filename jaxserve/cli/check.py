@@ -1,7 +1,8 @@
 """`jaxserve check`: whether a model file of somebody's own keeps the rules, and where it does not."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jaxserve.errors import JaxserveError
 
@@ -9,7 +10,7 @@ _NAME = 17  # columns of a check's name
 
 
 def check(file: str, *, checkpoint: str | None = None, revision: str | None = None) -> int:
-    """Check a model file before it is served: shapes, cache, positions, batches, types, and a checkpoint's names.
+    """Check a model file before it is served: shapes, cache, positions, batches, types, meshes, a checkpoint's names.
 
     The file is executed. What is computed is a small model of drawn weights, sized by the file's EXAMPLE, or by the
     checkpoint's config.json where it has none. The exit code is 1 if anything fails.
@@ -24,7 +25,7 @@ def check(file: str, *, checkpoint: str | None = None, revision: str | None = No
     revision
         Branch, tag or commit of a Hugging Face id.
     """
-    from jaxserve.conformance import Finding, check_model
+    from jaxserve.conformance import Finding
     from jaxserve.hub import resolve_model
     from jaxserve.model_code import load_model_code
     from jaxserve.weights import open_checkpoint
@@ -35,9 +36,23 @@ def check(file: str, *, checkpoint: str | None = None, revision: str | None = No
     except JaxserveError as error:
         failed, count = _print([Finding("file", "FAIL", error.message)])
     else:
-        failed, count = _print(check_model(model, model.example, opened))
+        failed, count = _print(_findings(file, model, opened))
     print(f"{file}: " + (f"{failed} of {count} checks failed" if failed else f"all {count} checks passed"))
     return 1 if failed else 0
+
+
+def _findings(file: str, model: Any, checkpoint: Any) -> Iterator[Any]:
+    """Those of the model by itself, and if it computes right alone, whether it does so divided."""
+    from jaxserve.conformance import check_model
+    from jaxserve.conformance_mesh import check_on_meshes
+
+    right = True
+    for finding in check_model(model, model.example, checkpoint):
+        right &= finding.outcome != "FAIL" and finding.check != "values"
+        yield finding
+    hf = model.example or (checkpoint and checkpoint.config)
+    if right and hf:
+        yield check_on_meshes(file, hf)
 
 
 def _print(findings: Iterable) -> tuple[int, int]:

@@ -50,7 +50,9 @@ def serve(
 
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
     from jaxserve.server import serve as run_server
+    from jaxserve.server.reload import Reloader
 
+    reloader = Reloader(engine.model.model_code) if options.reload else None
     text = await start_model(engine, name, in_process=options.in_process)
     client = text.client
     addresses: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
@@ -59,11 +61,13 @@ async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> No
         addresses.set_result((url, grpc))
 
     ready = asyncio.create_task(_announce(client, text, addresses))
+    tasks = [ready, *([asyncio.create_task(reloader.follow(client))] if reloader else [])]
     try:
         await run_server(options, text, client, on_started)
     finally:
-        ready.cancel()
-        await asyncio.gather(ready, return_exceptions=True)  # what ended the engine's start, run_server raised too
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # what ended the engine's start, run_server raised too
         await client.stop()  # when no port could be had, nobody else has
 
 

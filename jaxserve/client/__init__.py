@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxserve.request import Delta, EngineInfo, Request
+from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
 
 
 class EngineState(enum.StrEnum):
@@ -49,6 +49,13 @@ class EngineClient(Protocol):
 
         An async generator: closing it early (aclose, cancellation) aborts the request. Raises what the engine
         refused it with: RequestError, Overloaded, EngineStopped, DeadlineExceeded.
+        """
+        ...
+
+    async def update(self, update: Update) -> Updated:
+        """Switches the engine to other weights or edited code, while it serves; `info` says the new version then.
+
+        Raises ConfigError or CheckpointError, with everything as it was; EngineStopped.
         """
         ...
 

@@ -19,7 +19,7 @@ from jaxserve.client import EngineState, EngineStatus, wire
 from jaxserve.client.thread import EngineThread
 from jaxserve.errors import JaxserveError
 from jaxserve.host_memory import keep_objects
-from jaxserve.request import Delta, ErrorInfo, FinishReason, Request
+from jaxserve.request import Delta, ErrorInfo, FinishReason, Request, Update
 
 CONNECT_TIMEOUT_S = 30.0
 
@@ -36,8 +36,10 @@ class _Host:
             model_name=launch.model_name,
             deliver=self._deliver,
             changed=self._changed,
+            weights_version=launch.weights_version,
         )
         self._thread.start()
+        self._updating = asyncio.Lock()  # one waits in a thread, the others need none
         self.connected = asyncio.Event()
         self.ended = asyncio.Event()
 
@@ -47,6 +49,7 @@ class _Host:
             {
                 "Stream": grpc.stream_stream_rpc_method_handler(self._stream, wire.decode_to_engine, None),
                 "Metrics": grpc.unary_unary_rpc_method_handler(self._metrics, None, None),
+                "Update": grpc.unary_unary_rpc_method_handler(self._update, wire.decode_update, None),
             },
         )
 
@@ -83,6 +86,14 @@ class _Host:
 
     async def _metrics(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return self._thread.metrics_text()
+
+    async def _update(self, update: Update, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            async with self._updating:
+                reply = wire.UpdateReply(await asyncio.to_thread(self._thread.update, update))
+        except JaxserveError as error:
+            reply = wire.UpdateReply(error=ErrorInfo.of(error))
+        return wire.encode(reply)
 
     def _deliver(self, deltas: list[Delta]) -> None:
         message = wire.encode(wire.Step(deltas))  # on the engine's thread: the loop only forwards bytes

@@ -9,7 +9,8 @@ from jaxserve.client.streams import Streams
 from jaxserve.client.thread import EngineThread
 from jaxserve.config import EngineOptions
 from jaxserve.errors import EngineStopped
-from jaxserve.request import Delta, EngineInfo, Request
+from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
+from jaxserve.spec import Params
 
 
 class LocalEngine:
@@ -20,6 +21,7 @@ class LocalEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: Streams | None = None
         self._draining = False
+        self._updating = asyncio.Lock()
 
     @property
     def status(self) -> EngineStatus:
@@ -43,6 +45,11 @@ class LocalEngine:
         if self._streams is None or self.status.state is not EngineState.READY:
             raise EngineStopped(self.status.detail or "the model is loading")
         return self._streams.read(request, self._thread.submit, self._thread.abort)
+
+    async def update(self, update: Update, params: Params | None = None) -> Updated:
+        """As an EngineClient's, or from `params`, a tree of arrays like the model's param_specs."""
+        async with self._updating:  # one waits in a thread, the others need none
+            return await asyncio.to_thread(self._thread.update, update, params)
 
     async def metrics_text(self) -> bytes:
         return self._thread.metrics_text()

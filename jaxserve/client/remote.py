@@ -16,7 +16,7 @@ from jaxserve.client import EngineState, EngineStatus, wire
 from jaxserve.client.streams import Streams
 from jaxserve.config import EngineOptions
 from jaxserve.errors import EngineStopped, JaxserveError
-from jaxserve.request import Delta, EngineInfo, Request
+from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
 
 log = logging.getLogger("jaxserve.engine")
 
@@ -30,7 +30,8 @@ class RemoteEngine:
     """An EngineClient whose engine is a child process. See client/__init__.py.
 
     A child that dies fails the requests in flight with EngineStopped and is started again, soon at first and then
-    ever more slowly. One that dies before it was ready for the first time is not: its error is the user's to mend.
+    ever more slowly, with the weights that it was switched to last. One that dies before it was ready for the first
+    time is not: its error is the user's to mend.
     """
 
     def __init__(self, options: EngineOptions, path: Path, *, model_name: str = "model"):
@@ -76,17 +77,19 @@ class RemoteEngine:
             raise EngineStopped(self.status.detail or "the model is loading")
         return self._streams.read(request, self._submit, self._abort)
 
+    async def update(self, update: Update) -> Updated:
+        reply = wire.decode_update_reply(await self._ask(wire.UPDATE, wire.encode(update)))
+        if reply.updated is None:
+            assert reply.error is not None, "a reply is one of the two"
+            raise reply.error.rebuild()
+        # A process that is started again has to begin where this one is.
+        self._info, self._path = reply.updated.info, Path(update.path or self._path)
+        return reply.updated
+
     async def metrics_text(self) -> bytes:
-        if self._channel is None or self._status.state is not EngineState.READY:
-            return b""
         try:
-            return await self._channel.unary_unary(wire.METRICS)(b"", timeout=2.0)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
-            return b""
-        except asyncio.CancelledError:  # the channel closed under the call; unless it was us who were cancelled
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
+            return await self._ask(wire.METRICS, b"", timeout_s=2.0)
+        except EngineStopped:
             return b""
 
     async def drain(self, timeout_s: float) -> None:
@@ -107,6 +110,21 @@ class RemoteEngine:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
         self._streams.fail_all(EngineStopped("the engine was stopped"))
+
+    async def _ask(self, method: str, request: bytes, timeout_s: float | None = None) -> bytes:
+        """The engine's answer to a call beside the stream. Raises EngineStopped."""
+        if self._channel is None or self._status.state is not EngineState.READY:
+            raise EngineStopped(self._status.detail or "the model is loading")
+        try:
+            return await self._channel.unary_unary(method)(request, timeout=timeout_s)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise EngineStopped("the engine died while it was asked") from error
+        except asyncio.CancelledError as error:
+            # The channel closed under the call; unless it was us who were cancelled.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise EngineStopped("the engine died while it was asked") from error
 
     def _submit(self, request: Request) -> None:
         self._outbox.put_nowait(
@@ -161,7 +179,8 @@ class RemoteEngine:
             )
             try:
                 assert process.stdin is not None
-                launch = wire.Launch(self._options, str(self._path), self._model_name, socket)
+                version = 0 if self._info is None else self._info.weights_version
+                launch = wire.Launch(self._options, str(self._path), self._model_name, socket, version)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     process.stdin.write(wire.encode(launch))
                     await process.stdin.drain()

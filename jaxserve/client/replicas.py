@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -17,8 +17,10 @@ from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.engine import Engine
 from jaxserve.loading import Progress
 from jaxserve.metrics import JoinedMetrics
-from jaxserve.request import Delta, EngineInfo, Request
+from jaxserve.request import Delta, EngineInfo, Request, Update
+from jaxserve.runner import Prepared
 from jaxserve.sharding import meshes
+from jaxserve.spec import Params
 
 
 def open_engine(
@@ -28,10 +30,13 @@ def open_engine(
     model_name: str,
     deliver: Callable[[list[Delta]], None],
     progress: Progress = lambda message: None,
+    weights_version: int = 0,
 ) -> "Engine | Replicas":
     """The engine that the options ask for. Raises ConfigError or CheckpointError."""
     kind = Engine if MeshShape.parse(options.device.mesh or "1").data == 1 else Replicas
-    return kind(options, path, model_name=model_name, deliver=deliver, progress=progress)
+    return kind(
+        options, path, model_name=model_name, deliver=deliver, progress=progress, weights_version=weights_version
+    )
 
 
 class Replicas:
@@ -48,6 +53,7 @@ class Replicas:
         model_name: str,
         deliver: Callable[[list[Delta]], None],
         progress: Progress = lambda message: None,
+        weights_version: int = 0,
     ):
         shape = MeshShape.parse(options.device.mesh or "1")
         self._deliver = deliver
@@ -61,6 +67,7 @@ class Replicas:
                 progress=lambda message: progress(f"replica {index}: {message}"),
                 mesh=mesh,
                 index=index,
+                weights_version=weights_version,
             )
 
         first, *others = meshes(shape, jax.local_devices())
@@ -74,12 +81,16 @@ class Replicas:
             raise
         self.engines = [engine, *rest]
         self.metrics = JoinedMetrics([e.metrics for e in self.engines])
-        self.info = _joined(shape, [e.info for e in self.engines])
+        self._shape = shape
         self._router = Router(
             [e.info for e in self.engines],
             [e.scheduler.tables for e in self.engines],
             prefix_caching=options.schedule.enable_prefix_caching,
         )
+
+    @property
+    def info(self) -> EngineInfo:
+        return _joined(self._shape, [e.info for e in self.engines])
 
     def submit(self, request: Request) -> None:
         """Queues a request at one of the replicas. What it is refused with comes back as a delta with an error."""
@@ -90,6 +101,15 @@ class Replicas:
         index = self._router.withdraw(request_id)
         if index is not None:
             self.engines[index].abort(request_id)
+
+    def prepare(self, update: Update, params: Params | None = None) -> list[Prepared]:
+        """What each replica is to switch to, one after the other: one that fails leaves all as they are."""
+        return [prepared for engine in self.engines for prepared in engine.prepare(update, params)]
+
+    def switch(self, prepared: list[Prepared], *, abort: bool) -> list[Future[None]]:
+        """Switches every replica, each as soon as it can."""
+        each = zip(self.engines, prepared, strict=True)
+        return [done for engine, one in each for done in engine.switch([one], abort=abort)]
 
     def stop(self) -> None:
         """Ends all loops after the steps that are running; whatever is unfinished gets EngineStopped."""

@@ -1,15 +1,24 @@
 """An engine in a thread of this process: loading, the loop, and what both have to say. No event loop."""
 
+import logging
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jaxserve.client import EngineState, EngineStatus
 from jaxserve.client.replicas import Replicas, open_engine
 from jaxserve.config import EngineOptions
 from jaxserve.engine import Engine
-from jaxserve.errors import EngineStopped, JaxserveError
-from jaxserve.request import Delta, EngineInfo, Request
+from jaxserve.errors import ConfigError, EngineStopped, JaxserveError
+from jaxserve.host_memory import give_back
+from jaxserve.model_code import brief, place
+from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
+from jaxserve.runner import give_way
+from jaxserve.spec import Params
+
+log = logging.getLogger("jaxserve.engine")
 
 
 class EngineThread:
@@ -27,12 +36,15 @@ class EngineThread:
         model_name: str,
         deliver: Callable[[list[Delta]], None],
         changed: Callable[[EngineStatus], None] = lambda status: None,
+        weights_version: int = 0,
     ):
         self.status = EngineStatus(EngineState.LOADING, "starting")
         self.error: JaxserveError | None = None
         self.engine: Engine | Replicas | None = None
         self._options, self._path, self._model_name = options, path, model_name
         self._deliver, self._changed = deliver, changed
+        self._weights_version = weights_version
+        self._updating = threading.Lock()
         self._stopping = threading.Event()
         self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -64,6 +76,30 @@ class EngineThread:
         if self.engine is not None:
             self.engine.abort(request_id)
 
+    def update(self, update: Update, params: Params | None = None) -> Updated:
+        """Switches to what `update` or the tree `params` says, and returns once it has; requests are served meanwhile.
+
+        One after the other; not for the engine's own thread. Raises ConfigError or CheckpointError, with everything as
+        it was; EngineStopped when no engine runs.
+        """
+        with self._updating, ThreadPoolExecutor(1, "update", initializer=give_way) as background:
+            if self.engine is None or self.status.state is not EngineState.READY:
+                raise self.error or EngineStopped(self.status.detail or "the model is loading")
+            start = time.monotonic()
+            try:
+                prepared = background.submit(self.engine.prepare, update, params).result()
+            except JaxserveError:
+                raise
+            except Exception as error:
+                log.exception("an update failed; everything is as it was")
+                raise ConfigError(f"the update failed: {place(error)}{brief(error)}") from error
+            ready = time.monotonic()
+            for done in self.engine.switch(prepared, abort=update.in_flight == "abort"):
+                done.result()
+            ended = time.monotonic()
+            give_back()  # the weights before
+            return Updated(info=self.engine.info, load_s=ready - start, wait_s=ended - ready)
+
     def metrics_text(self) -> bytes:
         return b"" if self.engine is None else self.engine.metrics.text()
 
@@ -83,6 +119,7 @@ class EngineThread:
                 model_name=self._model_name,
                 deliver=self._deliver,
                 progress=self._progress,
+                weights_version=self._weights_version,
             )
             self.engine = engine
             if self._stopping.is_set():

@@ -4,11 +4,12 @@ import msgspec
 
 from jaxserve.client import EngineState
 from jaxserve.config import EngineOptions
-from jaxserve.request import Delta, EngineInfo, ErrorInfo, Request
+from jaxserve.request import Delta, EngineInfo, ErrorInfo, Request, Update, Updated
 
 SERVICE = "jaxserve.engine.Engine"
 STREAM = f"/{SERVICE}/Stream"
 METRICS = f"/{SERVICE}/Metrics"
+UPDATE = f"/{SERVICE}/Update"
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 """The front end has limited what a client may send; a step's deltas are as large as they are."""
 
@@ -20,6 +21,7 @@ class Launch(msgspec.Struct, frozen=True):
     path: str
     model_name: str
     socket: str
+    weights_version: int = 0
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -49,9 +51,18 @@ class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: ErrorInfo | None = None
 
 
+class UpdateReply(msgspec.Struct, frozen=True, array_like=True):
+    """What became of an Update: one of the two."""
+
+    updated: Updated | None = None
+    error: ErrorInfo | None = None
+
+
 type ToEngine = Submit | Abort | Stop
 type FromEngine = Step | Status
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(Submit | Abort | Stop).decode
+decode_update = msgspec.msgpack.Decoder(Update).decode
+decode_update_reply = msgspec.msgpack.Decoder(UpdateReply).decode
 decode_from_engine = msgspec.msgpack.Decoder(Step | Status).decode

@@ -30,7 +30,8 @@ def find_model(hf: Mapping[str, Any], code: str | None = None) -> tuple[Model, A
     Raises ConfigError for what is not served or not complete.
     """
     if code is not None:
-        return _own_model(hf, code)
+        model = load_model_code(code)
+        return model, own_config(model, hf)
     names = hf.get("architectures") or []
     module = next((ARCHITECTURES[n] for n in names if n in ARCHITECTURES), None)
     if module is None:
@@ -46,11 +47,11 @@ def find_model(hf: Mapping[str, Any], code: str | None = None) -> tuple[Model, A
         raise ConfigError(f"config.json is incomplete for {names[0]}: {error!r}") from error
 
 
-def _own_model(hf: Mapping[str, Any], code: str) -> tuple[Model, Any]:
+def own_config(model: Model, hf: Mapping[str, Any]) -> Any:
+    """The config that a model of somebody's own makes of a config.json. Raises ConfigError with file and line."""
     _refuse_quantised(hf)
-    model = load_model_code(code)
     try:
-        return model, model.config_from_hf(hf)
+        return model.config_from_hf(hf)
     except ConfigError:
         raise
     except KeyError as error:

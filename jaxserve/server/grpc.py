@@ -167,6 +167,8 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             # Written here rather than yielded: a cancelled call then closes `deltas` at once, which aborts the work.
             async with aclosing(deltas):
                 async for delta in deltas:
+                    if delta.weights_version is not None:
+                        context.set_trailing_metadata(_version_metadata([delta.weights_version]))
                     for message in answer.messages(delta):
                         await context.write(message)
 
@@ -186,16 +188,18 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             prompt = await self._prompt_ids(request.prompt)
             # As many at once as the engine computes at once: one call cannot fill the queue by itself.
             turns = asyncio.Semaphore(self._client.info.max_num_seqs)
+            versions: set[int] = set()
 
             async def score(i: int) -> pb.ContinuationScore:
                 async with turns:
-                    return await self._score(request, prompt, i, f"{engine_id}-{i}", context)
+                    return await self._score(request, prompt, i, f"{engine_id}-{i}", context, versions)
 
             try:
                 async with asyncio.TaskGroup() as group:
                     scores = [group.create_task(score(i)) for i in range(len(request.continuations))]
             except ExceptionGroup as failures:
                 raise failures.exceptions[0] from None
+            context.set_trailing_metadata(_version_metadata(versions))
             return pb.ScoreResponse(
                 request_id=request_id, model=self._model.name, scores=[score.result() for score in scores]
             )
@@ -205,6 +209,7 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
     ) -> pb.ListModelsResponse:
         async with self._call(context):
             info = self._client.info
+            context.set_trailing_metadata(_version_metadata([info.weights_version]))
             model = pb.Model(
                 name=self._model.name,
                 architecture=info.architecture,
@@ -326,7 +331,9 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         i: int,
         engine_id: str,
         context: grpc.aio.ServicerContext,
+        versions: set[int],
     ) -> pb.ContinuationScore:
+        """The score of continuation i; adds the version of the weights that it is of to `versions`."""
         ids, start = await self._sequence(request, prompt, i)
         params = SamplingParams(
             max_tokens=0, temperature=0.0, prompt_logprobs=request.top_logprobs, prompt_logprobs_from=start
@@ -345,6 +352,8 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             async for delta in deltas:
                 scored += (entry for entry in (delta.prompt_logprobs or ())[start:] if entry is not None)
                 cached_tokens = delta.num_cached_tokens or cached_tokens
+                if delta.weights_version is not None:
+                    versions.add(delta.weights_version)
         assert len(scored) == len(ids) - start, "the engine scores every prompt token from `start` on"
         return pb.ContinuationScore(
             log_likelihood=sum(entry.logprob for entry in scored),
@@ -376,6 +385,10 @@ def _time_left(context: grpc.aio.ServicerContext) -> float | None:
 
 def _shortened(message: str) -> str:
     return message if len(message) <= _MAX_STATUS_CHARS else message[:_MAX_STATUS_CHARS] + "..."
+
+
+def _version_metadata(versions: Iterable[int]) -> tuple[tuple[str, str], ...]:
+    return (("jaxserve-weights-version", ", ".join(map(str, sorted(versions)))),)
 
 
 def _trailing_metadata(error: Exception) -> tuple[tuple[str, str], ...]:

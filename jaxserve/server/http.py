@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,7 +15,7 @@ from jaxserve.client import EngineClient, EngineState
 from jaxserve.config import ServerOptions
 from jaxserve.errors import EngineStopped, JaxserveError
 from jaxserve.metrics import FrontMetrics
-from jaxserve.server import about
+from jaxserve.server import about, admin
 from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
 from jaxserve.server.generation import (
@@ -28,7 +28,15 @@ from jaxserve.server.generation import (
 )
 from jaxserve.server.openai import check_model
 from jaxserve.server.replies import Head, Reply
-from jaxserve.server.wire import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody, parse_body
+from jaxserve.server.wire import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    SamplingBody,
+    TokenizeBody,
+    UpdateParamsBody,
+    parse_body,
+)
 from jaxserve.text import TextModel
 
 FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
@@ -67,6 +75,7 @@ class HttpApp:
                 self._route("/livez", self._livez),
                 self._route("/metrics", self._metrics_text),
                 self._route("/version", self._version),
+                *([self._route("/admin/update_params", self._update_params, "POST")] if options.admin_key else []),
             ],
             redirect_slashes=False,
         )
@@ -134,7 +143,9 @@ class HttpApp:
 
     def _head(self, prefix: str, body: SamplingBody) -> Head:
         name = body.request_id or uuid.uuid4().hex
-        return Head(f"{prefix}-{name}", int(time.time()), self._model.name, system_fingerprint(self._client.info))
+        info = self._client.info
+        fingerprint = system_fingerprint(info)
+        return Head(f"{prefix}-{name}", int(time.time()), self._model.name, fingerprint, info.weights_version)
 
     async def _answer(self, exchange: Exchange, asked: Generation) -> None:
         reply, stream = asked.reply, bool(asked.body.stream)
@@ -148,7 +159,7 @@ class HttpApp:
                 else:
                     await self._collect(reply, mailbox)
             if not stream:
-                await exchange.reply(200, reply.body())
+                await exchange.reply(200, reply.body(), headers=(_version_header(reply.weights_versions),))
         finally:
             exchange.notes |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
 
@@ -168,7 +179,10 @@ class HttpApp:
         _check_complete(reply)
 
     async def _stream(self, exchange: Exchange, reply: Reply, mailbox: Mailbox) -> None:
-        """Writes events as they come, all that are ready at once; an error before the first still sets the status."""
+        """Writes events as they come, all that are ready at once; an error before the first still sets the status.
+
+        Headers that go out before the first token say the weights' version of that moment; the events know better.
+        """
         left = len(reply.prompts)
         out = bytearray()
         reply.opening(out)
@@ -201,7 +215,7 @@ class HttpApp:
                 reply.failing(out, error)
                 left = 0
             if not started and (out or ticked):
-                await exchange.start(200, _SSE_HEADERS)
+                await exchange.start(200, (*_SSE_HEADERS, _version_header(reply.weights_versions)))
                 started, last_write, ticked = True, now(), True
             if ticked and silence_s:
                 silent_s = 0 if out else now() - last_write
@@ -217,7 +231,9 @@ class HttpApp:
     # Everything else
 
     async def _models(self, exchange: Exchange) -> None:
-        card = about.model_card(self._model.name, self._client.info, self._created)
+        info = self._client.info
+        card = about.model_card(self._model.name, info, self._created)
+        exchange.headers.append(_version_header([info.weights_version]))
         name = exchange.scope["path_params"].get("name")
         if name is None:
             await exchange.reply_json({"object": "list", "data": [card]})
@@ -256,6 +272,13 @@ class HttpApp:
         text = self._metrics.text() + await self._client.metrics_text()
         await exchange.reply(200, text, CONTENT_TYPE_LATEST.encode())
 
+    async def _update_params(self, exchange: Exchange) -> None:
+        assert self._options.admin_key is not None, "there is no such route without a key"
+        admin.check_key(exchange, self._options.admin_key)
+        body, ignored = parse_body(await exchange.body(self._options.max_body_bytes), UpdateParamsBody)
+        exchange.warn_of(ignored)
+        await exchange.reply_json(await admin.update_params(body, self._client))
+
     async def _version(self, exchange: Exchange) -> None:
         await exchange.reply_json({"version": __version__})
 
@@ -269,6 +292,10 @@ class _Endpoint:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await self._handle(scope["exchange"])
+
+
+def _version_header(versions: Sequence[int]) -> tuple[bytes, bytes]:
+    return b"x-jaxserve-weights-version", ", ".join(map(str, versions)).encode()
 
 
 def _check_complete(reply: Reply) -> None:

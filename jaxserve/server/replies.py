@@ -94,6 +94,8 @@ class Head(msgspec.Struct, frozen=True):
     created: int
     model: str
     system_fingerprint: str
+    weights_version: int = 0
+    """As far as it is known before the first token."""
 
 
 class ReplyOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +139,7 @@ class Reply:
         self.options = options
         self.completion_tokens = 0
         self.prompt_tokens = sum(map(len, prompts))
+        self._versions: dict[int, int] = {}  # by prompt
         self._cached = [0] * len(prompts)
         self._open = len(prompts) * options.n
         self._wholes = [_Whole() for _ in range(self._open)]
@@ -145,6 +148,17 @@ class Reply:
     def complete(self) -> bool:
         """Whether every choice has a finish reason."""
         return not self._open
+
+    @property
+    def weights_versions(self) -> list[int]:
+        """Of what has been answered so far. Several prompts may be answered by different weights, one never is."""
+        return sorted(set(self._versions.values()) or {self.head.weights_version})
+
+    @property
+    def system_fingerprint(self) -> str:
+        """The head's, which other weights than the first ones change."""
+        versions = self.weights_versions
+        return self.head.system_fingerprint + "".join(f"-w{v}" for v in versions if versions != [0])
 
     def opening(self, out: bytearray) -> None:
         """The events that begin the stream."""
@@ -191,6 +205,8 @@ class Reply:
     def _count(self, prompt: int, delta: TextDelta) -> int:
         """The choice that the delta belongs to."""
         self.completion_tokens += len(delta.token_ids)
+        if delta.weights_version is not None:
+            self._versions[prompt] = delta.weights_version
         if delta.num_cached_tokens:
             self._cached[prompt] = max(self._cached[prompt], delta.num_cached_tokens)
         if delta.finish is not None:
@@ -215,7 +231,7 @@ class Reply:
                 self.chunk_object,
                 head.created,
                 head.model,
-                head.system_fingerprint,
+                self.system_fingerprint,
                 choices,
                 usage,
                 prompt_token_ids,
@@ -230,7 +246,7 @@ class Reply:
                 self.whole_object,
                 head.created,
                 head.model,
-                head.system_fingerprint,
+                self.system_fingerprint,
                 choices,
                 self.usage(),
                 prompt_token_ids,

@@ -29,10 +29,12 @@ STATUS: dict[type[errors.JaxserveError], Status] = {
     errors.UnsupportedParameter: Status(400, _C.INVALID_ARGUMENT, _BAD, "unsupported_parameter"),
     errors.PromptTooLong: Status(400, _C.INVALID_ARGUMENT, _BAD, "context_length_exceeded"),
     errors.ModelNotFound: Status(404, _C.NOT_FOUND, "not_found_error", "model_not_found"),
+    errors.NotAuthorized: Status(401, _C.UNAUTHENTICATED, _BAD, "invalid_api_key"),
     errors.BodyTooLarge: Status(413, _C.RESOURCE_EXHAUSTED, _BAD, "request_too_large"),
     errors.Overloaded: Status(503, _C.RESOURCE_EXHAUSTED, _BUSY, "overloaded"),
     errors.DeadlineExceeded: Status(504, _C.DEADLINE_EXCEEDED, "timeout_error", "deadline_exceeded"),
     errors.EngineStopped: Status(503, _C.UNAVAILABLE, _BUSY, "engine_unavailable"),
+    errors.ModelChanged: Status(503, _C.ABORTED, _BUSY, "model_changed"),
     errors.BatchStopped: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
 }
 
@@ -62,6 +64,8 @@ def retry_after_s(error: BaseException) -> int | None:
     """Whole seconds after which trying again may help; None where it will not."""
     if isinstance(error, errors.Overloaded):
         return error.retry_after_s
+    if isinstance(error, errors.ModelChanged):
+        return 1
     return 2 if isinstance(error, errors.EngineStopped) else None
 
 

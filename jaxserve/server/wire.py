@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -96,6 +96,15 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
     tokens: list[int]
     model: str | None = None
+
+
+class UpdateParamsBody(msgspec.Struct, kw_only=True):
+    """Body of POST /admin/update_params."""
+
+    path: str
+    """A checkpoint directory or GGUF file, as the server sees it."""
+    in_flight: Literal["wait", "abort"] = "wait"
+    """What becomes of requests that have begun; see request.Update."""
 
 
 _SCHEMA = "output cannot be constrained to a grammar here; describe the form in the prompt and check the answer"
