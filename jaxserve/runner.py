@@ -208,6 +208,8 @@ class Runner:
             raise ConfigError(
                 "the edited code wants another KV cache: its layers, kv_heads or head_dim; restart for it"
             )
+        if programs.groups.windows != self.programs.groups.windows:
+            raise ConfigError("the edited code has other sliding windows, and with them other pages; restart for it")
         if loaded.config.vocab != self.config.vocab or loaded.config.max_positions < sizes.max_model_len:
             raise ConfigError("the edited code has another vocabulary, or fewer max_positions; restart for it")
         if self._pool is not None:
