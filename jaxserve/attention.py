@@ -1,6 +1,6 @@
 """The one place where an attention kernel is chosen and bound to a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import jax
@@ -12,6 +12,7 @@ from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.layers import soft_cap as bounded
 from jaxserve.native.build import BuildError
+from jaxserve.page_groups import PageGroups
 from jaxserve.spec import Attend, CacheSpec
 from kernels_pallas.ragged_paged_attention.contract import (
     PAGE_TABLE_ENTRIES,
@@ -97,9 +98,12 @@ def page_size(asked: int | None, kernel: str, platform: str, kv_dtype: np.dtype,
     return size
 
 
-def cache_shapes(spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike) -> Cache:
-    """The stacked cache of `pages` pages a layer as `bind` wants it, as jax.ShapeDtypeStructs."""
-    pages *= spec.layers
+def cache_shapes(
+    spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike, groups: PageGroups | None = None
+) -> Cache:
+    """The stacked cache of `pages` pages as `bind` wants it, as jax.ShapeDtypeStructs. A page has room for all layers,
+    or with `groups` for those of one of them."""
+    pages *= spec.layers if groups is None else groups.layers
     values = jax.ShapeDtypeStruct((pages, page_size, spec.row), dtype)
     if jnp.dtype(dtype) != jnp.int8:
         return values  # type: ignore[return-value]  # a shape for an array
@@ -108,15 +112,16 @@ def cache_shapes(spec: CacheSpec, pages: int, page_size: int, dtype: DTypeLike) 
 
 def bind(
     kernel: RaggedPagedAttention,
-    layers: int,
-    kv_lens: jax.Array,
-    page_table: jax.Array,
+    groups: PageGroups,
+    kv_lens: Sequence[jax.Array],
+    page_tables: Sequence[jax.Array],
     cu_q_lens: jax.Array,
     distribution: jax.Array,
 ) -> Attend:
-    """Attention over a stacked cache [layers * P, page, row] for one step's sequences, as a model file calls it.
+    """Attention over a stacked cache [layers of a group * P, page, row] for one step's sequences, as a model calls it.
 
-    The layers' pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
+    Each group of layers has its page table [S, B], and kv_lens [S] that are counted from where that begins. The layers'
+    pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
     """
     kernel = jax.jit(
         kernel, static_argnames=("scale", "window", "soft_cap", "causal")
@@ -136,14 +141,15 @@ def bind(
         sinks: jax.Array | None = None,
         causal: bool = True,
     ) -> tuple[jax.Array, Cache]:
-        first = layer * (cache.shape[0] // layers)
+        group, number = _place(groups, layer, window)
+        first = number * (cache.shape[0] // groups.layers)
         out, cache = kernel(
             q,
             k,
             v,
             cache,
-            kv_lens,
-            page_table + first,  # the kernel sees the whole cache: slicing a layer out would copy it
+            kv_lens[group],
+            page_tables[group] + first,  # the kernel sees the whole cache: slicing a layer out would copy it
             cu_q_lens,
             distribution,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -155,6 +161,23 @@ def bind(
         return out.astype(q.dtype), cache
 
     return attend
+
+
+def _place(groups: PageGroups, layer: int, window: int | None) -> tuple[int, int]:
+    """The group of a layer, and its number there. Raises ConfigError where it sees more than the group keeps."""
+    if len(groups.windows) == 1:
+        group, number = 0, layer
+    elif isinstance(layer, int | np.integer):
+        group, number = groups.places[layer]
+    else:
+        raise ConfigError("attend is called with a traced layer; of a Config with windows it must be a number")
+    kept = groups.windows[group]
+    if kept is not None and (window is None or window > kept):
+        raise ConfigError(
+            f"attend of layer {layer} is called with window={window}, and by the Config's windows only {kept} tokens "
+            "are kept"
+        )
+    return group, number
 
 
 def dense(

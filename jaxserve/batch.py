@@ -5,6 +5,7 @@ A step's shape is (T tokens, S sequences). Everything else that varies is data.
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 from jaxserve.request import MAX_STOP_IDS
 from jaxserve.sampling import RowParams
 from jaxserve.scheduler import Plan, Sequence
+from kernels_pallas.ragged_paged_attention.contract import aligned
 
 GREEDY_BELOW = 1e-5
 LEAST_TOP_P = 1e-6
@@ -69,7 +71,10 @@ class StepInput:
     kv_lens: Int[Array, " S"]
     cu_q_lens: Int[Array, " S1"]
     distribution: Int[Array, " 3"]
-    page_table: Int[Array, "S B"]
+    page_tables: tuple[Int[Array, "S B"], ...]
+    """One for each group of layers. Those of groups with a window may begin further on in a sequence, see kv_begins."""
+    kv_begins: tuple[Int[Array, " S"] | None, ...]
+    """The position of each sequence at which each page table begins; None: they all begin at 0."""
     slots: Int[Array, " S"]
     """Slot of each sequence; rows of no sequence have the one after all sequences' slots."""
     samples: Int[Array, " S"]
@@ -126,24 +131,27 @@ _NOBODY[_COLUMNS.index("repetition_penalty")] = _NOBODY[_COLUMNS.index("top_p")]
 class SlotRows:
     """What steps repeat of every running sequence, by slot: packing then costs a copy, not a pass over each field."""
 
-    def __init__(self, num_slots: int, pages_per_seq: int):
+    def __init__(self, num_slots: int, pages_per_seq: int, groups: int = 1):
         self.params = np.zeros((num_slots, _WIDTH), np.int32)
         self.stop_ids = np.zeros((num_slots, MAX_STOP_IDS), np.int32)
-        self.pages = np.zeros((num_slots, pages_per_seq), np.int32)
-        self._num_pages = [0] * num_slots
+        self.pages = [np.zeros((num_slots, pages_per_seq), np.int32) for _ in range(groups)]
+        """Of each group of layers; in the place of a page that was given up any one."""
+        self._num_pages = [[0] * num_slots for _ in range(groups)]
 
     def update(self, plan: Plan) -> None:
         """Takes in who has got a slot with this plan, and whose pages have grown."""
         for sequence in plan.admitted:
             self.params[sequence.slot] = _columns(sequence)
             self.stop_ids[sequence.slot] = stop_ids(sequence)
-            self._num_pages[sequence.slot] = 0
+            for known in self._num_pages:
+                known[sequence.slot] = 0
+        last = self._num_pages[-1]
         for row in plan.rows:
-            slot, pages = row.slot, row.sequence.pages
-            known = self._num_pages[slot]
-            if len(pages) > known:
-                self.pages[slot, known : len(pages)] = pages[known:]
-                self._num_pages[slot] = len(pages)
+            slot, groups = row.slot, row.sequence.pages
+            if len(groups[-1]) > last[slot]:  # the last group's grow whenever any other's do
+                for table, known, pages in zip(self.pages, self._num_pages, groups, strict=True):
+                    table[slot, known[slot] : len(pages)] = np.maximum(pages[known[slot] :], 0)
+                    known[slot] = len(pages)
 
 
 def stop_ids(sequence: Sequence) -> np.ndarray:
@@ -186,15 +194,51 @@ def _columns(sequence: Sequence) -> np.ndarray:
     )
 
 
+class _Table(NamedTuple):
+    """A group's page table: `width` pages, from the last multiple of `step` positions that hides nothing; 0: from 0."""
+
+    width: int
+    window: int | None = None
+    step: int = 0
+
+    def begins(self, starts: Seq[int]) -> np.ndarray:
+        """Where the tables of sequences begin whose first tokens of this launch are at `starts`."""
+        assert self.window is not None
+        return np.maximum(0, np.asarray(starts) - self.window + 1) // self.step * self.step
+
+
+def _tables(most: int, pages_per_seq: int, windows: Seq[int | None], page_size: int) -> list[_Table]:
+    """Of every group. Those with a window need only list what a launch of up to `most` tokens of a sequence sees,
+    unless there is but one group."""
+    tables, step = [], aligned(page_size)
+    for window in windows:
+        seen = 0 if window is None else window - 1 + most
+        width = -(-(seen + step - 1) // page_size)
+        narrow = len(windows) > 1 and window is not None and width < pages_per_seq
+        tables.append(_Table(width, window, step) if narrow else _Table(pages_per_seq))
+    return tables
+
+
 class Layout:
     """Where each array of a shape lies in the step's one int32 buffer; one transfer a step is cheaper than twenty.
 
-    A shape of one token a sequence is for launches of up to `steps` steps.
+    `windows`: of each group of layers, as PageGroups has them. A shape of one token a sequence is for launches of up to
+    `steps` steps.
     """
 
-    def __init__(self, shape: Shape, pages_per_seq: int, num_slots: int, steps: int = 1):
-        self.shape, self.pages_per_seq, self.num_slots = shape, pages_per_seq, num_slots
+    def __init__(
+        self,
+        shape: Shape,
+        pages_per_seq: int,
+        num_slots: int,
+        windows: Seq[int | None] = (None,),
+        page_size: int = 1,
+        steps: int = 1,
+    ):
+        self.shape, self.num_slots = shape, num_slots
         self.steps = steps if shape.single else 1
+        self._tables = _tables(self.steps if shape.single else shape.tokens, pages_per_seq, windows, page_size)
+        self._page_size = page_size
         t, s = shape.tokens, shape.seqs
         sizes = {
             "tokens": (t,),
@@ -202,7 +246,8 @@ class Layout:
             "kv_lens": (s,),
             "cu_q_lens": (s + 1,),
             "distribution": (3,),
-            "page_table": (s, pages_per_seq),
+            **{f"page_table{i}": (s, table.width) for i, table in enumerate(self._tables)},
+            **{f"kv_begin{i}": (s,) for i, table in enumerate(self._tables) if table.step},
             "slots": (s,),
             "samples": (s,),
             "params": (s, _WIDTH),
@@ -232,7 +277,14 @@ class Layout:
         view["samples"][:used] = [row.last for row in plan.rows]
         view["kv_lens"][:used] = np.add(starts, counts)
         view["cu_q_lens"][:used] = np.cumsum([0, *counts[:-1]])
-        view["page_table"][:used] = slots.pages[which]
+        for i, (table, pages) in enumerate(zip(self._tables, slots.pages, strict=True)):
+            if table.step:
+                begins = table.begins(starts)
+                blocks = begins[:, None] // self._page_size + np.arange(table.width)
+                view[f"kv_begin{i}"][:used] = begins
+                view[f"page_table{i}"][:used] = pages[np.array(which)[:, None], np.minimum(blocks, pages.shape[1] - 1)]
+            else:
+                view[f"page_table{i}"][:used] = pages[which]
         view["params"][:used] = slots.params[which]
         view["params"][used:] = _NOBODY
         if self.steps > 1:
@@ -265,7 +317,9 @@ class Layout:
         min_tokens = of.pop("min_tokens")
         ban_stop = _ban_stop(view["kv_lens"], of["num_prompt"], min_tokens)
         rows = RowParams(seed=seed, position=view["kv_lens"], ban_stop=ban_stop, **of)
-        return StepInput(rows=rows, min_tokens=min_tokens, **view)
+        page_tables = tuple(view.pop(f"page_table{i}") for i in range(len(self._tables)))
+        kv_begins = tuple(view.pop(f"kv_begin{i}", None) for i in range(len(self._tables)))
+        return StepInput(rows=rows, min_tokens=min_tokens, page_tables=page_tables, kv_begins=kv_begins, **view)
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

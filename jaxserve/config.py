@@ -135,7 +135,9 @@ class DeviceOptions:
     """Tokens in a page of the KV cache. Default: 16 on CPU, 64 on GPU and TPU, more where a TPU could not hold the page
     table."""
     num_kv_pages: int | None = None
-    """Pages in the KV cache of a replica. Default: what the memory budget leaves after weights and workspace."""
+    """Pages in the KV cache of a replica; a page holds block_size tokens, of a model that has layers with and without
+    sliding windows those of one group of layers. Default: what the memory budget leaves after weights and workspace; on
+    CPU no more than a sequence of the longest context, or 512 tokens of each of max_num_seqs, take."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
     than the activations' needs the CPU's kernels. int8: bytes, with one scale a token, head, and of K and V; half the

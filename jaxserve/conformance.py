@@ -18,6 +18,7 @@ from jaxserve import attention
 from jaxserve.dry_run import Traced, check_sizes, packed, specs_of, trace
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.model_code import brief, place
+from jaxserve.page_groups import PageGroups
 from jaxserve.random_weights import draw_params, stored_shape
 from jaxserve.sharding import Partition
 from jaxserve.spec import Cache, Model, Params, ParamSpec
@@ -193,9 +194,15 @@ class Steps:
             return model.logits(params, config, hidden), model.logits(params, config, hidden[::5])
 
         def step(
-            params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache, *where: jax.Array
+            params: Params,
+            tokens: jax.Array,
+            positions: jax.Array,
+            cache: Cache,
+            lens: jax.Array,
+            table: jax.Array,
+            *where: jax.Array,
         ) -> tuple[jax.Array, Cache]:
-            attend = attention.bind(kernel, self._spec.layers, *where)
+            attend = attention.bind(kernel, PageGroups.single(self._spec.layers), [lens], [table], *where)
             with contextlib.nullcontext() if partition is None else partition.tracing():
                 hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
                 return model.logits(params, config, hidden), cache

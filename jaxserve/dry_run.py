@@ -66,6 +66,9 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
             raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap, sinks and causal")
         if options.get("causal", True) is not model.causal:
             raise _Misfit(f"{what}: causal must be {model.causal}; a file of an encoder says CAUSAL = False")
+        kept, window = spec.windows[number] if spec.windows and number is not None else None, options.get("window")
+        if kept is not None and (window is None or window > kept):
+            raise _Misfit(f"{what} has window={window}; the config's windows say {kept}, and no more tokens are kept")
         return q, cache
 
     state = jax.ShapeDtypeStruct((spec.layers, 1, spec.row), jnp.float32)

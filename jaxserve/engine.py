@@ -70,6 +70,7 @@ class Engine:
             max_queued_requests=schedule.max_queued_requests,
             priorities=schedule.scheduling_policy == "priority",
             prefix_caching=prefix_caching,
+            windows=self.info.windows,
             whole_prompts=not causal,
             most_steps=self.runner.most_steps,
         )

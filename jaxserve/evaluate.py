@@ -20,6 +20,7 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.loading import Loaded
 from jaxserve.logits_file import CUT, Rows
 from jaxserve.models import find_model
+from jaxserve.page_groups import PageGroups
 from jaxserve.perplexity import Scores, first_scored
 from jaxserve.weights import open_checkpoint
 from kernels_pallas.ragged_paged_attention.contract import Cache
@@ -185,7 +186,7 @@ def _step(
     for m, weights, cache in zip(models, params, caches, strict=True):
         distribution = jnp.array([0, 0, 1], jnp.int32)
         layers = m.model.cache_spec(m.config).layers
-        attend = attention.bind(m.kernel, layers, end[None], one, queries, distribution)
+        attend = attention.bind(m.kernel, PageGroups.single(layers), [end[None]], [one], queries, distribution)
         x, cache = m.model.forward(weights, m.config, tokens, positions, cache, attend)
         hidden.append(x)
         written.append(cache)

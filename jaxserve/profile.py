@@ -1,5 +1,6 @@
 """Times single compiled steps, without scheduler and HTTP, and tells from a profile which operations hold the time."""
 
+import itertools
 import os
 import re
 import tempfile
@@ -19,6 +20,8 @@ import numpy as np
 from jaxserve import batch
 from jaxserve.bench import row
 from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.page_groups import first_block
+from jaxserve.pages import GIVEN_UP
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Plan, Row, Sequence
@@ -43,23 +46,29 @@ class Case:
     def plan(self, runner: Runner, seed: int = 0) -> Plan:
         """The step of greedy sequences of random tokens. Raises ConfigError for what the engine would never plan."""
         sizes, length = runner.sizes, self.context + self.tokens
-        pages = -(-length // sizes.page_size)
+        windows, blocks = runner.info.windows, -(-length // sizes.page_size)
+        firsts = [first_block(self.context, window, sizes.page_size) for window in windows]
         for wanted, most, name, flag in (
             (self.seqs, sizes.max_num_seqs, "batch_size", "max_num_seqs"),
             (self.seqs * self.tokens, sizes.max_num_batched_tokens, "prefill", "max_num_batched_tokens"),
             (length, sizes.max_model_len, "context and the step's own tokens:", "max_model_len"),
-            (self.seqs * pages, sizes.num_pages, "pages of KV cache needed:", "num_kv_pages"),
+            (
+                self.seqs * sum(blocks - first for first in firsts),
+                sizes.num_pages,
+                "pages of KV cache needed:",
+                "num_kv_pages",
+            ),
         ):
             if wanted > most:
                 cure = f"lower it, or raise --{flag.replace('_', '-')}"
                 raise ConfigError(f"{name} {wanted} exceeds {flag} {most}; {cure}")
         rng, params = np.random.default_rng(seed), SamplingParams(temperature=0.0, seed=seed)
-        sequences = []
+        sequences, pages = [], itertools.count()
         for i in range(self.seqs):
             ids = rng.integers(0, runner.info.vocab_size, length).tolist()
             request = Request(id=str(i), prompt_token_ids=tuple(ids), params=params)
             sequence = Sequence(request, 0, i, 0.0, ids, length, length + 1, slot=i)
-            sequence.pages = list(range(i * pages, (i + 1) * pages))
+            sequence.pages = [[GIVEN_UP] * first + [next(pages) for _ in range(first, blocks)] for first in firsts]
             sequences.append(sequence)
         rows = [Row(s, s.slot, self.context, self.tokens, True) for s in sequences]
         return Plan(rows, self.seqs if self.tokens == 1 else 0, self.seqs * self.tokens, sequences)

@@ -256,6 +256,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes by kind, of all devices together: weights, kv, slots, workspace."""
     mesh: str = "1x1"
     """Devices, as --mesh says it: replicas of the engine x devices of each."""
+    windows: tuple[int | None, ...] = (None,)
+    """Of each group of layers that has pages of its own, how many tokens it keeps; None: all. See page_groups.py."""
     priorities: bool = True
     """Requests are scheduled by their priority; otherwise first come, first served."""
     embedding: EmbeddingInfo | None = None

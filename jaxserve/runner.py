@@ -26,6 +26,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.host_memory import give_back
 from jaxserve.loading import Loaded, Progress, device_memory, load_model, memory_share
 from jaxserve.metrics import EngineMetrics
+from jaxserve.page_groups import capacity, longest, pages_held
 from jaxserve.request import EngineInfo, Logprobs, Update
 from jaxserve.sampling import TokenLogprobs
 from jaxserve.scheduler import Plan, Sampled, Sequence
@@ -138,7 +139,8 @@ class Runner:
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
         self.sizes, self._compiled, workspace = self._fit(options, weights, progress)
         self._layout = self._layouts(self.sizes)
-        self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq)
+        windows = self.programs.groups.windows
+        self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq, len(windows))
         self.shapes = tuple(self._layout)
         """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
         self._state = self._get(self.programs.new_state(self.sizes, by_cpu_kernel=loaded.attention == "cpu"))()
@@ -157,6 +159,7 @@ class Runner:
             max_num_batched_tokens=self.sizes.max_num_batched_tokens,
             page_size=self.sizes.page_size,
             num_pages=self.sizes.num_pages,
+            windows=windows,
             dtype=loaded.dtype.name,
             num_params=_num_params(loaded),
             platform=platform,
@@ -168,7 +171,8 @@ class Runner:
         )
         metrics.device_bytes(self.info.device_bytes)
         gib = 2**30
-        pages = f"{loaded.kv_dtype.name}, {self.sizes.num_pages} pages of {self.sizes.page_size} tokens"
+        held = capacity(windows, self.sizes.num_pages, self.sizes.page_size, self.sizes.max_model_len)
+        pages = f"{loaded.kv_dtype.name}, {held}"
         each = f" of each of {devices} devices" if devices > 1 else ""
         progress(
             f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
@@ -227,6 +231,8 @@ class Runner:
             raise ConfigError(
                 "the edited code wants another KV cache: its layers, kv_heads or head_dim; restart for it"
             )
+        if programs.groups.windows != self.programs.groups.windows:
+            raise ConfigError("the edited code has other sliding windows, and with them other pages; restart for it")
         if loaded.config.vocab != self.config.vocab or loaded.config.max_positions < sizes.max_model_len:
             raise ConfigError("the edited code has another vocabulary, or fewer max_positions; restart for it")
         if self._pool is not None:
@@ -265,7 +271,7 @@ class Runner:
 
     def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
         known = self._shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
-        return {s: Layout(s, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps) for s in known}
+        return {s: self.programs.layout(s, sizes) for s in known}
 
     def _shapes(self, seqs: int, tokens: int) -> list[Shape]:
         return batch.shapes(seqs, tokens, self._least, singles=not self._embeds)
@@ -317,14 +323,15 @@ class Runner:
         page = attention.page_size(
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
-        given = options.device.num_kv_pages
+        given, windows = options.device.num_kv_pages, self.programs.groups.windows
         page_bytes = bytes_per_device(self.programs.state(Sizes(page, 1, 1, page, 1)).cache)
 
         def sizes(pages: int) -> Sizes:
-            fitting = min(length, pages * page)
-            if wanted_len is not None and fitting < wanted_len:
+            fitting = longest(windows, pages, page, length)
+            if fitting < (wanted_len or 1):
                 raise ConfigError(
-                    f"max_model_len {wanted_len} needs {-(-wanted_len // page)} pages of KV cache and {pages} fit; "
+                    f"max_model_len {wanted_len or 1} needs {pages_held(windows, wanted_len or 1, page)} pages of KV "
+                    f"cache and {pages} fit; "
                     "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
                 )
             return Sizes(fitting, seqs, tokens, page, pages, options.schedule.decode_steps)
@@ -349,12 +356,13 @@ class Runner:
             if whole:  # for two steps: one runs while the next is planned, and nothing stays
                 pages = min(pages, 2 * (-(-tokens // page) + seqs))
             elif cpu:
-                pages = min(pages, -(-max(length, seqs * CPU_TOKENS_PER_SEQ) // page))
+                every = len(windows) * -(-seqs * CPU_TOKENS_PER_SEQ // page)
+                pages = min(pages, max(pages_held(windows, length, page), every))
         else:
             pages = given
         progress("compiling the largest step")
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
-        trial = pages if cpu or given else min(pages, -(-length // page))
+        trial = pages if cpu or given else min(pages, pages_held(windows, length, page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
         workspace = _workspace(compiled)
         if given is None:

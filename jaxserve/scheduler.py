@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from jaxserve import lookahead
 from jaxserve.errors import DeadlineExceeded, JaxserveError, Overloaded
-from jaxserve.pages import PagePool, extend_hashes
+from jaxserve.page_groups import pages_held
+from jaxserve.pages import PagePool, PageTables, Tables, extend_hashes
 from jaxserve.request import Delta, ErrorInfo, FinishReason, Logprobs, Request
 
 
@@ -38,7 +39,8 @@ class Sequence:
     limit: int
     """Tokens, prompt included, at which the sequence ends."""
     deadline: float | None = None
-    pages: list[int] = field(default_factory=list)
+    pages: Tables = field(default_factory=list)
+    """Empty while it waits."""
     hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0
     num_computed: int = 0
@@ -144,7 +146,10 @@ class Stats:
 
 
 class Scheduler:
-    """Fills each step's token budget: running sequences of one token first, then prompts in chunks, then new ones."""
+    """Fills each step's token budget: running sequences of one token first, then prompts in chunks, then new ones.
+
+    `windows`: of each group of layers, as PageTables has them.
+    """
 
     def __init__(
         self,
@@ -156,6 +161,7 @@ class Scheduler:
         max_queued_requests: int = 1024,
         priorities: bool = False,
         prefix_caching: bool = True,
+        windows: Seq[int | None] = (None,),
         most_steps: Callable[[int], int] = lambda seqs: 1,
         whole_prompts: bool = False,
     ):
@@ -163,8 +169,10 @@ class Scheduler:
         computed in one step, as encoders need it, and not in pieces."""
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
         assert max_num_batched_tokens >= max_model_len or not whole_prompts, "the longest prompt must fit a step"
-        assert pages.num_pages * pages.page_size >= max_model_len, "the longest sequence must fit the pool alone"
+        alone = pages_held(windows, max_model_len, pages.page_size)
+        assert pages.num_pages >= alone, "the longest sequence must fit the pool alone"
         self.pages = pages
+        self.tables = PageTables(pages, windows)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.max_queued_requests = max_queued_requests
@@ -272,10 +280,9 @@ class Scheduler:
         computing: set[bytes] = set()  # the blocks of prompts that this step fills
         budget, size = self.max_num_batched_tokens, self.pages.page_size
 
-        def place(sequence: Sequence) -> None:
+        def place(sequence: Sequence, count: int) -> None:
             nonlocal budget
             start, end = sequence.num_computed, sequence.num_wanted
-            count = min(end - start, budget)
             last = start + count == end
             (singles if count == 1 else chunks).append(Row(sequence, sequence.slot, start, count, last))
             placed.append(sequence)
@@ -299,15 +306,15 @@ class Scheduler:
                 ending = True  # with this commit
         for sequence in decodes:  # nearly all of a busy step: no more than it takes
             start = sequence.num_computed
-            room = sequence.slot >= 0 and (start < len(sequence.pages) * size or self._grow(sequence, singles))
+            room = sequence.slot >= 0 and (start < len(sequence.pages[-1]) * size or self._grow(sequence, singles))
             if room:
                 singles.append(Row(sequence, sequence.slot, start, 1, True))
                 sequence.num_computed = start + 1
                 sequence.in_flight += start + 1 < sequence.limit
         budget -= len(singles)
         for sequence in prompts:
-            if budget and sequence.slot >= 0:
-                place(sequence)
+            if budget and sequence.slot >= 0 and (count := self._room(sequence, budget, singles + chunks)):
+                place(sequence, count)
         deferred, short = 0, False
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
@@ -319,15 +326,16 @@ class Scheduler:
             if self.whole_prompts and sequence.num_wanted > budget:
                 break
             blocks = self._sharable(sequence)
-            found = self.pages.match(blocks)
-            if len(found) < len(blocks) and blocks[len(found)] in computing:
+            found = self.tables.match(blocks)
+            if len(found[0]) < len(blocks) and blocks[len(found[0])] in computing:
                 deferred += 1  # one step later it shares them
                 continue
-            if not self._admit(sequence, found, now):
+            count = self._admit(sequence, found, budget, now)
+            if not count:
                 short = True
                 break
             admitted.append(sequence)
-            place(sequence)
+            place(sequence, count)
 
         self.num_deferred = deferred
         for sequence in placed:  # only now: a step never reads blocks that it computes itself
@@ -381,7 +389,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts that every page, slot and request is where it should be, exactly once."""
-        self.pages.check_integrity([s.pages for s in self.running])
+        self.tables.check_integrity([s.pages for s in self.running], [s.num_computed for s in self.running])
         slots = sorted([s.slot for s in self.running] + self._free_slots)
         assert slots == list(range(len(slots))), "a slot is lost or held twice"
         live = [s for group in self._requests.values() for s in group]
@@ -393,7 +401,6 @@ class Scheduler:
             "queue out of order"
         )
         for s in self.running:
-            assert len(s.pages) * self.pages.page_size >= s.num_computed, "computed past its pages"
             assert s.num_computed <= s.length <= s.limit, "longer than it may become"
 
     def _rank(self, sequence: Sequence) -> tuple[int, int]:
@@ -414,54 +421,73 @@ class Scheduler:
         salt = sequence.request.cache_salt if self.prefix_caching else f"request {sequence.request.id}"
         extend_hashes(sequence.hashes, sequence.tokens, self.pages.page_size, salt)
 
-    def _admit(self, sequence: Sequence, found: list[int], now: float) -> bool:
-        """Gives a waiting sequence a slot and the pages of all tokens to compute, `found` first; False if too few."""
-        size = self.pages.page_size
-        self.pages.share(found)
-        taken = self.pages.take(-(-sequence.num_wanted // size) - len(found))
-        if taken is None:
-            self.pages.release(found)
-            return False
-        sequence.pages = found + taken
-        sequence.num_registered = len(found)
-        sequence.num_computed = len(found) * size
+    def _admit(self, sequence: Sequence, found: Tables, budget: int, now: float) -> int:
+        """Gives a waiting sequence a slot, and pages, `found` first.
+
+        Returns how many tokens, up to the budget, it can compute now; 0 if there are too few pages.
+        """
+        start = len(found[0]) * self.pages.page_size
+        self.tables.share(found)
+        wanted = sequence.num_wanted
+        count = self.tables.extend(found, start, min(wanted - start, budget), whole=wanted)
+        if not count:
+            self.tables.release(found)
+            return 0
+        sequence.pages = found
+        sequence.num_registered = start // self.pages.page_size
+        sequence.num_computed = start
         sequence.slot = self._free_slots.pop()
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=self._rank)
         self.stats.looked_up_tokens += len(sequence.tokens)
-        self.stats.hit_tokens += sequence.num_computed
+        self.stats.hit_tokens += start
         self._queued.discard(sequence.request.id)
         if sequence.started is None:
             sequence.started = now
-            sequence.num_cached = sequence.num_computed
-            self.stats.cached_tokens += sequence.num_cached
+            sequence.num_cached = start
+            self.stats.cached_tokens += start
             self.stats.prompt_tokens += sequence.num_prompt
-        return True
+        return count
 
     def _grow(self, sequence: Sequence, planned: list[Row]) -> bool:
-        """Takes one more page, preempting from the lowest rank up; False if this one had to go itself."""
-        while True:
-            page = self.pages.take(1)
-            if page is not None:
-                sequence.pages += page
-                return True
-            holders = {id(row.sequence) for row in planned}
+        """Takes the pages of one more token, preempting from the lowest rank up; False if this one had to go itself."""
+        holders = {id(row.sequence) for row in planned}
+        while not self.tables.extend(sequence.pages, sequence.num_computed, 1):
             victim = next((s for s in reversed(self.running) if id(s) not in holders), sequence)
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
+
+    def _room(self, sequence: Sequence, budget: int, planned: list[Row]) -> int:
+        """For how many of a prompt's tokens there is room in this step, and takes their pages.
+
+        For one token others of lower rank are preempted. Where that does not help, it waits with what it has: whoever
+        is in the step already will end.
+        """
+        start = sequence.num_computed
+        count = min(sequence.num_wanted - start, budget)
+        while not (room := self.tables.extend(sequence.pages, start, count)):
+            holders = {id(row.sequence) for row in planned}
+            lower = (s for s in reversed(self.running) if id(s) not in holders and self._rank(s) > self._rank(sequence))
+            victim = next(lower, None)
+            if victim is None:
+                return 0
+            self._preempt(victim)
+        return room
 
     def _look_ahead(self, rows: list[Row]) -> None:
         """Has decodes go on in the same launch, as far as there are pages."""
         if (most := self._most_steps(len(rows))) == 1:
             return
         size, left = self.pages.page_size, [row.sequence.limit - row.start - 1 for row in rows]
-        starts, held = [row.start for row in rows], [len(row.sequence.pages) for row in rows]
-        steps = lookahead.num_steps(starts, left, held, most, self.pages.available, size)
+        starts, held = [row.start for row in rows], [len(row.sequence.pages[-1]) for row in rows]
+        free = self.pages.available // len(self.tables.windows)  # of every group a sequence takes as many
+        steps = lookahead.num_steps(starts, left, held, most, free, size)
         for row, tokens in zip(rows, left, strict=True):
             sequence, row.steps = row.sequence, min(steps, tokens)
-            missing = -(-(row.start + row.steps) // size) - len(sequence.pages)
-            sequence.pages += self.pages.take(max(0, missing)) or []
+            taken = self.tables.extend(sequence.pages, row.start, row.steps)
+            assert taken == row.steps, "fewer pages than were free"
             sequence.num_computed += row.steps - 1
             sequence.in_flight += row.steps - 1
 
@@ -474,7 +500,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=self._rank)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pages.release(sequence.pages)
+        self.tables.release(sequence.pages)
         self._free_slots.append(sequence.slot)
         sequence.pages, sequence.slot = [], -1
         sequence.num_computed = sequence.num_registered = 0
@@ -501,7 +527,7 @@ class Scheduler:
         if full > len(sequence.hashes):
             self._extend_hashes(sequence)
         for block in range(sequence.num_registered, full):
-            self.pages.register(sequence.pages[block], sequence.hashes[block])
+            self.tables.register(sequence.pages, block, sequence.hashes[block])
         sequence.num_registered = full
 
     def _finish(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from jaxserve.errors import ConfigError
+from jaxserve.page_groups import PageGroups
 from kernels_pallas.ragged_paged_attention.contract import Cache
 
 type Params = Any
@@ -154,6 +155,12 @@ class CacheSpec:
     layers: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int | None, ...] = ()
+    """How many tokens each layer sees, the token itself included; None: all. Empty: all layers see all."""
+
+    def groups(self, length: int) -> PageGroups:
+        """The layers by what they keep of sequences of up to `length` tokens."""
+        return PageGroups.of(self.windows or (None,) * self.layers, length)
 
     @property
     def row(self) -> int:
@@ -188,7 +195,11 @@ class Attend(Protocol):
 
 
 class ModelConfig(Protocol):
-    """The sizes that the engine reads of every model's config."""
+    """The sizes that the engine reads of every model's config.
+
+    One whose layers have sliding windows may say so in `windows`, a tuple of one window a layer, None for none: then
+    such a layer keeps of a sequence only the pages that its window needs, and `attend` refuses a wider one.
+    """
 
     @property
     def layers(self) -> int: ...
@@ -248,8 +259,22 @@ class Model:
         )
 
     def cache_spec(self, config: ModelConfig) -> CacheSpec:
-        """The cache: every layer's keys and values, or of an encoder those of the layer that is being computed."""
-        return CacheSpec(config.layers if self.causal else 1, config.kv_heads, config.head_dim)
+        """The cache of a model whose layers all keep their keys and values, or those of their windows; of an encoder
+        that of the layer that is being computed.
+
+        Raises ConfigError for windows that are none.
+        """
+        if not self.causal:
+            return CacheSpec(1, config.kv_heads, config.head_dim)
+        windows = tuple(getattr(config, "windows", ()))
+        if windows and (
+            len(windows) != config.layers or not all(w is None or (isinstance(w, int) and w >= 1) for w in windows)
+        ):
+            raise ConfigError(
+                f"{self.name}: {type(config).__name__}.windows is {windows}; needed are {config.layers} whole numbers "
+                "above 0, or None where a layer sees everything"
+            )
+        return CacheSpec(config.layers, config.kv_heads, config.head_dim, windows)
 
 
 def _no_logits(params: Params, config: Any, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:

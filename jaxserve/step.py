@@ -16,6 +16,7 @@ import numpy as np
 from jaxserve import attention, sampling
 from jaxserve.batch import Layout, Shape, StepInput
 from jaxserve.native.attention import untouched_cache
+from jaxserve.page_groups import PageGroups
 from jaxserve.pooling import pool
 from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, PoolingKind
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
@@ -29,7 +30,7 @@ from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAtt
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: Cache  # [layers * pages, page_size, kv_heads * 2 * head_dim]
+    cache: Cache  # [layers of a group * pages, page_size, kv_heads * 2 * head_dim]
     slots: SlotState
 
 
@@ -97,7 +98,7 @@ class Programs:
         Where a sequence has one token each and `sizes.decode_steps` are allowed, it takes as many as the buffer says.
         With `pooling` the second result is the sequences' pooled hidden states, float32 [S, D].
         """
-        layout = Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs, sizes.decode_steps)
+        layout = self.layout(shape, sizes)
         sizes = replace(sizes, decode_steps=layout.steps)
         params, tree = jax.tree.flatten(self.params)
         state, everywhere = self.state(sizes), self.partition.everywhere
@@ -106,6 +107,16 @@ class Programs:
         return Program(
             what, partial(_step, self, tree, layout), (params, state, buffer), 1, (_shardings(state), everywhere)
         )
+
+    def layout(self, shape: Shape, sizes: Sizes) -> Layout:
+        """Of the buffer of a step."""
+        windows, steps = self.groups.windows, sizes.decode_steps
+        return Layout(shape, sizes.pages_per_seq, sizes.max_num_seqs, windows, sizes.page_size, steps)
+
+    @property
+    def groups(self) -> PageGroups:
+        """The model's layers by what they keep."""
+        return self.model.cache_spec(self.partition.config).groups(self.partition.config.max_positions)
 
     def bind(self, sizes: Sizes) -> Program:
         """(state, *binding) -> state, as `no_binding` has them. The state is donated."""
@@ -128,7 +139,8 @@ class Programs:
     def state(self, sizes: Sizes) -> StepState:
         """The shapes of a step's state, and where it lies."""
         spec = self.model.cache_spec(self.partition.config)
-        cache = self.partition.cache(attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype))
+        shapes = attention.cache_shapes(spec, sizes.num_pages, sizes.page_size, self.dtype, self.groups)
+        cache = self.partition.cache(shapes)
         slots = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.partition.everywhere),
             slot_shapes(sizes.max_num_seqs, sizes.max_model_len),
@@ -244,8 +256,9 @@ def _whole_step(
     history = _remember(history, slot, positions, tokens)
 
     with jax.named_scope("forward"):
-        layers, kernel = model.cache_spec(config).layers, partition.over_heads(programs.kernel)
-        attend = attention.bind(kernel, layers, step.kv_lens, step.page_table, step.cu_q_lens, step.distribution)
+        kernel, groups = partition.over_heads(programs.kernel), programs.groups
+        kv_lens = [step.kv_lens if begin is None else step.kv_lens - begin for begin in step.kv_begins]
+        attend = attention.bind(kernel, groups, kv_lens, step.page_tables, step.cu_q_lens, step.distribution)
         hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
     if programs.pooling is not None:
         with jax.named_scope("pool"):

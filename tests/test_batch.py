@@ -60,7 +60,7 @@ def test_unpack_gives_what_was_packed():
     assert np.asarray(step.tokens)[:2].tolist() == [8, 0]
     assert np.asarray(step.distribution).tolist() == [first.num_single, first.num_single, len(first.rows)]
     a, b = first.rows[0].sequence, first.rows[1].sequence
-    assert np.asarray(step.page_table)[0, : len(a.pages)].tolist() == a.pages
+    assert np.asarray(step.page_tables[0])[0, : len(a.pages[0])].tolist() == a.pages[0]
     p = step.rows
     assert np.asarray(p.seed)[:2].tolist() == [[256, 3], [2**32 - 1, 2**32 - 1]]
     assert [float(x[0]) for x in (p.temperature, p.top_p, p.min_p)] == [0.5, 0.25, 0.125] and int(p.top_k[0]) == 4

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports only from lower ranks, or from its own package.
 RANKS = {
     "errors": -1,
-    "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0,
+    "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0, "page_groups": 0,
     "spec": 1, "native": 1, "gguf": 1, "embedding": 1,
     "quant": 2, "compile_cache": 2, "model_code": 2,
     "layers": 3, "sharding": 3, "dry_run": 3,
@@ -37,9 +37,9 @@ RANKS = {
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
-    "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "pages", "lookahead",
-    "packing", "scheduler", "embedding", "perplexity", "logits_file", "client", "client.remote", "client.routing",
-    "text", "score", "server", "batch_job", "ray", "cli",
+    "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "page_groups", "pages",
+    "lookahead", "packing", "scheduler", "embedding", "perplexity", "logits_file", "client", "client.remote",
+    "client.routing", "text", "score", "server", "batch_job", "ray", "cli",
 ]  # fmt: skip
 
 

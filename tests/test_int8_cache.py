@@ -190,7 +190,7 @@ def test_pages_are_sized_by_values_and_scales():
     layers, kv_heads, head_dim = 2, 4, 12
     bytes_ = 64 * 4 * layers * kv_heads * 2 * (head_dim + 4)
     assert runner.info.device_bytes["kv"] == bytes_
-    assert f"KV {bytes_ / 2**30:.2f} (int8, 64 pages of 4 tokens)" in said[-1]
+    assert f"KV {bytes_ / 2**30:.2f} (int8, 64 pages of 4 tokens: 256 tokens)" in said[-1]
     for shape in (Shape(1, 1), Shape(16, 4)):
         big = runner._compile(shape, replace(runner.sizes, num_pages=6400)).memory_analysis()
         assert big.alias_size_in_bytes >= 100 * bytes_, "the donated cache is the result"

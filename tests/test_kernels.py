@@ -12,6 +12,7 @@ from cache_layout import kept_by, rows_of
 
 from jaxserve import attention, native
 from jaxserve.native.build import BuildError, find_compiler
+from kernels_pallas.ragged_paged_attention.contract import Int8Cache, aligned, quantised
 from kernels_pallas.ragged_paged_attention.tuning import Blocks
 
 PAGE = 4
@@ -216,6 +217,55 @@ def test_a_sequence_is_the_same_alone_and_in_a_crowd(body, caps):
         out, _ = run(*alone[:3], cache, *alone[3:], cu, dist)
         tolerance = 0 if body == "cpu" else 1e-6  # the C++ kernels promise every bit
         np.testing.assert_allclose(np.asarray(out)[0], crowd[s], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("body", "page", "held"),
+    [
+        *((body, page, np.float32) for body in BODIES for page in (PAGE, 16)),
+        *((body, 16, np.int8) for body in attention.READS_INT8),
+        ("cpu", 16, np.float16), ("cpu", 48, np.float32), ("reference", 48, np.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_with_a_window_only_its_pages_are_read(body, page, held):
+    """Pages before it may be anybody's and hold NaN, and positions may be counted from further on: no bit changes."""
+    kernel, window = body_of(body), 7
+    q_lens, pasts = [1, 1, 1, 1, 40, 9], [3, 300, 130, 191, 200, 255]
+    pages = 700 // (page // PAGE)
+    args, kv = random_batch(
+        np.random.default_rng(4), heads=4, kv_heads=2, head_dim=16, page=page, pages=pages, body=body,
+        q_lens=q_lens, pasts=pasts,
+    )  # fmt: skip
+    if held == np.int8:  # what those pages hold is NaN by their scales
+        rows = rows_of(body, np.asarray(args[3]), 2)
+        values, scales = quantised(jnp.asarray(rows.reshape(*rows.shape[:2], 4, 16)))
+        values = kept_by(body, np.asarray(values).reshape(rows.shape), 2)
+        args[3] = Int8Cache(jnp.asarray(values), jnp.asarray(scales).transpose(0, 2, 1))
+    else:
+        args[3] = args[3].astype(held)
+    run = jax.jit(lambda *a: kernel(*a, scale=0.3, window=window)[0])
+    whole = np.asarray(run(*args))
+    if held != np.int8:
+        want = oracle(args, kv, 0.3, window)
+        np.testing.assert_allclose(
+            whole[: len(want)], want, **dict.fromkeys(("rtol", "atol"), 2e-5 * (held == np.float32) or 2e-3)
+        )
+    table, lens = np.array(args[5]), np.array(args[4])
+    nobody = next(p for p in range(pages) if p not in table)
+    first = [max(0, past - window + 1) // page for past in pasts]
+    for s, end in enumerate(first):
+        table[s, :end] = nobody
+    assert sum(first) > 0
+    np.testing.assert_array_equal(np.asarray(run(*args[:5], jnp.asarray(table), *args[6:])), whole)
+    step = aligned(page)
+    for s, end in enumerate(first):
+        begin = end * page // step * step
+        table[s] = np.roll(table[s], -begin // page)
+        lens[s] -= begin
+    assert lens.max() < 260
+    moved = np.asarray(run(*args[:4], jnp.asarray(lens), jnp.asarray(table), *args[6:]))
+    np.testing.assert_array_equal(moved, whole)
 
 
 @pytest.mark.parametrize("body", BODIES)

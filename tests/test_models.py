@@ -14,6 +14,7 @@ from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.errors import ConfigError
 from jaxserve.loading import load_model
 from jaxserve.models import ARCHITECTURES, find_model
+from jaxserve.page_groups import PageGroups
 from jaxserve.random_weights import write_checkpoint
 from jaxserve.spec import ParamSpec
 from jaxserve.weights import open_checkpoint
@@ -68,7 +69,12 @@ def paged(path, chunks, page=8):
     def step(params, tokens, positions, cache, kv_lens, cu):
         decode = jnp.where(cu[1] == 1, 1, 0)
         attend = attention.bind(
-            kernel, spec.layers, kv_lens, table, cu, jnp.stack([decode, decode, jnp.ones_like(decode)])
+            kernel,
+            PageGroups.single(spec.layers),
+            [kv_lens],
+            [table],
+            cu,
+            jnp.stack([decode, decode, jnp.ones_like(decode)]),
         )
         hidden, cache = model.forward(params, config, tokens, positions, cache, attend)
         return model.logits(params, config, hidden), cache

@@ -16,7 +16,7 @@ from jaxserve.client.routing import AFFINITY, Router
 from jaxserve.config import DeviceOptions, MeshShape
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import EngineMetrics, JoinedMetrics
-from jaxserve.pages import PagePool, block_hashes
+from jaxserve.pages import PagePool, PageTables, block_hashes
 from jaxserve.request import EngineInfo
 from jaxserve.sharding import meshes, place_heads
 
@@ -90,7 +90,7 @@ def info(**changes) -> EngineInfo:
 
 def router(count=2, **changes):
     pools = [PagePool(64, 4) for _ in range(count)]
-    return Router([info(**changes)] * count, pools, prefix_caching=True), pools
+    return Router([info(**changes)] * count, [PageTables(pool) for pool in pools], prefix_caching=True), pools
 
 
 def holds(pool, prompt):

@@ -320,6 +320,8 @@ def test_edited_code(toy, tmp_path):
         heads = [("1, 1, 1, 1, 2,", "1, 1, 1, 1, 4,"), ("[said, said]", "[said] * 4")]
         heads += [("[jnp.full_like(at, 50.0), jnp.zeros_like(at)]", f"[at * 0 + 50, {four}]")]
         refused(ConfigError, "another KV cache", *heads, ("[at, jnp.zeros_like(at)]", f"[at, {four}]"))
+        windows = [("class Config:\n", "class Config:\n    windows = (4,)\n"), ("scale=1.0)", "scale=1.0, window=4)")]
+        refused(ConfigError, "other sliding windows", *windows)
         refused(ConfigError, "another vocabulary", ("VOCAB = 50", "VOCAB = 51"))
         refused(CheckpointError, "missing tensor .1.: two", ('"width", "one"', '"width", "two"'))
         assert engine.thread.info.weights_version == 0

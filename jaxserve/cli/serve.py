@@ -13,6 +13,7 @@ from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
 from jaxserve.host_memory import keep_objects
+from jaxserve.page_groups import capacity
 from jaxserve.request import EngineInfo
 from jaxserve.text import TextModel
 
@@ -81,13 +82,14 @@ async def _announce(client: EngineClient, text: TextModel, addresses: asyncio.Fu
 def ready_text(info: EngineInfo, name: str, chat: bool, url: str, grpc: str | None) -> str:
     """What is said when requests can come: what was worked out, where to connect, and a request to paste."""
     memory = ", ".join(f"{kind} {size / 2**20:.0f} MiB" for kind, size in info.device_bytes.items())
+    held = capacity(info.windows, info.num_pages, info.page_size, info.max_model_len)
     lines = [
         f"{name} is ready: {info.architecture}, {info.num_params / 1e6:.1f} M parameters, "
         f"{info.dtype} on {info.platform}",
         *([f"  devices  mesh {info.mesh}"] if info.mesh != "1x1" else []),
         f"  steps    up to {info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens, "
         f"attention {info.attention}",
-        f"  context  {info.max_model_len} tokens; KV cache {info.num_pages} pages of {info.page_size} tokens",
+        f"  context  {info.max_model_len} tokens; KV cache {held}",
         f"  memory   {memory}",
         f"  HTTP     {url}",
         f"  gRPC     {grpc or 'off'}",

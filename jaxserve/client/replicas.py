@@ -84,7 +84,7 @@ class Replicas:
         self._shape = shape
         self._router = Router(
             [e.info for e in self.engines],
-            [e.scheduler.pages for e in self.engines],
+            [e.scheduler.tables for e in self.engines],
             prefix_caching=options.schedule.enable_prefix_caching,
         )
 

@@ -4,7 +4,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxserve.pages import PagePool, block_hashes
+from jaxserve.page_groups import tokens_kept
+from jaxserve.pages import PageTables, block_hashes
 from jaxserve.request import EngineInfo, Request
 
 AFFINITY = 0.25
@@ -30,9 +31,9 @@ class Router:
     spread.
     """
 
-    def __init__(self, infos: Sequence[EngineInfo], pools: Sequence[PagePool], *, prefix_caching: bool):
-        """`infos` and `pools`: of each replica. The pools are asked while their engines run."""
-        self._infos, self._pools, self._prefix_caching = infos, pools, prefix_caching
+    def __init__(self, infos: Sequence[EngineInfo], tables: Sequence[PageTables], *, prefix_caching: bool):
+        """`infos` and `tables`: of each replica. The tables are asked while their engines run."""
+        self._infos, self._tables, self._prefix_caching = infos, tables, prefix_caching
         self._lock = threading.Lock()
         self._flights: dict[str, _InFlight] = {}
         self._sequences = [0] * len(infos)
@@ -42,7 +43,8 @@ class Router:
         """The replica that is to have the request; it counts as load from now on."""
         params, longest = request.params, self._infos[0].max_model_len
         wanted = longest if params.max_tokens is None else len(request.prompt_token_ids) + params.max_tokens
-        tokens, known = params.n * min(wanted, longest), self._known(request)
+        tokens = params.n * tokens_kept(self._infos[0].windows, min(wanted, longest))
+        known = self._known(request)
         with self._lock:
             index = self._choose(known)
             self._flights[request.id] = _InFlight(index, params.n, tokens)
@@ -76,16 +78,18 @@ class Router:
         """How many pages of the prompt's beginning each replica holds, of those that the request could use."""
         size, prompt = self._infos[0].page_size, request.prompt_token_ids
         usable = max(0, len(prompt) - 1) // size * size  # the last token is computed always
-        nothing = [0] * len(self._pools)
+        nothing = [0] * len(self._tables)
         if not usable or not all(0 <= token < 2**32 for token in prompt):  # the engine refuses others
             return nothing
         if not self._prefix_caching or request.params.prompt_logprobs is not None:
             return nothing
         first = block_hashes(prompt[:size], size, request.cache_salt)
-        if not any(pool.match(first) for pool in self._pools):  # most often: the other hashes need not be made
+        if not any(
+            tables.may_know(first[0]) for tables in self._tables
+        ):  # most often: the other hashes need not be made
             return nothing
         hashes = block_hashes(prompt[:usable], size, request.cache_salt)
-        return [len(pool.match(hashes)) for pool in self._pools]
+        return [tables.known(hashes) for tables in self._tables]
 
     def _choose(self, known: list[int]) -> int:
         loads = [self._load(i) for i in range(len(self._infos))]

@@ -65,6 +65,10 @@ class Config:
             logit_cap=cap_of(hf, "final_logit_softcapping"),
         )
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return tuple(self.window if local else None for local in self.local)
+
 
 def _ropes(hf: Mapping[str, Any]) -> tuple[Rope, Rope]:
     """Of global and of local layers. rope_scaling, the older spelling, stretches the global ones only."""
@@ -114,12 +118,12 @@ def block(
     cache: Cache,
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    rope, window = (c.local_rope, c.window) if c.local[layer] else (c.rope, None)
+    rope = c.local_rope if c.local[layer] else c.rope
     h = offset_rms_norm(x, p["attn_norm"], c.eps)
     q = rotate(offset_rms_norm(project(p, "q", h, out=2), p["q_norm"], c.eps), positions, rope)  # [T, N, H]
     k = rotate(offset_rms_norm(project(p, "k", h, out=2), p["k_norm"], c.eps), positions, rope)  # [T, K, H]
     v = project(p, "v", h, out=2)  # [T, K, H]
-    o, cache = attend(layer, q, k, v, cache, scale=c.scale, window=window)  # [T, N, H]
+    o, cache = attend(layer, q, k, v, cache, scale=c.scale, window=c.windows[layer])  # [T, N, H]
     x = x + offset_rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps)
     h = geglu(p, offset_rms_norm(x, p["mlp_norm"], c.eps))
     return x + offset_rms_norm(h, p["mlp_post_norm"], c.eps), cache

@@ -48,6 +48,10 @@ class Config:
             window=hf.get("sliding_window", 4096),
         )
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.window,) * self.layers
+
 
 def param_specs(c: Config) -> dict[str, Any]:
     w, m = partial(weight, c), partial(matrix, c)  # axis names are the config's fields

@@ -53,6 +53,10 @@ class Config:
             window=hf.get("sliding_window"),
         )
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.window,) * self.layers
+
 
 def param_specs(c: Config) -> dict[str, Any]:
     w, m = partial(weight, c), partial(matrix, c)  # axis names are the config's fields

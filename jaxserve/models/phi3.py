@@ -34,6 +34,10 @@ class Config:
     tied: bool
     window: int | None
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (self.window,) * self.layers
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "Config":
         only_served(hf, hidden_act="silu")

@@ -8,7 +8,8 @@ sequence has at most one query token, and a body may leave out what longer ones 
     cache     [P, page, K*2*H] pages of rows [k0|v0|k1|v1|...]; a stacked cache is passed whole, with
                                page_table + layer * pages, since slicing a layer out would copy it
     kv_lens   [S]              tokens of each sequence after this step (0 for an unused row)
-    page_table[S, B]           page of the tokens [i*page, (i+1)*page) of each sequence
+    page_table[S, B]           page of the tokens [i*page, (i+1)*page) of each sequence; with a window, in the place of
+                               one that none of this step's tokens sees, any page of the cache
     cu_q_lens [S+1]            query tokens of sequence s are [cu_q_lens[s], cu_q_lens[s+1])
     distribution [3]           sequences [0, d0) have one query token, [d0, d1) are prefills, [d1, d2) mixed;
                                d2 is the number of sequences
@@ -20,6 +21,9 @@ Where `causal` is False, every token attends to all kv_lens positions of its seq
 Its weights are the softmax of cap(scale * q.k), where cap(x) is soft_cap * tanh(x / soft_cap) (Gemma 2, 2024). A sink
 (gpt-oss, 2025) is one more logit of each head in that softmax, neither scaled nor capped, whose value is zero.
 Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
+
+Positions may be counted from any multiple of `aligned(page)` before which no token sees anything: with as much taken
+from kv_lens, and the page table begun so much later, no bit of a result changes.
 
 A cache of bytes is an Int8Cache: rows as above, and a scale for each token and head of K and of V. What a token sees of
 itself and of its past are the rounded numbers, so they do not depend on how a prompt was cut.
@@ -34,6 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
+KV_BLOCK = 128
+"""Positions that the reference reads at once, in whole pages; the CPU's kernel takes half as many. Blocks start at
+fixed positions, so a sequence is cut alike whatever its neighbours and however its prompt was chunked."""
 LEAST = 1e-30
 """A head's keys or values of a token that are all nearer to zero than this are kept as zeros in an Int8Cache."""
 
@@ -55,6 +62,11 @@ class Int8Cache:
 
 type Cache = jax.Array | Int8Cache
 """A cache of floats [P, page, row], or one of bytes."""
+
+
+def aligned(page: int) -> int:
+    """Positions at whose multiples a block of every body begins, for pages of `page` tokens."""
+    return math.lcm(max(1, KV_BLOCK // page) * page, KV_BLOCK // 2)
 
 
 def quantised(x: Float[Array, "*rows H"]) -> tuple[Int8[Array, "*rows H"], Float[Array, "*rows"]]:

@@ -10,11 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, quantised, validate
+from kernels_pallas.ragged_paged_attention.contract import KV_BLOCK, Cache, Int8Cache, quantised, validate
 
-KV_BLOCK = 128
-"""kv tokens read at once. Blocks start at fixed positions, so a sequence is cut alike whatever its neighbours and
-however its prompt was chunked."""
 DECODE_TILE = 8
 """Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
 PREFILL_TILE = 64
@@ -169,6 +166,8 @@ def _attend_tile(
         kv = kv.transpose(3, 0, 2, 1, 4)  # [2, A, K, C, H]
         at = i * block + jnp.arange(block, dtype=jnp.int32)  # [C]
         written = at[None, :] < ends[:, None]  # [A, C]; what lies past may be NaN, and 0 * NaN is NaN
+        if window is not None:
+            written &= at[None, :] > first[:, None] - window  # before that the pages may be another's
         kv = jnp.where(written[None, :, None, :, None], kv, jnp.zeros((), kv.dtype))
         if isinstance(cache, Int8Cache):
             kv = kv.astype(dtype)  # exactly

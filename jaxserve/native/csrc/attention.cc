@@ -27,7 +27,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kBlock = 64;     // positions scored at once
+constexpr int kBlock = 64;     // positions scored at once; half the contract's KV_BLOCK
 constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
 constexpr int kPositions = 16;     // positions whose keys lie side by side
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
@@ -146,6 +146,8 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
   for (; block < end; block += kBlock, turn = 1 - turn) {
     const int next = find(block + kBlock, found[1 - turn]);
     const int scored = static_cast<int>(round_up(n, 16));
+    // What lies in pages before the window may be another's, and NaN: its scores are not used, its values not read.
+    const int unseen = static_cast<int>(std::clamp<int64_t>(low / p.page * p.page - block, 0, n));
     if (heads == 1) fetch(found[turn], n, 0);  // a part so large that the next would push it out of the cache
     for (int64_t head = 0; head < heads; head++) {
       if (head + 1 < heads) fetch(found[turn], n, head + 1);
@@ -208,18 +210,19 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
         }
       }
       if (!in_place) {
-        for (int t = 0; t < n; t++) {
+        for (int t = unseen; t < n; t++) {
           const C* from = step == kPositions ? at[t / kPositions] + (kPositions + t % kPositions) * D : at[t] + D;
           to_floats(from, D, padded, values + t * padded);
         }
-        product<true>(rows, padded, scores, kBlock, n, Strided<float>{values, padded}, sums, padded);
+        const Strided<float> seen{values + unseen * padded, padded};
+        product<true>(rows, padded, scores + unseen, kBlock, n - unseen, seen, sums, padded);
       } else if (step == kPositions) {
-        for (int t = 0; t < n; t += kPositions) {
+        for (int t = unseen; t < n; t += kPositions) {
           const Strided<C> part{at[t / kPositions] + kPositions * D, D};
           product<true>(rows, padded, scores + t, kBlock, std::min(kPositions, n - t), part, sums, padded);
         }
       } else if constexpr (std::is_same_v<C, float>) {
-        product<true>(rows, padded, scores, kBlock, n, Scattered{at, D}, sums, padded);
+        product<true>(rows, padded, scores + unseen, kBlock, n - unseen, Scattered{at + unseen, D}, sums, padded);
       }
     }
     n = next;
