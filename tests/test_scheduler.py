@@ -1,8 +1,8 @@
 """The scheduler against a device that only remembers: what each step reads must be what the sequence said."""
 
 import random
-from contextlib import suppress
 import zlib
+from contextlib import suppress
 
 import pytest
 
