@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxserve.plans import Plan, Sequence
 from jaxserve.request import MAX_STOP_IDS
 from jaxserve.sampling import RowParams
-from jaxserve.scheduler import Plan, Sequence
 from kernels_pallas.ragged_paged_attention.contract import aligned
 
 GREEDY_BELOW = 1e-5

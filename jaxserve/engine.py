@@ -17,9 +17,10 @@ from jaxserve.errors import EngineStopped, JaxserveError, ModelChanged, Overload
 from jaxserve.loading import Progress
 from jaxserve.metrics import EngineMetrics
 from jaxserve.pages import PagePool
+from jaxserve.plans import Plan
 from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, Update, check_request
 from jaxserve.runner import Launched, Pooled, Prepared, Runner
-from jaxserve.scheduler import Plan, Scheduler, Stats
+from jaxserve.scheduler import Scheduler, Stats
 from jaxserve.spec import Params
 
 IDLE_WAIT_S = 1.0

@@ -22,9 +22,9 @@ from jaxserve.bench import row
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.page_groups import first_block
 from jaxserve.pages import GIVEN_UP
+from jaxserve.plans import Plan, Row, Sequence
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner import Runner
-from jaxserve.scheduler import Plan, Row, Sequence
 from jaxserve.spec import Params
 
 STEP = "jaxserve step"

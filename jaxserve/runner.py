@@ -27,9 +27,9 @@ from jaxserve.host_memory import give_back
 from jaxserve.loading import Loaded, Progress, device_memory, load_model, memory_share
 from jaxserve.metrics import EngineMetrics
 from jaxserve.page_groups import capacity, longest, pages_held
+from jaxserve.plans import Plan, Sampled, Sequence
 from jaxserve.request import EngineInfo, Logprobs, Update
 from jaxserve.sampling import TokenLogprobs
-from jaxserve.scheduler import Plan, Sampled, Sequence
 from jaxserve.sharding import bytes_per_device
 from jaxserve.spec import Params
 from jaxserve.step import Program, Programs, Sizes, StepOutput, no_binding, slot_shapes

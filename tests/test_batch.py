@@ -10,7 +10,8 @@ from running_engine import request
 from jaxserve import batch
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.pages import PagePool
-from jaxserve.scheduler import Sampled, Scheduler
+from jaxserve.plans import Sampled
+from jaxserve.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(("seqs", "tokens", "least"), [(1, 1, 1), (1, 7, 2), (3, 10, 1), (64, 512, 1), (256, 2048, 8)])

@@ -16,8 +16,8 @@ from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, engin
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.packing import packed
+from jaxserve.plans import Plan, Row
 from jaxserve.runner import Runner
-from jaxserve.scheduler import Plan, Row
 
 LLAMA = Path(__file__).parent / "goldens" / "llama2"
 KINDS = (

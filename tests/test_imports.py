@@ -19,8 +19,8 @@ RANKS = {
     "layers": 3, "sharding": 3, "dry_run": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
     "embedded": 4, "lookahead": 4, "packing": 4, "pooling": 4,
-    "scheduler": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,
-    "batch": 6, "conformance": 6, "update": 6,
+    "plans": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,
+    "scheduler": 6, "batch": 6, "conformance": 6, "update": 6,
     "step": 7, "evaluate": 7, "conformance_mesh": 7,
     "runner": 8,
     "engine": 9,
@@ -38,7 +38,7 @@ RANKS = {
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "page_groups", "pages",
-    "lookahead", "packing", "scheduler", "embedding", "perplexity", "logits_file", "client", "client.remote",
+    "lookahead", "packing", "plans", "scheduler", "embedding", "perplexity", "logits_file", "client", "client.remote",
     "client.routing", "text", "score", "server", "batch_job", "ray", "cli",
 ]  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_imports_go_down() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "wrong"),
     [
-        ("jaxserve/pages.py", "from jaxserve.scheduler import Scheduler", "pages (rank 4) imports scheduler (rank 5)"),
+        ("jaxserve/pages.py", "from jaxserve.scheduler import Scheduler", "pages (rank 4) imports scheduler (rank 6)"),
         ("jaxserve/pages.py", "def f():\n    import jaxserve.engine", "pages.py:2: pages (rank 4) imports engine"),
         ("jaxserve/weights/load.py", "from jaxserve import hub", "weights (rank 4) imports hub (rank 4)"),
         ("jaxserve/weights/load.py", "from ..runner import Runner", "weights (rank 4) imports runner (rank 8)"),

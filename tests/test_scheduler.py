@@ -9,8 +9,9 @@ import pytest
 from jaxserve.errors import Overloaded
 from jaxserve.page_groups import longest
 from jaxserve.pages import PagePool, block_hashes
+from jaxserve.plans import Sampled
 from jaxserve.request import FinishReason, Logprobs, Request, SamplingParams
-from jaxserve.scheduler import Sampled, Scheduler
+from jaxserve.scheduler import Scheduler
 
 
 def next_token(request_id, index, position):
