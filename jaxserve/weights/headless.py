@@ -7,12 +7,16 @@ from jaxserve.formats import Blocks
 from jaxserve.weights import Checkpoint
 
 _PREFIX = "model."
-_FIRST = "embed_tokens.weight"
+_FIRST, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_SUFFIXES = ("Model", "ForCausalLM")
 
 
 def with_head_names(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint under the names of XForCausalLM, if it has those of XModel; any other as it is."""
-    return _Headless(checkpoint) if _FIRST in checkpoint.names() else checkpoint
+    """The checkpoint under the names of XForCausalLM, if it is one of transformers with those of XModel; any other as
+    it is."""
+    names, architectures = checkpoint.names(), checkpoint.config.get("architectures") or []
+    theirs = [name for name in architectures if isinstance(name, str) and name.endswith(_SUFFIXES)]
+    return _Headless(checkpoint) if theirs and _FIRST in names and _HEAD not in names else checkpoint
 
 
 class _Headless:
