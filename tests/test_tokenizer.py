@@ -312,10 +312,9 @@ def test_a_broken_json_falls_back_to_sentencepiece(tmp_path, shared_data):
 
 def test_a_decoder_without_bytes_is_refused(tmp_path):
     path = write_toy(tmp_path) / "tokenizer.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}})
-    )
-    with pytest.raises(ConfigError, match="WordPiece"):
+    decoder = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": decoder}))
+    with pytest.raises(ConfigError, match="CTC"):
         load_tokenizer(tmp_path)
 
 
