@@ -41,7 +41,7 @@ std::vector<int8_t> numbers(size_t count, uint32_t seed) {  // any bytes
 }
 
 template <class Q, class C>
-void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks) {
+void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks, bool causal = true) {
   const int64_t heads = 6, kv_heads = 2, length = 150, queries = 20, pages = 30;
   const auto q = numbers<Q>(queries * heads * head_dim, 1);
   const auto cache = numbers<C>(pages * page * kv_heads * 2 * head_dim, 2);
@@ -52,7 +52,8 @@ void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, b
   std::vector<int32_t> table(pages);
   for (int i = 0; i < pages; i++) table[i] = i * 7 % pages;
   const int32_t kv_lens[] = {static_cast<int32_t>(length)}, cu_q_lens[] = {0, static_cast<int32_t>(queries)};
-  const jaxserve::Step step{heads, kv_heads, head_dim, page, kv_heads * 2 * head_dim, pages, 0.3f, soft_cap, window,
+  const int64_t row = kv_heads * 2 * head_dim;
+  const jaxserve::Step step{heads, kv_heads, head_dim, page, row, pages, 0.3f, soft_cap, window, causal,
                             kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr, scales.data()};
   for (int64_t first : {0, 7, 8}) {
     const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12;
@@ -161,6 +162,7 @@ int main() {
   for (const int64_t page : {5, 16}) {
     for (const int64_t head_dim : {12, 64, 80}) {
       attention<float, float>(page, head_dim, 0, 0.0f, false);
+      attention<float, float>(page, head_dim, 0, 0.0f, false, false);
       attention<float, float>(page, head_dim, 0, 0.2f, false);  // scores from well below the cap to far above it
       attention<jaxserve::bf16, jaxserve::bf16>(page, head_dim, 40, 0.0f, true);
       attention<float, jaxserve::f16>(page, head_dim, 0, 30.0f, true);
