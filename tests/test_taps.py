@@ -276,14 +276,16 @@ def test_a_prompt_alone_is_captured_whole(embedded):
 
 
 def test_each_position_once_whatever_becomes_of_a_sequence(tmp_path, monkeypatch):
-    """The toy's hidden state is the token itself. Sequences are preempted, and share their beginnings."""
+    """The toy's hidden state is the token itself. Sequences are preempted, and would share their beginnings."""
     monkeypatch.setitem(models.ARCHITECTURES, "ToyForCausalLM", "toy_model")
     rng = np.random.default_rng(0)
     requests = {}
     for i in range(24):
         prompt = [*range(12), *rng.integers(0, VOCAB, rng.integers(1, 30)).tolist()]
         requests[str(i)] = request(str(i), prompt, max_tokens=int(rng.integers(0, 20)), n=1 + i % 2, temperature=1.0)
-    with Running(write_checkpoint(tmp_path), pages=20, length=64, seqs=8, capture=["hidden"], decode_steps=4) as engine:
+    small = {"pages": 20, "length": 64, "seqs": 8, "warmup": "lazy", "decode_steps": 4}
+    with Running(write_checkpoint(tmp_path), capture=["hidden"], **small) as engine:
+        engine.engine.runner.shapes = (max(engine.engine.runner.shapes),)  # the others would have to be compiled
         results = engine.run(requests)
         assert engine.metric("vllm:num_preemptions_total") > 0
         assert engine.metric("vllm:prefix_cache_hits_total") == 0
@@ -291,22 +293,23 @@ def test_each_position_once_whatever_becomes_of_a_sequence(tmp_path, monkeypatch
         engine.wait_idle()
     for (name, _), result in results.items():
         tokens = [*requests[name].prompt_token_ids, *result.tokens]
-        read = tokens[:-1] if result.tokens else tokens
-        assert captured.values(TapInfo("hidden", (1,), "float32"), b"".join(result.captured[0]))[:, 0].tolist() == read
+        values = captured.values(TapInfo("hidden", (1,), "float32"), b"".join(result.captured[0]))
+        assert np.rint(values[:, 0]).tolist() == (tokens[:-1] if result.tokens else tokens)
 
 
-def test_their_size_is_bounded(monkeypatch):
-    size = 4 * 256 * 14
-    monkeypatch.setattr(runner, "MOST_CAPTURED", 20 * size)
-    with Running(resolve_model(None), pages=64, budget=None, warmup="lazy", capture=["*"]) as engine:
+def test_their_size_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.ARCHITECTURES, "ToyForCausalLM", "toy_model")
+    toy, options = write_checkpoint(tmp_path), {"pages": 64, "length": 64, "warmup": "lazy", "capture": ["*"]}
+    monkeypatch.setattr(runner, "MOST_CAPTURED", 20 * 4)
+    with Running(toy, budget=None, **options) as engine:
         assert engine.engine.info.max_num_batched_tokens == 16, "worked out"
         assert max(engine.engine.runner.shapes).tokens == 16
-        assert engine.engine.info.device_bytes["workspace"] > 2 * 16 * size
+        assert engine.engine.info.device_bytes["workspace"] >= 2 * 16 * 4, "of two launches"
+    monkeypatch.setattr(runner, "MOST_CAPTURED", 2**18)
     with pytest.raises(
-        ConfigError, match=r"14 values are 14.0 KiB a token, in a step of 32 tokens 0 MiB.*lower --max-num"
+        ConfigError, match=r"14 values are 14.0 KiB a token, in a step of 512 tokens 7 MiB.*lower --max-num"
     ):
-        with Running(resolve_model(None), pages=64, budget=32, warmup="lazy", capture=["*"]):
-            pass
+        Running(resolve_model(None), budget=512, **options).__enter__()
 
 
 # --- from Python -----------------------------------------------------------------------------------------------------
@@ -327,25 +330,24 @@ def test_llm_gives_them_with_the_answers():
         (part,) = stopped.outputs
         assert part.stop_reason == "e"
         assert len(part.captured["layers.1.mlp"]) == len(stopped.prompt_token_ids) + len(part.token_ids) - 1
-    with LLM(**SMALL) as llm:
-        assert llm.generate([5], SamplingParams(max_tokens=1)).outputs[0].captured == {}
 
 
 def test_a_file_that_imports_no_engine_has_marks_of_its_own(tmp_path):
     path = ROOT / "tests" / "goldens" / "examples" / "gpt_neox"
     text = (ROOT / "examples" / "gpt_neox.py").read_text()
-    (tmp_path / "mine.py").write_text(
-        text.replace(
-            "from jaxserve.taps import tap\n", "from jax.ad_checkpoint import checkpoint_name as tap\n"
-        ).replace('tap(x + attention + mlp, f"layers.{layer}.block")', 'x + attention + tap(mlp, f"mine.{layer}")')
-    )
-    small = SMALL | {"model_code": str(tmp_path / "mine.py"), "max_model_len": 64}
-    with LLM(str(path), capture=["mine.1", "layers.1.mlp"], **small) as llm:
-        values = llm.generate([3, 4, 5], SamplingParams(max_tokens=2, ignore_eos=True)).outputs[0].captured
-        assert values["mine.1"].shape == (4, 48)
+    text = text.replace("from jaxserve.taps import tap\n", "from jax.ad_checkpoint import checkpoint_name as tap\n")
+    text = text.replace("x + attention + mlp", 'x + attention + tap(mlp, f"mine.{layer}")')
+    (tmp_path / "mine.py").write_text(text)
+    small = {"pages": 32, "seqs": 2, "budget": 8, "warmup": "lazy", "code": str(tmp_path / "mine.py")}
+    with Running(path, capture=["mine.1", "layers.1.mlp"], **small) as engine:
+        engine.engine.runner.shapes = (max(engine.engine.runner.shapes),)
+        values = arrays(engine, engine.one([3, 4, 5], max_tokens=2, ignore_eos=True))
+        assert list(values) == ["layers.1.mlp", "mine.1"] and values["mine.1"].shape == (4, 48)
         np.testing.assert_array_equal(values["mine.1"], values["layers.1.mlp"])
-    with pytest.raises(ConfigError, match=r"layers.\*.mlp \(2 of them\), mine.\* \(2 of them\), hidden"):
-        LLM(str(path), capture="layers.*.block", **small)
+    with pytest.raises(
+        ConfigError, match=r"layers.\*.block \(2 of them\), mine.\* \(2 of them\), hidden|mine.\* .*block"
+    ):
+        Running(path, capture=["layers.*.gate"], **small).__enter__()
 
 
 def test_what_is_refused_at_the_start(monkeypatch):
