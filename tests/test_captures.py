@@ -149,7 +149,7 @@ def test_sigkill_at_random_moments_gives_the_same_files(tmp_path, counter) -> No
     assert process.returncode == 3
     times, kills, code = random.Random(5), 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
-        kill_s = times.uniform(0.03, 0.3) if kills < 4 else 0
+        kill_s = times.uniform(0.03, 0.3) if kills < 3 else 0
         process = child(str(source), str(killed), str(counter), CAPTURE, kill_s=kill_s)
         process.communicate()
         code = process.returncode
@@ -343,6 +343,13 @@ def test_a_job_of_the_embedded_model(tmp_path) -> None:
     found = table(tmp_path / "out.jsonl")
     with LLM(**options) as llm:
         outputs = llm.generate(prompts, SamplingParams(**sampling))
+        two = llm.generate([5, 9, 100], SamplingParams(max_tokens=3, n=2, ignore_eos=True)).outputs
+        assert [len(part.captured["hidden"]) for part in two] == [5, 5]
+        np.testing.assert_array_equal(two[0].captured["hidden"][:3], two[1].captured["hidden"][:3])
+        stopped = llm.generate("Once upon a", SamplingParams(temperature=0, max_tokens=30, stop=("e",)))
+        (part,) = stopped.outputs
+        assert part.stop_reason == "e"
+        assert len(part.captured["hidden"]) == len(stopped.prompt_token_ids) + len(part.token_ids) - 1
     for i, output in enumerate(outputs):
         here = found.filter(pyarrow.compute.equal(found.column("row"), i))
         (part,) = output.outputs

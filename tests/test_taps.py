@@ -14,7 +14,7 @@ from running_engine import Running, request
 from test_models import GOLDENS, load
 from toy_model import VOCAB, write_checkpoint
 
-from jaxserve import LLM, SamplingParams, attention, captured, models, runner
+from jaxserve import LLM, attention, captured, models, runner
 from jaxserve.errors import ConfigError, PromptTooLong
 from jaxserve.hub import resolve_model
 from jaxserve.models import find_model, llama
@@ -26,7 +26,6 @@ from jaxserve.weights import open_checkpoint
 ROOT = Path(__file__).parent.parent
 FAMILIES = [next(p for p in GOLDENS if name in (p / "config.json").read_text()) for name in models.ARCHITECTURES]
 EXAMPLES = {"gpt_neox": "gpt_neox.py", "gpt2": "gpt2_nnx.py"}
-SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 128, "num_kv_pages": 64, "warmup": "lazy"}
 
 
 def values_of(model, config, params, tokens, patterns=("*",)):
@@ -54,11 +53,18 @@ def names_of(layers):
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.name)
-def test_each_familys_branches_add_up_to_its_residual_stream(path):
+def test_each_family_has_the_same_names(path):
+    model, config = find_model(json.loads((path / "config.json").read_text()))
+    taps = find_taps(model, config, np.float32, ["*"])
+    assert [tap.name for tap in taps] == names_of(config.layers)
+    assert {(tap.shape, tap.dtype) for tap in taps} == {((config.width,), "float32")}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "granite", "qwen3_moe"])
+def test_the_branches_add_up_to_the_residual_stream(name):
+    path = ROOT / "tests" / "goldens" / name
     model, config, params = load(path)
     values, hidden = values_of(model, config, params, np.load(path / "golden.npz")["tokens"][0][:8])
-    assert list(values) == names_of(config.layers)
-    assert {value.shape for value in values.values()} == {(8, config.width)}
     stream = values["embed"]
     for i in range(config.layers):
         stream = stream + values[f"layers.{i}.attention"] + values[f"layers.{i}.mlp"]
@@ -312,24 +318,7 @@ def test_their_size_is_bounded(tmp_path, monkeypatch):
         Running(resolve_model(None), budget=512, **options).__enter__()
 
 
-# --- from Python -----------------------------------------------------------------------------------------------------
-
-
-def test_llm_gives_them_with_the_answers():
-    with LLM(capture="layers.1.*", dtype="bfloat16", **SMALL) as llm:
-        assert [t.name for t in llm.info.taps] == ["layers.1.attention", "layers.1.mlp", "layers.1.block"]
-        assert {t.dtype for t in llm.info.taps} == {"bfloat16"}
-        several = llm.generate([[5, 9, 100], "Once upon"], SamplingParams(max_tokens=4, n=2, ignore_eos=True))
-        for output in several:
-            for part in output.outputs:
-                values = part.captured["layers.1.mlp"]
-                assert values.shape == (len(output.prompt_token_ids) + 3, 256) and values.dtype == np.float32
-        first, second = (part.captured["layers.1.block"] for part in several[0].outputs)
-        np.testing.assert_array_equal(first[:3], second[:3])
-        stopped = llm.generate("Once upon a", SamplingParams(temperature=0, max_tokens=30, stop=("e",)))
-        (part,) = stopped.outputs
-        assert part.stop_reason == "e"
-        assert len(part.captured["layers.1.mlp"]) == len(stopped.prompt_token_ids) + len(part.token_ids) - 1
+# --- a file of one's own in the engine -------------------------------------------------------------------------------
 
 
 def test_a_file_that_imports_no_engine_has_marks_of_its_own(tmp_path):
