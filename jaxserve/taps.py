@@ -80,18 +80,18 @@ def with_values(
 
     Raises ConfigError where they are not what the taps say.
     """
-    names = [tap.name for tap in taps]
+    names = [info.name for info in taps]
     jaxpr, shapes = jax.make_jaxpr(forward, return_shape=True)(*arguments)
     values: dict[str, jax.Array] = {}
     results = _run(jaxpr, jax.tree.leaves(arguments), frozenset(names), values)
     hidden, cache = jax.tree.unflatten(jax.tree.structure(shapes), results)
     values.setdefault(HIDDEN, hidden)
-    for tap in taps:
-        there = values.get(tap.name)
-        if there is None or there.shape != (hidden.shape[0], *tap.shape) or there.dtype.name != tap.dtype:
+    for info in taps:
+        there = values.get(info.name)
+        if there is None or there.shape != (hidden.shape[0], *info.shape) or there.dtype.name != info.dtype:
             now = "gone" if there is None else f"{list(there.shape)} of {there.dtype}"
             raise ConfigError(
-                f"capture {tap.name!r}: it was {list(tap.shape)} of {tap.dtype} a token, and is {now} now"
+                f"capture {info.name!r}: it was {list(info.shape)} of {info.dtype} a token, and is {now} now"
             )
     return hidden, cache, tuple(values[name] for name in names)
 

@@ -78,10 +78,6 @@ class Captures:
         self._first = 0  # the first row that is in no file
         self._end, self._size = 0, 0  # the rows from there on that have been looked at, and how many bytes these have
 
-    @property
-    def exists(self) -> bool:
-        return self.folder.exists()
-
     def begin(self, store: Store) -> None:
         """Takes up what there is of the job of `store`, or makes room for it where that has no result.
 
@@ -217,8 +213,7 @@ class Recording:
         """Brings all of them to the disk; takes a while, and may run in another thread. See Captures.answered."""
         with _disk(self._captures.folder):
             pieces = [_Piece(*key, sequence.finish()) for key, sequence in self._sequences.items()]
-            if self._sequences:
-                sync_directory(next(iter(self._sequences.values())).path.parent)
+            self._sync_names()
             return pieces
 
     def drop(self) -> None:
@@ -226,7 +221,12 @@ class Recording:
         with _disk(self._captures.folder):
             for sequence in self._sequences.values():
                 sequence.path.unlink(missing_ok=True)
+            self._sync_names()  # a piece that came back would be taken for the values of a row that failed
         self._sequences.clear()
+
+    def _sync_names(self) -> None:
+        if self._sequences:
+            sync_directory(next(iter(self._sequences.values())).path.parent)
 
 
 class _Sequence:
@@ -242,8 +242,9 @@ class _Sequence:
         self._most = min(BATCH_TOKENS, max(1, BATCH_BYTES // max(1, sum(self._sizes))))
 
     def add(self, delta: TextDelta) -> None:
-        for held, data in zip(self._held, delta.captured or (), strict=False):
-            held += data
+        if delta.captured is not None:
+            for held, data in zip(self._held, delta.captured, strict=True):
+                held += data
         while self._waiting >= self._most:
             self._write(self._most)
         self._tokens += delta.token_ids  # which the next step has read, so that values of theirs come later
