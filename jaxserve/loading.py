@@ -53,8 +53,8 @@ class Loaded:
 
     @property
     def device(self) -> jax.Device:
-        """The first of them; all are of one kind."""
-        return self.partition.mesh.devices.flat[0]
+        """The first of them that is this host's; all are of one kind."""
+        return self.partition.mesh.local_devices[0]
 
 
 def load_model(
@@ -101,10 +101,10 @@ def load_model(
     params = place_params(model, config, checkpoint, partition, dtype, pack, report)
     give_back()
     seconds = time.perf_counter() - start
-    progress(
-        f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "
-        f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
-    )
+    read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
+    if jax.process_count() > 1:  # of them no more than the shards of this host's devices
+        read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
+    progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
     return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding)
 
@@ -151,8 +151,8 @@ def _only_mesh(shape: MeshShape) -> Mesh:
 
 def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
     """Raises ConfigError for plain weights that are more than their devices' memory."""
-    device = partition.mesh.devices.flat[0]
-    total = device_memory(device, shape.devices)
+    device = partition.mesh.local_devices[0]
+    total = device_memory(device, shape.devices // jax.process_count())
     weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:

@@ -15,12 +15,12 @@ from fake_engine import FIRST_BYTE, FakeEngine, ids_of, write_tokenizer
 
 from jaxserve import __version__, cli
 from jaxserve.cli import generate, options, run, serve
-from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions, ServerOptions
+from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, ModelOptions, ScheduleOptions, ServerOptions
 from jaxserve.errors import ConfigError, EngineStopped, UnsupportedParameter
 from jaxserve.request import SamplingParams
 from jaxserve.text import TextModel
 
-SECTIONS = (ModelOptions, ScheduleOptions, DeviceOptions, ServerOptions)
+SECTIONS = (ModelOptions, ScheduleOptions, DeviceOptions, HostOptions, ServerOptions)
 
 
 @pytest.fixture(autouse=True)
