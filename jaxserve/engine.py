@@ -271,7 +271,7 @@ class Engine:
                 m.inference_time.observe(sequence.ended - sequence.started)
         self.scheduler.ended.clear()
 
-    def _end(self, error: EngineStopped) -> None:
+    def _end(self, error: JaxserveError) -> None:
         self.runner.close()
         self._ended = True
         deltas = self.scheduler.fail_all(error)

@@ -219,8 +219,8 @@ class Runner:
         launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
         return launched, shape.tokens * plan.steps - plan.num_computed
 
-    def execute(self, launch: Launch) -> StepOutput | jax.Array:
-        """Starts a launch and returns its output, which is not there yet."""
+    def execute(self, launch: Launch) -> Any:
+        """Starts a launch and returns what will be there: a StepOutput, or the pooled rows of a step for embeddings."""
         number = 0 if self._hosts is None else self._hosts.begin(launch)
         for binding in launch.bindings:
             self._state = self._bind(self._state, *binding)
@@ -229,8 +229,7 @@ class Runner:
             self._hosts.launched(number, output)
         if self._wait:
             jax.block_until_ready(self._state)
-        result: StepOutput | jax.Array = output
-        return result
+        return output
 
     def _launchable(self) -> list[Shape] | tuple[Shape, ...]:
         """Of `shapes` those that all hosts have."""
@@ -394,7 +393,7 @@ class Runner:
             here = len(self.programs.partition.mesh.local_devices)
             total = free + (weights * here // self._sharers if cpu else 0)
             budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
-            pages = self._least(budget // page_bytes)
+            pages = self._least_of_hosts(budget // page_bytes)
             if pages < 1:
                 raise ConfigError(
                     f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
@@ -413,7 +412,7 @@ class Runner:
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
         workspace = _workspace(compiled)
         if given is None:
-            pages = min(pages, self._least((budget - workspace) // page_bytes))
+            pages = min(pages, self._least_of_hosts((budget - workspace) // page_bytes))
             if pages < 1:
                 raise ConfigError(
                     f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
@@ -426,7 +425,7 @@ class Runner:
             progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
 
-    def _least(self, pages: int) -> int:
+    def _least_of_hosts(self, pages: int) -> int:
         """Hosts have memory of their own, and programs of one size."""
         return pages if self._hosts is None else self._hosts.least(pages)
 

@@ -182,7 +182,7 @@ def test_commands_are_ours_and_what_is_around_them_fits(name: str, template: dic
         (group,) = [d for n, d in MANIFESTS if f"{n} {d['kind']}" == name]
         size = group["spec"]["leaderWorkerTemplate"]["size"]
         assert size * int(chips) == rows * columns
-        assert (given["hosts"].hosts == "auto") == (size > 1)
+        assert ("hosts" in given) == (size > 1)
 
 
 def test_hosts_of_a_group_run_the_same_command() -> None:
