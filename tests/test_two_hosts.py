@@ -25,7 +25,7 @@ from jaxserve.hub import resolve_model
 from jaxserve.weights import open_checkpoint
 
 SIZES = (
-    "--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--block-size", "4",
+    "--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--block-size", "4", "--decode-steps", "2",
     "--max-model-len", "64", "--attention", "reference", "--warmup", "lazy",
 )  # fmt: skip
 TIMEOUT_S = 6

@@ -99,8 +99,12 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     options, path = follow.options, Path(follow.path)
     assert options.place is not None
+    place = options.place
     try:
-        link = Follower(options.place, describe(options, path))
+        link = Follower(place, describe(options, path))
+        print(
+            f"jaxserve: host {place.index} joins host 0 ({place.coordinator}:{place.port})", file=sys.stderr, flush=True
+        )
         link.join()
     except JaxserveError as error:
         end_process(error.message, REFUSED)
