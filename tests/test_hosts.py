@@ -308,6 +308,14 @@ def pair(job):
     return job
 
 
+@pytest.fixture
+def serving(pair):
+    """A job that was ready."""
+    pair.follower.ready("sizes", list)
+    pair.leader.wait_ready("sizes", lambda message: None)
+    return pair
+
+
 def test_hosts_join_agree_and_run_the_same_launches(job):
     job.place = replace(job.place, count=3)
     leader = job.lead()
@@ -427,14 +435,21 @@ def test_a_host_that_ends_is_named(pair):
     names_host_1(pair, "ended")
 
 
-def test_a_host_that_falls_silent_is_named(pair):
-    pair.follower._tell = lambda message: None
-    names_host_1(pair, "has not been heard of for 1 s")
+def test_a_host_that_falls_silent_is_named_and_all_start_again(serving):
+    serving.follower._tell = lambda message: None
+    names_host_1(serving, "has not been heard of for 1 s")
+    message, code = serving.end()
+    assert message.startswith("host 0 starts again: host 1 (") and code == LOST
 
 
-def test_a_host_that_is_stuck_is_named_with_its_step(pair):
-    pair.leader.announce((1, 1), b"", [])
-    names_host_1(pair, "has not confirmed step 1 for 1 s")
+def test_but_while_weights_are_loaded_silence_is_no_news(pair):
+    pair.follower._tell = pair.leader._tell = lambda message: None
+    assert pair.leader.failure(1.5) is None and pair.ended.empty()
+
+
+def test_a_host_that_is_stuck_is_named_with_its_step(serving):
+    serving.leader.announce((1, 1), b"", [])
+    names_host_1(serving, "has not confirmed step 1 for 1 s")
 
 
 def test_what_ends_a_host_is_said_by_its_leader(pair):
@@ -463,9 +478,9 @@ def test_a_follower_notices_a_leader_that_ends(pair):
     assert message.endswith("ended") and "host 0 (127.0.0.1" in message and code == LOST
 
 
-def test_a_follower_notices_a_leader_that_falls_silent(pair):
-    pair.leader._tell = lambda message: None
-    message, code = pair.end()
+def test_a_follower_notices_a_leader_that_falls_silent(serving):
+    serving.leader._tell = lambda message: None
+    message, code = serving.end()
     assert "host 0 (127.0.0.1" in message and "has not been heard of for 1 s" in message and code == LOST
 
 
@@ -493,12 +508,3 @@ def test_followers_start_again_if_their_leader_does(job, again, error, code):
     job.leader.stop(error)
     message, found = job.end()
     assert found == code and (error is None or message.endswith(": no"))
-
-
-def test_once_it_was_ready_a_leader_starts_again(pair):
-    pair.follower.ready("sizes", list)
-    pair.leader.wait_ready("sizes", lambda message: None)
-    pair.follower._tell = lambda message: None
-    names_host_1(pair, "has not been heard of")
-    message, code = pair.end()
-    assert message.startswith("host 0 starts again: host 1 (") and code == LOST

@@ -164,11 +164,11 @@ def test_commands_are_ours_and_what_is_around_them_fits(name: str, template: dic
         return
     server: ServerOptions = given["server"]
     assert server.host == "0.0.0.0"
+    pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert grace_s > pause_s + server.shutdown_timeout + LAST_WORDS_S
     if template["metadata"]["labels"].get("role") == "follower":
-        assert grace_s > server.shutdown_timeout and "ports" not in container, "its leader serves"
+        assert "ports" not in container, "its leader serves"
     else:
-        pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert grace_s > pause_s + server.shutdown_timeout + LAST_WORDS_S
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert ports == {"http": server.port, "grpc": server.port + 1}
         assert template["metadata"]["annotations"]["prometheus.io/port"] == str(server.port)
@@ -188,7 +188,7 @@ def test_commands_are_ours_and_what_is_around_them_fits(name: str, template: dic
 def test_hosts_of_a_group_run_the_same_command() -> None:
     (group,) = [d for name, d in MANIFESTS if name.startswith("tpu-multihost") and d["kind"] == "LeaderWorkerSet"]
     leader, follower = (t["spec"]["containers"][0] for t in templates(group))
-    for same in ("image", "args", "env", "resources"):
+    for same in ("image", "args", "env", "resources", "lifecycle"):
         assert leader[same] == follower[same]
     given = flags(leader)
     environ = {"LWS_LEADER_ADDRESS": "jaxserve-tpu-16-0.jaxserve-tpu-16.default", "LWS_GROUP_SIZE": "4"}

@@ -82,7 +82,7 @@ def spanning_mesh(options: EngineOptions, port: int) -> Mesh:
         num_processes=place.count,
         process_id=place.index,
         cluster_detection_method="deactivate",  # it would give each process on Slurm one device
-        initialization_timeout=round(place.start_timeout_s),
+        initialization_timeout=max(1, round(place.start_timeout_s)),
         coordinator_bind_address=listen_at(place, port),
     )
     shape, devices = MeshShape.parse(options.device.mesh), jax.devices()

@@ -17,6 +17,9 @@ from jaxserve.hosts import DONE, GAVE_UP, REFUSED
 
 log = logging.getLogger("jaxserve.hosts")
 
+SLACK_S = 10.0
+"""More than host 0 needs to end once its requests have."""
+
 
 async def follow(options: EngineOptions, path: Path, drain_s: float) -> int:
     """Follows host 0 until that has stopped; the exit code: 0, 2 for what starting again does not cure, or 1.
@@ -60,14 +63,14 @@ async def _run_once(options: EngineOptions, path: Path, signals: "asyncio.Queue[
             process.stdin.write(msgspec.json.encode(wire.Follow(options, str(path))) + b"\n")
             await process.stdin.drain()
         ended = asyncio.ensure_future(process.wait())
-        for wait_s in (None, drain_s):
+        for wait_s in (None, drain_s + SLACK_S):
             signalled = asyncio.ensure_future(signals.get())
             await asyncio.wait({ended, signalled}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 signalled.cancel()
                 return ended.result()
             if wait_s is None:
-                log.info("waiting for host 0 to stop, for up to %g s; a second signal ends this host at once", drain_s)
+                log.info("waiting for host 0 to stop; a second signal ends this host at once")
             signalled.cancel()
         return None
     finally:

@@ -147,11 +147,15 @@ class Follower:
                         self._watch.heard(0)
                 match message:
                     case m.Welcome():
-                        self._watch = Watch({0: self._leader}, self._place.timeout_s, time.monotonic())
+                        self._watch = Watch({0: self._leader}, self._place.start_timeout_s, time.monotonic())
                         threading.Thread(target=self._look_after, name="hosts watch", daemon=True).start()
                         self._replies.put(message)
                     case m.Agreed():
                         self._replies.put(message)
+                    case m.Serving():
+                        with self._lock:
+                            assert self._watch is not None, "welcomed before"
+                            self._watch.hurry(self._place.timeout_s)
                     case m.Step():
                         self._steps.put(message)
                     case m.Stop(error, final):

@@ -100,7 +100,7 @@ class Leader:
                 missing = [i for i in range(1, self._place.count) if i not in self._followers]
                 if not missing:
                     names = {i: follower.name for i, follower in self._followers.items()}
-                    self._watch = Watch(names, self._place.timeout_s, time.monotonic())
+                    self._watch = Watch(names, self._place.start_timeout_s, time.monotonic())
                     break
             if time.monotonic() - start > self._place.start_timeout_s:
                 error = EngineStopped(
@@ -149,7 +149,12 @@ class Leader:
                 error = EngineStopped(f"{_named(follower)} worked out {follower.sizes}, this host {sizes}")
                 self._fail(error)
                 raise error
-        self._final = False
+        with self._changed:
+            self._check()
+            assert self._watch is not None, "all have joined"
+            self._watch.hurry(self._place.timeout_s)
+            self._final = False
+            self._tell(m.Serving())
 
     def known(self, shape: tuple[int, int]) -> bool:
         """Whether every follower has the program of a shape."""

@@ -74,6 +74,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     shapes: list[tuple[int, int]]
 
 
+class Serving(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """All hosts are ready; who is silent from here on is lost."""
+
+
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A launch: the shape of its program (tokens, sequences), int32 [Layout.size] of its input, and the bytes of each
     array of each slot that is bound first."""
@@ -118,12 +122,12 @@ class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 type ToLeader = Hello | Join | Value | Ready | Confirm | Alive | Failed
-type ToFollower = Challenge | Joined | Refused | Welcome | Agreed | Step | Ping | Stop
+type ToFollower = Challenge | Joined | Refused | Welcome | Agreed | Serving | Step | Ping | Stop
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_leader = msgspec.msgpack.Decoder(Hello | Join | Value | Ready | Confirm | Alive | Failed).decode
 decode_to_follower = msgspec.msgpack.Decoder(
-    Challenge | Joined | Refused | Welcome | Agreed | Step | Ping | Stop
+    Challenge | Joined | Refused | Welcome | Agreed | Serving | Step | Ping | Stop
 ).decode
 
 

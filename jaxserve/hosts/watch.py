@@ -21,7 +21,10 @@ class _Host:
 
 
 class Watch:
-    """Keeps account of the hosts other than this one, by index. Time is in seconds, and goes on by `tick` alone."""
+    """Keeps account of the hosts other than this one, by index. Time is in seconds, and goes on by `tick` alone.
+
+    While weights are loaded, whole seconds may pass in which a process does nothing else: give that time, then `hurry`.
+    """
 
     def __init__(self, names: Mapping[int, str], timeout_s: float, now: float):
         self._timeout_s = timeout_s
@@ -34,6 +37,12 @@ class Watch:
         """Time goes on to `now`; but that in which this process did not run is nobody else's delay."""
         self._now += min(now - self._tick, self._timeout_s / 4)
         self._tick = now
+
+    def hurry(self, timeout_s: float) -> None:
+        """From now on nobody has longer than this."""
+        self._timeout_s = timeout_s
+        for host in self._hosts.values():
+            host.heard = self._now
 
     def heard(self, index: int, doing: str | None = None) -> None:
         """A host has said something: that it is `doing` what may take its time, perhaps, or '' nothing like it."""
