@@ -452,7 +452,8 @@ def test_a_host_that_is_stuck_is_named_with_its_step(serving):
     names_host_1(serving, "has not confirmed step 1 for 1 s")
 
 
-def test_what_ends_a_host_is_said_by_its_leader(pair):
+def test_what_ends_a_host_is_said_by_its_leader(pair, monkeypatch):
+    monkeypatch.setattr("jaxserve.hosts.follower._LAST_WORDS_S", 0.1)
     with contextlib.suppress(SystemExit):
         pair.follower.fail(ConfigError("weights do not fit"))
     error = pair.lost.get(timeout=5)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -135,15 +136,8 @@ def tokens(client: httpx.Client) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def answers(checkpoint) -> list[list[int]]:
     """Of one process that has all eight devices."""
-    flags = ("--mesh", "1x8", *SIZES)
-    before = os.environ.copy()
-    os.environ.update(environment(8))
-    try:
-        with Server(*flags, model=checkpoint) as server:
-            return tokens(server.client)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with mock.patch.dict(os.environ, environment(8)), Server("--mesh", "1x8", *SIZES, model=checkpoint) as server:
+        return tokens(server.client)
 
 
 def wait_until_served(host: Command, seconds: float = 90) -> None:
