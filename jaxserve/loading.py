@@ -102,7 +102,7 @@ def load_model(
     give_back()
     seconds = time.perf_counter() - start
     read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
-    if jax.process_count() > 1:  # of them no more than the shards of this host's devices
+    if len(partition.mesh.local_devices) < devices:  # it is the shards of those that were read
         read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
     progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
@@ -152,7 +152,7 @@ def _only_mesh(shape: MeshShape) -> Mesh:
 def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
     """Raises ConfigError for plain weights that are more than their devices' memory."""
     device = partition.mesh.local_devices[0]
-    total = device_memory(device, shape.devices // jax.process_count())
+    total = device_memory(device, shape.data * len(partition.mesh.local_devices))
     weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:

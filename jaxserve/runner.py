@@ -159,7 +159,8 @@ class Runner:
         platform, devices = self._device.platform, loaded.partition.mesh.size
         # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
         self._wait = platform == "cpu" and devices > 1
-        self._sharers = MeshShape.parse(options.device.mesh or "1").devices // jax.process_count()
+        here = len(loaded.partition.mesh.local_devices)
+        self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
         self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)

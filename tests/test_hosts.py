@@ -1,8 +1,11 @@
 """Several hosts without their devices: who they are, how they join, and how one that is late or gone is named."""
 
+import asyncio
 import contextlib
 import http.server
+import os
 import queue
+import signal
 import socket
 import threading
 import time
@@ -11,9 +14,10 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from jaxserve.client import supervise
 from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, HostPlace, ScheduleOptions, ServerOptions
 from jaxserve.errors import ConfigError, EngineStopped
-from jaxserve.hosts import DONE, GAVE_UP, LOST, REFUSED, identity, places
+from jaxserve.hosts import CRASHED, DONE, GAVE_UP, LOST, REFUSED, identity, places
 from jaxserve.hosts import messages as m
 from jaxserve.hosts.follower import Follower
 from jaxserve.hosts.leader import Leader
@@ -137,6 +141,46 @@ def test_what_hosts_must_have_alike(tmp_path):
         "JAX_ENABLE_X64", "XLA_FLAGS", "checkpoint", "hosts", "max_num_seqs"
     ]  # fmt: skip
     assert found[-1] == "max_num_seqs is 3 there, None on host 0"
+
+
+# --- how a follower's process is started again -----------------------------------------------------------------------
+
+
+def follow(tmp_path, monkeypatch, *codes, kill=0):
+    """The exit code of a follower whose engine processes end with these ones, and how many there were."""
+    program, count = tmp_path / "engine", tmp_path / "count"
+    cases = " ".join(f"{i}) exit {code};;" for i, code in enumerate(codes, 1))
+    program.write_text(f"#!/bin/sh\necho >> {count}\ncase $(wc -l < {count}) in {cases} *) exec sleep 60;; esac\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(supervise.sys, "executable", str(program))
+    monkeypatch.setattr(supervise, "FIRST_BACK_OFF_S", 0.01)
+    options = EngineOptions(place=HostPlace(index=1, count=2, coordinator="h", port=1, secret="s"))
+
+    async def signals():
+        while not count.exists() or count.read_text().count("\n") <= len(codes):
+            await asyncio.sleep(0.01)
+        for _ in range(kill):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.1)
+
+    async def run():
+        told = asyncio.create_task(signals())  # noqa: F841, so that it is kept
+        return await supervise.follow(options, tmp_path, drain_s=-supervise.SLACK_S if kill == 1 else 60)
+
+    return asyncio.run(run()), count.read_text().count("\n")
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [((DONE,), 0), ((REFUSED,), 2), ((GAVE_UP,), 1), ((LOST, CRASHED, DONE), 0), ((LOST, REFUSED), 2)],
+)
+def test_an_engine_process_is_started_again_if_that_may_help(tmp_path, monkeypatch, codes, code):
+    assert follow(tmp_path, monkeypatch, *codes) == (code, len(codes))
+
+
+@pytest.mark.parametrize("kill", [1, 2], ids=["when the leader's drain is over", "a second one at once"])
+def test_signals_end_a_follower(tmp_path, monkeypatch, kill):
+    assert follow(tmp_path, monkeypatch, LOST, kill=kill) == (0, 2)
 
 
 # --- who is late ----------------------------------------------------------------------------------------------------

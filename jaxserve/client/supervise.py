@@ -49,7 +49,7 @@ async def follow(options: EngineOptions, path: Path, drain_s: float) -> int:
 
 
 async def _run_once(options: EngineOptions, path: Path, signals: "asyncio.Queue[int]", drain_s: float) -> int | None:
-    """One engine process from start to end; its exit code, or None if a signal ended it."""
+    """One engine process from start to end; its exit code, or None once there was a signal."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -66,12 +66,12 @@ async def _run_once(options: EngineOptions, path: Path, signals: "asyncio.Queue[
         for wait_s in (None, drain_s + SLACK_S):
             signalled = asyncio.ensure_future(signals.get())
             await asyncio.wait({ended, signalled}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            told = signalled.done()
+            signalled.cancel()
             if ended.done():
-                signalled.cancel()
-                return ended.result()
+                return ended.result() if wait_s is None and not told else None
             if wait_s is None:
                 log.info("waiting for host 0 to stop; a second signal ends this host at once")
-            signalled.cancel()
         return None
     finally:
         if process.returncode is None:

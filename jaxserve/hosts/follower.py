@@ -18,7 +18,6 @@ from jaxserve.config import HostPlace
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError
 from jaxserve.hosts import DONE, GAVE_UP, LOST, REFUSED
 from jaxserve.hosts import messages as m
-from jaxserve.hosts.leader import OPTIONS
 from jaxserve.hosts.watch import Watch
 from jaxserve.request import ErrorInfo
 
@@ -55,7 +54,7 @@ class Follower:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         )
-        self._channel = grpc.insecure_channel(f"{host}:{place.port}", options=(*OPTIONS, *again))
+        self._channel = grpc.insecure_channel(f"{host}:{place.port}", options=(*m.OPTIONS, *again))
 
     def join(self) -> None:
         """Joins, once there is a leader. Raises ConfigError if refused."""

@@ -25,17 +25,6 @@ log = logging.getLogger("jaxserve.hosts")
 
 HANDSHAKE_S = 10.0
 LAST_WORDS_S = 3.0
-OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-)
-"""A step's arrays are as large as they are; a network that has gone away is noticed before all hosts have joined."""
 _SPARE_THREADS = 8  # for callers that are refused
 
 
@@ -79,7 +68,7 @@ class Leader:
         self._stopping = False
         self._number = 0
         pool = ThreadPoolExecutor(place.count + _SPARE_THREADS, thread_name_prefix="hosts")
-        self._server = grpc.server(pool, options=(*OPTIONS, ("grpc.so_reuseport", 0)))
+        self._server = grpc.server(pool, options=(*m.OPTIONS, ("grpc.so_reuseport", 0)))
         handler = grpc.stream_stream_rpc_method_handler(self._converse, None, None)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(m.SERVICE, {"Stream": handler}),))
         try:

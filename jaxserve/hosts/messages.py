@@ -12,6 +12,17 @@ from jaxserve.request import ErrorInfo
 
 SERVICE = "jaxserve.hosts.Hosts"
 STREAM = f"/{SERVICE}/Stream"
+OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+"""A step's arrays are as large as they are; a network that has gone away is noticed before all hosts have joined."""
 NONCE_BYTES = 16
 _HASH_BYTES = 16
 
