@@ -25,20 +25,20 @@ from kernels_pallas.ragged_paged_attention.tuning.gpu import OWN_BYTES, ROWS, SH
 ROOT = Path(__file__).parent.parent
 SMALL = gpu.Chip("a GPU of one core", "9.0", 1)
 
-# Heads whose rows are 128, 64 and 32 bytes wide tiles, more heads than a chunk takes, pages of less than a block and of
-# more, parts of sequences; the first in float32, which the interpreter multiplies as it is.
+# Rows that are tiles of 128 and of 32 bytes, more heads than a chunk takes, pages of less than a block and of more, parts
+# of sequences; the first in float32, which the interpreter multiplies as it is.
 HOPPER = [
     dict(heads=2, kv_heads=2, head_dim=64, page=16, dtype="float32", waves=12, sinks=True),
     dict(heads=12, kv_heads=1, head_dim=80, page=128, dtype="bfloat16", window=20, soft_cap=3.0),
-    dict(heads=3, kv_heads=1, head_dim=96, page=64, dtype="float16", causal=False),
 ]
 TRITON = [
-    dict(heads=16, kv_heads=1, head_dim=64, page=16, dtype="bfloat16"),
-    dict(heads=4, kv_heads=4, head_dim=80, page=32, dtype="float32", waves=16, window=33),
-    dict(heads=2, kv_heads=1, head_dim=192, page=128, dtype="float16", sinks=True, soft_cap=2.0),
+    dict(heads=16, kv_heads=1, head_dim=80, page=32, dtype="bfloat16", waves=16, window=33),
+    dict(heads=3, kv_heads=1, head_dim=192, page=128, dtype="float16", sinks=True, causal=False),
 ]
 
 
+# Rows of queries that a share has not are NaN in the interpreter's memory.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize(
     ("body", "case"),
     [*(("hopper", case) for case in HOPPER), *(("triton", case) for case in TRITON)],
@@ -79,30 +79,31 @@ def test_shapes_and_types(body, case):
         np.testing.assert_array_equal(got, rows)
 
 
-def interpreted(*names, timeout=100):
-    """What tests/gpu_interpreted.py found, by name of the run."""
+@pytest.fixture(scope="module")
+def interpreted():
+    """What each run of tests/gpu_interpreted.py found, by name."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/gpu_interpreted.py"), *names],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=timeout,
+        [sys.executable, str(ROOT / "tests/gpu_interpreted.py")],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return {run["name"]: run for run in map(json.loads, filter(lambda s: s.startswith("{"), done.stdout.splitlines()))}
+    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {run["name"]: run for run in runs}
 
 
-def test_no_two_copies_touch_one_buffer():
-    for name, run in interpreted("decode", "decode, in parts", "mixed", "mixed, with a window").items():
-        assert run["raised"] is None and run["error"] < 2e-5, (name, run)
-        assert not run["race"], name
+@pytest.mark.parametrize("name", ["decode, in parts", "mixed, with a window"])
+def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted, name):
+    run = interpreted[name]
+    assert run["raised"] is None and run["error"] < 2e-5, run
+    assert not run["race"]
 
 
-def test_the_interpreter_finds_planted_bugs():
-    """Each in a process of its own. Of a page outside the cache it makes zeros, as the copy engine does."""
-    assert interpreted("no wait")["no wait"]["race"]
-    assert interpreted("buffer filled while read")["buffer filled while read"]["race"]
-    assert interpreted("page of nobody")["page of nobody"]["error"] > 0.1
-    with pytest.raises(subprocess.TimeoutExpired):
-        interpreted("waits for ever", timeout=10)
+def test_the_interpreter_finds_planted_bugs(interpreted):
+    """Of a page outside of the cache it makes zeros, as the copy engine does: only the result tells."""
+    assert interpreted["no wait"]["race"]
+    assert interpreted["buffer filled while read"]["race"]
+    assert interpreted["page of nobody"]["error"] > 0.1
 
 
 def test_blocks_by_rule_fit_shared_memory():

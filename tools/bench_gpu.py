@@ -356,9 +356,9 @@ def steps(scale: Scale, model: str, folder: Path) -> list[Figure]:
     draw(scale, model, folder)
     most = max(scale.users)
     options = EngineOptions(
-        ModelOptions(max_model_len=_length(scale)),
-        ScheduleOptions(max_num_seqs=most, max_num_batched_tokens=max(2048, scale.prompt) if not scale.dry else 64),
-        DeviceOptions(warmup="lazy", compile_cache_dir=""),
+        model=ModelOptions(max_model_len=_length(scale)),
+        schedule=ScheduleOptions(max_num_seqs=most, max_num_batched_tokens=max(2048, scale.prompt) if not scale.dry else 64),
+        device=DeviceOptions(warmup="lazy", compile_cache_dir=""),
     )
     runner = Runner(options, folder, EngineMetrics("bench"), lambda text: print(text, file=sys.stderr))
     figures = []

@@ -59,7 +59,7 @@ class Found:
     inner: dict[str, list[int]] = field(default_factory=dict)
     """By kernel: its two longest stretches without a branch, which are its computing on whole and on cut kv blocks."""
     registers: dict[str, int] = field(default_factory=dict)
-    """By kernel for GPU, where ptxas is at hand: of each thread."""
+    """By kernel for GPU: of each thread."""
     spills: dict[str, int] = field(default_factory=dict)
     """By kernel: instructions for TPU, bytes of a thread for GPU."""
     problems: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         for gate in chosen:
             found = measure(gate, dump)
             if options.update and not found.problems:
-                stored[gate.name] = found.limits()
+                stored[gate.name] = stored.get(gate.name, {}) | found.limits()
                 LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
             found.problems += over(found.limits(), stored.get(gate.name))
             failed += bool(found.problems)
@@ -116,6 +116,7 @@ def prepare(dump: Path) -> None:
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_LOG_DIR=str(dump),
         TF_CPP_MIN_LOG_LEVEL="3",
+        MOSAIC_GPU_DUMP_TO=str(dump),
         LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=final_bundles",
     )

@@ -6,9 +6,6 @@ XLA's CUDA compiler needs neither GPU nor driver: it is told the chip's figures 
 import contextlib
 import json
 import re
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -185,20 +182,14 @@ def step(chip: str, devices: int, tokens: int) -> tuple[str, Callable[[], tuple[
 
 
 def registers(dump: Path) -> Iterator[tuple[str, int, int]]:
-    """(kernel, registers a thread, bytes that are spilled) of the Mosaic kernels whose PTX was written to `dump`.
+    """(kernel, registers a thread, bytes a thread spills) by what ptxas, which is in the plugin, has written to `dump`.
 
-    None where there is no ptxas, which comes with the package nvidia-cuda-nvcc.
+    Of Mosaic's kernels only, and of none that this process has compiled before.
     """
-    packaged = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    program = shutil.which("ptxas") or next(map(str, packaged.glob("**/bin/ptxas")), None)
-    for path in sorted(dump.glob("**/*.ptx")) if program else ():
-        done = subprocess.run(
-            [program, "-v", "--gpu-name", "sm_90a", "-o", "/dev/null", str(path)], capture_output=True, text=True
-        )
-        for found in re.finditer(
-            r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers",
-            done.stderr, re.DOTALL,
-        ):  # fmt: skip
-            name, stores, loads, used = found[1], int(found[2]), int(found[3]), int(found[4])
-            kernel = re.search(r"jaxserve_(\w+?)_kernel|attention_(?:decode|prefill)", name)
-            yield kernel[0].removeprefix("jaxserve_") if kernel else name, used, stores + loads
+    for path in sorted(dump.glob("*.ptxas")):
+        said = path.read_text()
+        kernel = re.search(r"entry function 'jaxserve_(\w+)_mosaic_gpu_kernel'", said)
+        spilled = re.findall(r"(\d+) bytes spill", said)
+        used = re.search(r"Used (\d+) registers", said)
+        if kernel and used:
+            yield kernel[1], int(used[1]), sum(map(int, spilled))

@@ -86,6 +86,7 @@ def ragged_paged_attention(
         tuned = blocks_for(chip.kind, hopper, cache.dtype.name, heads, kv_heads, head_dim, page)
         decode, prefill = decode or tuned[0], prefill or tuned[1]
     cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, distribution[2])
+    assert isinstance(cache, jax.Array)
     attend = partial(
         gpu_hopper.attend if hopper else gpu_triton.attend,
         page=page, kv_heads=kv_heads, table=page_table.reshape(-1), cache=cache.reshape(-1, cache.shape[2]),

@@ -71,7 +71,6 @@ def attend(
         q_held=plgpu.SMEM((ROWS, head_dim), q.dtype, transforms=own),
         k_held=plgpu.SMEM((buffers, length, head_dim), cache.dtype, transforms=own),
         v_held=plgpu.SMEM((buffers, length, head_dim), cache.dtype, transforms=own),
-        sums=plgpu.SMEM((ROWS,), jnp.float32),
         q_here=plgpu.Barrier(),
         k_here=plgpu.Barrier(num_arrivals=boxes, num_barriers=buffers),
         v_here=plgpu.Barrier(num_arrivals=boxes, num_barriers=buffers),
@@ -89,7 +88,7 @@ def attend(
         body,
         out_type=(
             jax.ShapeDtypeStruct((count * slots * rows, head_dim), out_dtype),
-            jax.ShapeDtypeStruct((count * slots * rows,), jnp.float32),
+            jax.ShapeDtypeStruct((count * slots * ROWS,), jnp.float32),
         ),
         grid=(count, slots),
         grid_names=("share", "slot"),
@@ -98,12 +97,12 @@ def attend(
         kernel_name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
         **(dict(interpret=interpret) if interpret else {}),
     )(*shares, table, q.reshape(-1, head_dim), cache)
-    return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, rows)
+    return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, ROWS)[:, :rows]
 
 
 def _body(
-    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, out: Any, sums_out: Any, *,
-    q_held: Any, k_held: Any, v_held: Any, sums: Any, q_here: Any, k_here: Any, v_here: Any,
+    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, out: Any, sums: Any, *,
+    q_held: Any, k_held: Any, v_held: Any, q_here: Any, k_here: Any, v_here: Any,
     result: Any = None, weights: Any = None,
     page: int, chunks: int, queries: int, splits: int, slots: int, rows: int, window: int | None, causal: bool,
     unit: float, cap: float | None,
@@ -211,9 +210,8 @@ def _body(
         acc = acc / lax.broadcast_in_dim(norm, acc.shape, [0])
         given = q_held if result is None else result
         given[...] = acc.astype(given.dtype)
-        sums[...] = best + jnp.log2(norm)
         plgpu.commit_smem()
-        to = pl.ds(pl.multiple_of((share * slots + slot) * rows, 8), rows)
-        plgpu.copy_smem_to_gmem(given.at[pl.ds(0, rows)], out.at[to])
-        plgpu.copy_smem_to_gmem(sums.at[pl.ds(0, rows)], sums_out.at[to])
+        to = share * slots + slot
+        plgpu.copy_smem_to_gmem(given.at[pl.ds(0, rows)], out.at[pl.ds(pl.multiple_of(to * rows, 8), rows)])
+        sums[pl.ds(pl.multiple_of(to * ROWS, ROWS), ROWS)] = best + jnp.log2(norm)
         plgpu.wait_smem_to_gmem(0)

@@ -42,7 +42,7 @@ def attend(
     soft_cap: float | None,
     causal: bool,
     out_dtype: Any,
-    interpret: bool,
+    interpret: Any,
 ) -> tuple[Float[Array, "IKC R H"], Float[Array, "IKC R"]]:
     """See gpu_hopper.attend."""
     (_, slots, rows, head_dim), count = q.shape, len(shares.start)

@@ -10,7 +10,7 @@ ROWS = 64
 SHARED_BYTES = ((228 << 9) - (1 << 10), 227 << 10)
 """Shared memory of a block of threads on Hopper: of each of two on a multiprocessor, and of one alone."""
 OWN_BYTES = 512
-"""Of it, for barriers and for the sums of a share's rows."""
+"""Of it, for barriers."""
 
 
 class GpuBlocks(NamedTuple):
