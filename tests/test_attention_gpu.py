@@ -25,8 +25,8 @@ from kernels_pallas.ragged_paged_attention.tuning.gpu import OWN_BYTES, ROWS, SH
 ROOT = Path(__file__).parent.parent
 SMALL = gpu.Chip("a GPU of one core", "9.0", 1)
 
-# Rows that are tiles of 128 and of 32 bytes, more heads than a chunk takes, pages of less than a block and of more, parts
-# of sequences; the first in float32, which the interpreter multiplies as it is.
+# Rows that are tiles of 128 and of 32 bytes, more heads than a chunk takes, pages of less than a block and of more,
+# parts of sequences; the first in float32, which the interpreter multiplies as it is.
 HOPPER = [
     dict(heads=2, kv_heads=2, head_dim=64, page=16, dtype="float32", waves=12, sinks=True),
     dict(heads=12, kv_heads=1, head_dim=80, page=128, dtype="bfloat16", window=20, soft_cap=3.0),
@@ -100,9 +100,11 @@ def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted, name)
 
 
 def test_the_interpreter_finds_planted_bugs(interpreted):
-    """Of a page outside of the cache it makes zeros, as the copy engine does: only the result tells."""
+    """Of a page outside of the cache it makes zeros, as the copy engine does: only the result tells. So it is on the
+    oldest JAX for a buffer that is filled too early, which newer ones call a race."""
     assert interpreted["no wait"]["race"]
-    assert interpreted["buffer filled while read"]["race"]
+    early = interpreted["buffer filled while read"]
+    assert early["race"] or early["raised"] or not early["error"] < 0.1
     assert interpreted["page of nobody"]["error"] > 0.1
 
 

@@ -7,8 +7,8 @@
 
 Weights are random bfloat16, drawn on the device and kept in --folder (16 GB for Llama 3.1 8B). Each part is a process
 of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention), `steps` (draws
-weights; compiled steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A host
-gap is the share of a served decode step that the queued step does not take.
+weights; compiled steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A
+host gap is the share of a served decode step that the queued step does not take.
 """
 
 import argparse
@@ -357,7 +357,9 @@ def steps(scale: Scale, model: str, folder: Path) -> list[Figure]:
     most = max(scale.users)
     options = EngineOptions(
         model=ModelOptions(max_model_len=_length(scale)),
-        schedule=ScheduleOptions(max_num_seqs=most, max_num_batched_tokens=max(2048, scale.prompt) if not scale.dry else 64),
+        schedule=ScheduleOptions(
+            max_num_seqs=most, max_num_batched_tokens=max(2048, scale.prompt) if not scale.dry else 64
+        ),
         device=DeviceOptions(warmup="lazy", compile_cache_dir=""),
     )
     runner = Runner(options, folder, EngineMetrics("bench"), lambda text: print(text, file=sys.stderr))
