@@ -12,14 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import attention, batch
+from jaxserve import attention, batch, captured
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -44,6 +44,9 @@ CPU_STEP_FLOPS = 1e11
 """A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
 answered waiting for more than a second, and are no faster than in steps of 128."""
 
+MOST_CAPTURED = 2**28
+"""Bytes of inner values that a step may bring back: they wait in the host's memory, several times over, to be read."""
+
 
 class Launched:
     """A launch that is on its way. `result` waits for it."""
@@ -52,10 +55,10 @@ class Launched:
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
         self._prompt = any(row.scored for row in plan.rows)
-        output.tokens.copy_to_host_async()
-        for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
-            if wanted:
-                jax.tree.map(lambda a: a.copy_to_host_async(), part)
+        wanted: list[Any] = [output.tokens, output.captured]
+        wanted += [output.logprobs] if self._logprobs else []
+        wanted += [output.prompt_logprobs] if self._prompt else []
+        jax.tree.map(lambda a: a.copy_to_host_async(), wanted)
 
     def result(self) -> Sampled:
         tokens = np.asarray(self._output.tokens)  # [S], or of several steps [N, S]
@@ -77,6 +80,13 @@ class Launched:
                     first = at - 1 - row.start  # what a token says is of the one after it
                     sampled.prompt_logprobs[i] = [_logprobs(host, (first + position,), top) for position in scored]
                 at += row.count
+        if self._output.captured:
+            values, at = [np.asarray(a) for a in self._output.captured], 0
+            for i, row in enumerate(self._plan.rows):
+                if here := row.captured:
+                    first, end = at + here.start - row.start, at + here.stop - row.start
+                    sampled.captured[i] = tuple(a[first:end].tobytes() for a in values)
+                at += row.count
         return sampled
 
 
@@ -90,6 +100,35 @@ class Pooled:
     def result(self) -> Sampled:
         host = np.asarray(self._rows)
         return Sampled((), embeddings={i: host[i].tobytes() for i, row in enumerate(self._plan.rows) if row.last})
+
+
+class Launch(NamedTuple):
+    """A launch as the devices know it, without its plan: the same on every host."""
+
+    shape: Shape
+    buffer: np.ndarray  # int32 [Layout.size]
+    bindings: list[tuple[Any, ...]]
+    """What binds a slot before it, as `no_binding` has it."""
+
+
+class Hosts(Protocol):
+    """The other hosts of a mesh that spans several. Each runs the launches of host 0, in their order."""
+
+    def least(self, pages: int) -> int:
+        """The least of what all hosts say here."""
+        ...
+
+    def known(self, shape: Shape) -> bool:
+        """Whether all others can launch a shape."""
+        ...
+
+    def begin(self, launch: Launch) -> int:
+        """Says that a launch begins here; its number."""
+        ...
+
+    def launched(self, number: int, output: StepOutput | jax.Array) -> None:
+        """Says, once the output is there, that a launch has finished here."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +148,7 @@ class Prepared:
 class Runner:
     """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
-    `launch` and `bind` belong to one thread.
+    `launch` and `execute` belong to one thread. Of a mesh that spans several hosts, `hosts` are the others.
     """
 
     def __init__(
@@ -119,8 +158,10 @@ class Runner:
         metrics: EngineMetrics,
         progress: Progress,
         mesh: Mesh | None = None,
+        hosts: Hosts | None = None,
     ):
-        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh)
+        self._hosts = hosts
+        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh, options.capture)
         self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
@@ -128,7 +169,8 @@ class Runner:
         platform, devices = self._device.platform, loaded.partition.mesh.size
         # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
         self._wait = platform == "cpu" and devices > 1
-        self._sharers = MeshShape.parse(options.device.mesh or "1").devices
+        here = len(loaded.partition.mesh.local_devices)
+        self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
         self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)
@@ -168,8 +210,15 @@ class Runner:
             device_bytes={kind: size * devices for kind, size in by_kind.items()},
             mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
             embedding=loaded.embedding,
+            taps=loaded.taps,
         )
         metrics.device_bytes(self.info.device_bytes)
+        if loaded.taps:
+            size = captured.token_bytes(loaded.taps) / 2**10
+            progress(
+                f"capture: {len(loaded.taps)} values, {size:.1f} KiB a token; every position is computed, without "
+                "prefix cache and in one decode step a launch"
+            )
         gib = 2**30
         held = capacity(windows, self.sizes.num_pages, self.sizes.page_size, self.sizes.max_model_len)
         pages = f"{loaded.kv_dtype.name}, {held}"
@@ -181,22 +230,36 @@ class Runner:
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
-        for sequence in plan.admitted:
-            if _needs_binding(sequence):
-                self._state = self._bind(self._state, *self._binding(sequence))
-        shape = batch.pick(self.shapes, plan)
-        compiled = self.compiled(shape)
+        bindings = [self._binding(sequence) for sequence in plan.admitted if _needs_binding(sequence)]
+        shape = batch.pick(self._launchable(), plan)
         self._rows.update(plan)
-        buffer = self._layout[shape].pack(plan, self._rows)
-        self._state, output = compiled(self._params, self._state, buffer)
-        if self._wait:
-            jax.block_until_ready(self._state)
+        output = self.execute(Launch(shape, self._layout[shape].pack(plan, self._rows), bindings))
         launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
         return launched, shape.tokens * plan.steps - plan.num_computed
 
+    def execute(self, launch: Launch) -> Any:
+        """Starts a launch and returns what will be there: a StepOutput, or the pooled rows of a step for embeddings."""
+        number = 0 if self._hosts is None else self._hosts.begin(launch)
+        for binding in launch.bindings:
+            self._state = self._bind(self._state, *binding)
+        self._state, output = self.compiled(launch.shape)(self._params, self._state, launch.buffer)
+        if self._hosts is not None:
+            self._hosts.launched(number, output)
+        if self._wait:
+            jax.block_until_ready(self._state)
+        return output
+
+    def _launchable(self) -> list[Shape] | tuple[Shape, ...]:
+        """Of `shapes` those that all hosts have."""
+        hosts = self._hosts
+        return self.shapes if hosts is None else [shape for shape in self.shapes if hosts.known(shape)]
+
     def most_steps(self, seqs: int) -> int:
         """How many decode steps a launch of so many sequences may take: 1 until one of several is compiled for them."""
-        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self.shapes) else 1
+        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self._launchable()) else 1
+
+    def is_compiled(self, shape: Shape) -> bool:
+        return shape in self._compiled
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
@@ -309,6 +372,9 @@ class Runner:
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
         whole = 0 if self.model.causal else length  # a step of an encoder holds prompts whole
         tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048, whole)
+        values = captured.token_bytes(self._loaded.taps)
+        if values and options.schedule.max_num_batched_tokens is None:
+            tokens = max(seqs, min(tokens, 1 << (MOST_CAPTURED // values).bit_length() >> 1))
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
@@ -320,6 +386,12 @@ class Runner:
                 "raise --max-num-batched-tokens or lower --max-model-len"
             )
         largest, *_ = batch.covering(self._shapes(seqs, tokens))
+        if largest.tokens * values > MOST_CAPTURED:
+            raise ConfigError(
+                f"capture: {len(self._loaded.taps)} values are {values / 2**10:.1f} KiB a token, in a step of "
+                f"{largest.tokens} tokens {largest.tokens * values / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} "
+                "MiB may be; capture fewer, or lower --max-num-batched-tokens and --max-num-seqs"
+            )
         page = attention.page_size(
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
@@ -334,7 +406,7 @@ class Runner:
                     f"cache and {pages} fit; "
                     "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
                 )
-            return Sizes(fitting, seqs, tokens, page, pages, options.schedule.decode_steps)
+            return Sizes(fitting, seqs, tokens, page, pages, 1 if values else options.schedule.decode_steps)
 
         if given is None:
             free, share = (
@@ -345,9 +417,10 @@ class Runner:
                 kind = self._device.device_kind
                 raise ConfigError(f"{kind} does not say how much memory it has; give --num-kv-pages")
             # On CPU what is free now; what counts is what was before the weights.
-            total = free + (weights * self.programs.partition.mesh.size // self._sharers if cpu else 0)
+            here = len(self.programs.partition.mesh.local_devices)
+            total = free + (weights * here // self._sharers if cpu else 0)
             budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
-            pages = budget // page_bytes
+            pages = self._least_of_hosts(budget // page_bytes)
             if pages < 1:
                 raise ConfigError(
                     f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
@@ -364,9 +437,10 @@ class Runner:
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, pages_held(windows, length, page))
         compiled = self._timed_compile(largest, sizes(trial), "warmup")
-        workspace = _workspace(compiled)
+        # What the launch before has captured is still on its way to the host.
+        workspace = _workspace(compiled) + largest.tokens * values
         if given is None:
-            pages = min(pages, (budget - workspace) // page_bytes)
+            pages = min(pages, self._least_of_hosts((budget - workspace) // page_bytes))
             if pages < 1:
                 raise ConfigError(
                     f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
@@ -378,6 +452,10 @@ class Runner:
         if found.max_model_len < length:
             progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
+
+    def _least_of_hosts(self, pages: int) -> int:
+        """Hosts have memory of their own, and programs of one size."""
+        return pages if self._hosts is None else self._hosts.least(pages)
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
         """full: compiles every shape. min: a few shapes serve until the others, in the background, are there."""
@@ -430,7 +508,9 @@ class Runner:
 def _programs(loaded: Loaded) -> Programs:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
     pooling = loaded.embedding.pooling if loaded.embedding is not None else None
-    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling)
+    return Programs(
+        loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling, loaded.taps
+    )
 
 
 def _num_params(loaded: Loaded) -> int:
