@@ -85,9 +85,9 @@ HEADS = {
     "qwen3-0.6b": Heads(16, 8, 128),
     "gemma2-9b": Heads(16, 8, 256, window=4096, soft_cap=50.0),
     "phi3-mini": Heads(32, 32, 96),
-    "phi2-like": Heads(32, 32, 80),
+    "phi2": Heads(32, 32, 80),
     "llama3.2-1b": Heads(32, 8, 64),
-    "deepseek-like": Heads(16, 16, 192),
+    "16-heads-of-192": Heads(16, 16, 192),
 }
 
 

@@ -46,36 +46,36 @@ def attend(
 ) -> tuple[Float[Array, "IKC R H"], Float[Array, "IKC R"]]:
     """See gpu_hopper.attend."""
     (_, slots, rows, head_dim), count = q.shape, len(shares.start)
-    padded, width = (max(LEAST_ROWS, 1 << (n - 1).bit_length()) for n in (rows, head_dim))  # powers of two
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, width - head_dim)))
     body = partial(
-        _body, page=page, chunks=chunks, queries=queries, splits=splits, length=blocks.positions, head_dim=head_dim,
-        window=window, causal=causal, unit=(scale if soft_cap is None else soft_cap) * math.log2(math.e),
+        _body, page=page, chunks=chunks, queries=queries, splits=splits, length=blocks.positions, window=window,
+        causal=causal, unit=(scale if soft_cap is None else soft_cap) * math.log2(math.e),
         cap=None if soft_cap is None else 2.0 * math.log2(math.e) * scale / soft_cap,
     )  # fmt: skip
     out, sums = pl.pallas_call(
         body,
         grid=(count, slots),
         out_shape=(
-            jax.ShapeDtypeStruct((count, slots, padded, width), out_dtype),
-            jax.ShapeDtypeStruct((count, slots, padded), jnp.float32),
+            jax.ShapeDtypeStruct((count, slots, rows, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((count, slots, rows), jnp.float32),
         ),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=blocks.buffers),
         interpret=interpret,
         name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
     )(*shares, table, q, cache)
-    out, sums = out[:, :, :rows, :head_dim], sums[:, :, :rows]
     return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, rows)
 
 
 def _body(
     row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, out: Any, sums: Any, *,
-    page: int, chunks: int, queries: int, splits: int, length: int, head_dim: int, window: int | None, causal: bool,
-    unit: float, cap: float | None,
+    page: int, chunks: int, queries: int, splits: int, length: int, window: int | None, causal: bool, unit: float,
+    cap: float | None,
 ) -> None:  # fmt: skip
-    """One share and chunk of heads, as gpu_hopper's; numbers past a head's are zeros."""
+    """One share and chunk of heads, as gpu_hopper's. Sizes are powers of two here: what is past the true ones is 0."""
     share, slot = pl.program_id(0), pl.program_id(1)
-    _, _, rows, width = q.shape
+    rows, width = (max(LEAST_ROWS, 1 << (n - 1).bit_length()) for n in q.shape[2:])
+    head_dim = q.shape[3]
+    r, h = (lax.broadcasted_iota(jnp.int32, (rows, width), axis) for axis in (0, 1))
+    is_own = (r < q.shape[2]) & (h < head_dim)
     start, end, first = start_of[share], end_of[share], first_of[share]
     lane = lax.div(slot, chunks) * (2 * head_dim) + lax.broadcasted_iota(jnp.int32, (length, width), 1)
     is_lane = lax.broadcasted_iota(jnp.int32, (length, width), 1) < head_dim
@@ -83,7 +83,7 @@ def _body(
 
     @pl.when(start < end)
     def attend_share() -> None:
-        own = q[lax.div(share, splits), slot]
+        own = plt.load(q.at[lax.div(share, splits), slot, r, h], mask=is_own, other=0.0)
         position = first + lax.rem(lax.broadcasted_iota(jnp.int32, (rows, length), 0), queries)
 
         def block(i: jax.Array, carry: Any) -> Any:
@@ -119,5 +119,6 @@ def _body(
             jnp.zeros((rows,), jnp.float32),
         )
         acc, best, norm = lax.fori_loop(0, lax.div(end - start + (length - 1), length), block, carry)
-        out[share, slot] = (acc / norm[:, None]).astype(out.dtype)
-        sums[share, slot] = best + jnp.log2(norm)
+        plt.store(out.at[share, slot, r, h], (acc / norm[:, None]).astype(out.dtype), mask=is_own)
+        row = lax.iota(jnp.int32, rows)
+        plt.store(sums.at[share, slot, row], best + jnp.log2(norm), mask=row < q.shape[2])
