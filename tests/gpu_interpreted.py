@@ -52,8 +52,7 @@ BUGS = {
     "buffer filled while read": lambda: mock.patch.object(gpu_hopper, "lax", OneBuffer()),
 }
 RUNS = {
-    "decode, in parts": (DECODE, dict(waves=8)),
-    "mixed, with a window": (MIXED, dict(window=21)),
+    "mixed, with a window, decoding in parts": (MIXED, dict(window=40, waves=8)),
     "page of nobody": (DECODE, {}),
     **{bug: (DECODE, {}) for bug in BUGS},
 }
