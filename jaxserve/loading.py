@@ -87,7 +87,8 @@ def load_model(
     dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
     name, reason, kernel = attention.choose(
         device.attention, place.platform, progress, devices=devices, causal=model.causal, block_size=device.block_size,
-        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype, head_dim=config.head_dim,
+        capability=getattr(place, "compute_capability", None),
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
     # What else than its config the programs of a foreign model file depend on, nobody knows.
