@@ -1,7 +1,7 @@
 """Brings a model to its devices as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,28 +33,62 @@ type Packer = Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model whose weights are on their devices, and what its steps are to be compiled with."""
+class Chosen:
+    """What a model will be computed with, before a weight is read."""
 
     model: Model
     config: Any
     """What config.json says; the weights have the sizes of `partition.config`."""
-    params: Params
     partition: Partition
     dtype: np.dtype
     """Of the activations."""
-    kv_dtype: np.dtype
     attention: str
     """The kernel's name."""
     kernel: RaggedPagedAttention
-    programs: CompileCache
     embedding: EmbeddingInfo | None
     """How it makes embeddings; None: it generates."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Loaded(Chosen):
+    """A model whose weights are on their devices, and what its steps are to be compiled with."""
+
+    params: Params
+    kv_dtype: np.dtype
+    programs: CompileCache
 
     @property
     def device(self) -> jax.Device:
         """The first of them; all are of one kind."""
         return self.partition.mesh.devices.flat[0]
+
+
+def choose(
+    options: ModelOptions,
+    device: DeviceOptions,
+    path: Path,
+    hf: Mapping[str, Any],
+    mesh: Mesh,
+    platform: str,
+    progress: Progress,
+) -> Chosen:
+    """The model of a config.json `hf` on `mesh`, whose devices may be only described; `path` is where it lies.
+
+    Raises ConfigError for options that the model or the platform does not serve.
+    """
+    model, config = find_model(hf, options.model_code)
+    embedding = read_embedding(
+        path, hf, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
+    )
+    config = limited(config, options, embedding)
+    partition = Partition(mesh, model, config)
+    dtype = jnp.dtype(dtype_for(options.dtype, platform))
+    name, reason, kernel = attention.choose(
+        device.attention, platform, progress, devices=mesh.size, causal=model.causal, block_size=device.block_size,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
+    )  # fmt: skip
+    progress(f"attention: {name} ({reason})")
+    return Chosen(model, config, partition, dtype, name, kernel, embedding)
 
 
 def load_model(
@@ -66,29 +100,20 @@ def load_model(
     CheckpointError for damaged weights.
     """
     checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config, options.model_code)
-    embedding = read_embedding(
-        path, checkpoint.config, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
-    )
-    config = limited(config, options, embedding)
     shape = MeshShape.parse(device.mesh or "1")
-    partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
-    place = partition.mesh.devices.flat[0]
-    devices = partition.mesh.size
-    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
-    name, reason, kernel = attention.choose(
-        device.attention, place.platform, progress, devices=devices, causal=model.causal, block_size=device.block_size,
-        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
-    )  # fmt: skip
-    progress(f"attention: {name} ({reason})")
+    mesh = mesh or _only_mesh(shape)
+    platform = mesh.devices.flat[0].platform
+    chosen = choose(options, device, path, checkpoint.config, mesh, platform, progress)
+    model, config, partition, dtype = chosen.model, chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
 
+    packs = chosen.attention == "cpu"
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
-        trace(model, config, dtype, stored_shapes(checkpoint, dtype, name == "cpu"))
-    pack = packer(options, dtype, name == "cpu")
+        trace(model, config, dtype, stored_shapes(checkpoint, dtype, packs))
+    pack = packer(options, dtype, packs)
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
     start, size = time.perf_counter(), 0
@@ -105,8 +130,8 @@ def load_model(
         f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "
         f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
     )
-    kv_dtype = _kv_dtype(options, device, name, params, dtype)
-    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding)
+    kv_dtype = kv_dtype_for(options, device, chosen.attention, params, dtype)
+    return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs)
 
 
 def limited(config: Any, options: ModelOptions, embedding: EmbeddingInfo | None) -> Any:
@@ -212,7 +237,9 @@ def packer(options: ModelOptions, dtype: np.dtype, available: bool) -> Packer | 
     return pack
 
 
-def _kv_dtype(options: ModelOptions, device: DeviceOptions, kernel: str, params: Params, dtype: np.dtype) -> np.dtype:
+def kv_dtype_for(
+    options: ModelOptions, device: DeviceOptions, kernel: str, params: Params, dtype: np.dtype
+) -> np.dtype:
     """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
     wanted = device.kv_cache_dtype
     if wanted == "auto":

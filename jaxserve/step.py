@@ -64,9 +64,8 @@ class Sizes:
 
 
 class Program(NamedTuple):
-    """A function to compile: `jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)`.
-
-    `what` names it and all that it depends on besides the arguments, for CompileCache.
+    """A function to compile, as `lower` does. `what` names it and all that it depends on besides the arguments, for
+    CompileCache.
     """
 
     what: object
@@ -74,6 +73,11 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     donate: int | None
     results: Any
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traced for the devices that the arguments' shardings name, which may be only described."""
+        donated = () if self.donate is None else self.donate
+        return jax.jit(self.function, donate_argnums=donated, out_shardings=self.results).lower(*self.arguments)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@
 A gate is a program that keeps a KV cache. Each must compile, update its cache in place, make no copy of it on the way,
 and need no more memory, no more instructions (VLIW bundles, each one cycle of issue) and no more spilled registers
 than tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right.
+Those of the attention kernel are below, those of whole steps in gates_step.py.
 """
 
 import argparse
@@ -17,13 +18,14 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 LIMITS = Path(__file__).with_suffix(".json")
 SLACK = 1.03
 """Limits are what was found, and this much more: another version of the compiler schedules a little differently."""
@@ -40,6 +42,8 @@ class Gate:
 
     name: str
     lower: Callable[[], tuple[Any, int]]
+    problems: Callable[[Any], Iterable[str]] | None = None
+    """What else is wrong with the compiled program. Of one with its own the kernels are counted by other gates."""
 
 
 @dataclass
@@ -98,18 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare(dump: Path) -> None:
     """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, listings to `dump`."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_LOG_DIR=str(dump),
-        TF_CPP_MIN_LOG_LEVEL="3",
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final_bundles",
-    )
-    sys.path.insert(0, str(ROOT))
+    from jaxserve.planning.topology import environment
+
+    dumps = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+    os.environ.update(environment(dump), LIBTPU_INIT_ARGS=dumps)
 
 
 def versions() -> str:
@@ -141,6 +137,9 @@ def measure(gate: Gate, dump: Path) -> Found:
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
     found.problems += [f"copies the cache: {what}" for what in copies(compiled.as_text(), cache // 8)]
+    if gate.problems is not None:
+        found.problems += gate.problems(compiled)
+        return found
     for path in sorted(dump.glob("*-final_bundles.txt")):
         kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)
         if kernel and "schedule-analysis" not in path.name:
@@ -205,12 +204,14 @@ HEADS = {
 
 def gates() -> list[Gate]:
     """Every gate, those of the attention kernel first."""
+    import gates_step
+
     found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
     found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:]]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
     found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
     found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only
-    return [gate() for gate in found]
+    return [*(gate() for gate in found), *(Gate(*fields) for fields in gates_step.gates())]
 
 
 def attention(
