@@ -116,17 +116,16 @@ ENTRY %main {
   %cut = bf16[8,128]{1,0} slice(%params_0.1), slice={[0:8], [0:128]}
   %y = bf16[64,128]{1,0} copy(%x)
   %dot = bf16[64,64]{1,0} fusion(%params_0.1, %x), kind=kOutput, calls=%fused
-%s
+@
 }
 """
-    of = lambda line: list(steps.weight_copies(hlo % line, 2, least=1024))  # noqa: E731
-    assert of("") == []
-    for line in (
-        "  %copy.7 = bf16[8192]{0} copy(%bitcast.1)",
-        "  %fusion.3 = bf16[128,64]{1,0:T(8,128)(2,1)} fusion(%params_0.1), kind=kLoop, calls=%fused",
-        "  %wide = f32[64,128]{1,0} convert(%params_0.1)",
+    assert steps.weight_copies(hlo.replace("@", ""), 2, least=1024) == {}
+    for name, made, line in (
+        ("copy.7", 16384, "bf16[8192]{0} copy(%bitcast.1)"),
+        ("fusion.3", 16384, "bf16[128,64]{1,0:T(8,128)(2,1)} fusion(%params_0.1), kind=kLoop, calls=%fused"),
+        ("wide", 32768, "f32[64,128]{1,0} convert(%params_0.1)"),
     ):
-        assert of(line) == [f"copies a weight: {line.strip()}"]
+        assert steps.weight_copies(hlo.replace("@", f"  %{name} = {line}"), 2, least=1024) == {name: made}
 
 
 def test_a_step_compiles_for_tpu():

@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,9 @@ class Gate:
 
     name: str
     lower: Callable[[], tuple[Any, int]]
-    problems: Callable[[Any], Iterable[str]] | None = None
-    """What else is wrong with the compiled program. Of one with its own the kernels are counted by other gates."""
+    look: Callable[[Any], tuple[dict[str, float], list[str]]] | None = None
+    """What else is found in the compiled program, by name, and what is wrong with it. Its kernels then have gates of
+    their own."""
 
 
 @dataclass
@@ -58,11 +59,13 @@ class Found:
     inner: dict[str, list[int]] = field(default_factory=dict)
     """By kernel: its two longest stretches without a branch, which are its computing on whole and on cut kv blocks."""
     spills: dict[str, int] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
+    """What else is held to limits, by name."""
     problems: list[str] = field(default_factory=list)
 
     def limits(self) -> dict[str, float]:
         """The figures that are held to limits, by name."""
-        found: dict[str, float] = {"temp_bytes": self.temp_bytes}
+        found: dict[str, float] = {"temp_bytes": self.temp_bytes} | self.others
         for kernel in self.bundles:
             found[f"{kernel}.bundles"], found[f"{kernel}.spills"] = self.bundles[kernel], self.spills[kernel]
         return found
@@ -77,11 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [gate for gate in gates() if options.only in gate.name]
     if not chosen:
         parser.error(f"no gate has {options.only!r} in its name; there are {', '.join(g.name for g in gates())}")
-    stored = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    stored = known_limits()
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
         dump = Path(directory)
-        prepare(dump)
+        prepare(dump, listings=any(gate.look is None for gate in chosen))
         if not options.json:
             print(
                 f"{versions()}\n{'gate':<34} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         for gate in chosen:
             found = measure(gate, dump)
             if options.update and not found.problems:
-                stored[gate.name] = found.limits()
+                stored = known_limits() | {gate.name: found.limits()}  # another process may have stored some, too
                 LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
             found.problems += over(found.limits(), stored.get(gate.name))
             failed += bool(found.problems)
@@ -100,12 +103,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def prepare(dump: Path) -> None:
-    """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, listings to `dump`."""
+def prepare(dump: Path, *, listings: bool) -> None:
+    """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, and if they are wanted
+    listings to `dump`."""
     from jaxserve.planning.topology import environment
 
-    dumps = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-    os.environ.update(environment(dump), LIBTPU_INIT_ARGS=dumps)
+    os.environ.update(environment(dump))
+    if listings:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+
+
+def known_limits() -> dict[str, dict[str, float]]:
+    """By gate and figure."""
+    found: dict[str, dict[str, float]] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    return found
 
 
 def versions() -> str:
@@ -119,7 +132,8 @@ def line(name: str, found: Found) -> str:
         f"{kernel}: {found.bundles[kernel]} ({', '.join(map(str, found.inner[kernel]))}), {found.spills[kernel]}"
         for kernel in sorted(found.bundles)
     )
-    return f"{name:<34} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {'; '.join(kernels)}"
+    others = (f"{what} {value:.0f}" for what, value in found.others.items())
+    return f"{name:<34} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {'; '.join([*kernels, *others])}"
 
 
 def measure(gate: Gate, dump: Path) -> Found:
@@ -137,8 +151,9 @@ def measure(gate: Gate, dump: Path) -> Found:
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
     found.problems += [f"copies the cache: {what}" for what in copies(compiled.as_text(), cache // 8)]
-    if gate.problems is not None:
-        found.problems += gate.problems(compiled)
+    if gate.look is not None:
+        found.others, problems = gate.look(compiled)
+        found.problems += problems
         return found
     for path in sorted(dump.glob("*-final_bundles.txt")):
         kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)

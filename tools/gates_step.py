@@ -1,15 +1,14 @@
 """Gates of whole steps: real models' widths on real slices, the step's function as an engine compiles it.
 
-Two layer counts are compiled and compared: what the larger one has more is its blocks', so that few layers will do and
-nothing depends on what the compiler calls an instruction. Messages between devices are counted as instructions of the
-compiled program; a reduce-scatter and the all-gather that undoes it would count as two.
+Two layers will do: a block's messages between devices are told from others by the scope that they are in, and all that
+a step has are held to a stored number, so that none is missed for lack of a name. Messages are counted as instructions
+of the compiled program; a reduce-scatter and the all-gather that undoes it would count as two.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ MODELS = Path(__file__).parent.parent / "configs" / "models"
 NAMES = ("llama-3.1-8b", "qwen3-0.6b", "mixtral-8x7b")
 PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8"}
 """By topology its mesh: all chips together, and once two replicas."""
-KINDS = {"decode": 64, "mixed": 512}
-"""Tokens of a step of 64 sequences."""
-FEW, MORE = 2, 4
+TOKENS = {"decode": 64, "mixed": 512}
+"""Of a step of 64 sequences."""
+MIXED = {("llama-3.1-8b", "v5e:2x4"), ("mixtral-8x7b", "v6e:2x4")}
+"""Where steps with prompts are compiled, too: each takes as long as five that decode."""
+LAYERS = 2
 CACHE_BYTES = 256 * 2**20
 """Of each device: more than any on-chip memory holds."""
 MESSAGES = {"all-reduce": 2}
@@ -29,43 +30,45 @@ MESSAGES = {"all-reduce": 2}
 
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
-    return [step(name, topology, kind) for name in NAMES for topology in PLACES for kind in KINDS]
+    every = [(name, topology) for name in NAMES for topology in PLACES]
+    return [step(*at, "decode") for at in every] + [step(*at, "mixed") for at in every if at in MIXED]
 
 
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
     """One model's step on one slice."""
 
-    def lower() -> tuple[Any, int]:
-        return lowered(name, topology, kind, MORE)
-
-    def blocks(compiled: Any) -> Iterator[str]:
+    def look(compiled: Any) -> tuple[dict[str, float], list[str]]:
         import jax
 
-        few, _ = lowered(name, topology, kind, FEW)
-        found = messages(compiled.as_text())
-        found.subtract(messages(few.compile().as_text()))
-        found = {what: count for what, count in found.items() if count}
-        if found != {what: count * (MORE - FEW) for what, count in MESSAGES.items()}:
-            yield f"{MORE - FEW} more blocks cost {found}; each may cost {MESSAGES}"
-        weights = jax.tree.leaves(_draft(name, topology, MORE).programs.params)
-        yield from weight_copies(compiled.as_text(), len(weights))
+        from jaxserve.planning.steps import collectives
 
-    return f"step/{name}/{topology}/{kind}", lower, blocks
+        text = compiled.as_text()
+        messages, blocks = 0, Counter[str]()
+        for found in collectives(text):
+            messages += found.count
+            if found.part == "block":
+                blocks[found.kind] += found.count
+        copied = weight_copies(text, len(jax.tree.leaves(_draft(name, topology).programs.params)))
+        wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
+        problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
+        return {"messages": messages, "weight_copy_bytes": sum(copied.values())}, problems
+
+    return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), look
 
 
-def lowered(name: str, topology: str, kind: str, layers: int) -> tuple[Any, int]:
+def lowered(name: str, topology: str, kind: str) -> tuple[Any, int]:
     """The step, not yet compiled, and the bytes of the state that each device updates in place."""
     from jaxserve.batch import Shape
     from jaxserve.sharding import bytes_per_device
 
-    draft = _draft(name, topology, layers)
+    draft = _draft(name, topology)
     sizes = draft.sizing.sizes(CACHE_BYTES // draft.sizing.page_bytes)
     state = draft.programs.state(sizes)
-    return draft.programs.step(Shape(KINDS[kind], 64), sizes).lower(), bytes_per_device(state.cache)
+    return draft.programs.step(Shape(TOKENS[kind], 64), sizes).lower(), bytes_per_device(state.cache)
 
 
 @cache
-def _draft(name: str, topology: str, layers: int) -> Any:
+def _draft(name: str, topology: str) -> Any:
     from jaxserve.config import DeviceOptions, EngineOptions, MeshShape, ModelOptions, ScheduleOptions
     from jaxserve.planning.planner import Draft, described
     from jaxserve.planning.topology import Topology
@@ -78,17 +81,7 @@ def _draft(name: str, topology: str, layers: int) -> Any:
     )
     where = Topology.parse(topology)
     mesh = described(where, MeshShape.parse(PLACES[topology]))
-    return Draft.of(options, path, json.loads(path.read_text()) | {"num_hidden_layers": layers}, where, mesh)
-
-
-def messages(hlo: str) -> Counter[str]:
-    """How many of each kind a program has."""
-    from jaxserve.planning.steps import collectives
-
-    found: Counter[str] = Counter()
-    for collective in collectives(hlo):
-        found[collective.kind] += collective.count
-    return found
+    return Draft.of(options, path, json.loads(path.read_text()) | {"num_hidden_layers": LAYERS}, where, mesh)
 
 
 _INSTRUCTION = re.compile(
@@ -102,15 +95,16 @@ _ON_CHIP = "S(1)"
 """In a layout: the array lies in the chip's own memory, where a weight has to come to be multiplied."""
 
 
-def weight_copies(hlo: str, weights: int, least: int = 2**16) -> Iterator[str]:
+def weight_copies(hlo: str, weights: int, least: int = 2**16) -> dict[str, int]:
     """The instructions of a compiled program that make another whole array of one of its first `weights` arguments, of
-    `least` bytes or more, in the device's main memory; a fusion does so if it takes nothing else."""
+    `least` bytes or more, in the device's main memory, and how many bytes. A fusion does if it takes nothing else."""
     from jaxserve.planning.steps import BYTES
 
     def size(kind: str, dims: str) -> int:
         return BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
 
     known: dict[str, int] = {}  # bytes of each name that is a weight
+    copied: dict[str, int] = {}
     for line in hlo[hlo.index("\nENTRY") :].splitlines():
         if not (found := _INSTRUCTION.match(line)) or not (arrays := _ARRAY.findall(found["result"])):
             continue
@@ -125,4 +119,5 @@ def weight_copies(hlo: str, weights: int, least: int = 2**16) -> Iterator[str]:
             known[found["name"]] = of[0]
         moves = found["op"] in _MOVES or (found["op"] == "fusion" and len(operands) == 1)
         if of and moves and made >= max(of) and _ON_CHIP not in layout:
-            yield f"copies a weight: {line.strip()[:160]}"
+            copied[found["name"]] = made
+    return copied

@@ -101,14 +101,16 @@ def _reports(engine: EngineOptions, where: list[Topology], sweep: bool, context:
                         raise
                     print(f"{topology}, mesh {mesh}: {error.message}", file=sys.stderr)
                     continue
-                found.append(msgspec.structs.replace(planned, command=_command(one)) if planned.fits else planned)
+                found.append(msgspec.structs.replace(planned, command=_command(one, path)) if planned.fits else planned)
     return found
 
 
-def _command(engine: EngineOptions) -> str:
-    words = ["jaxserve", "serve", *([engine.model.model] if engine.model.model else [])]
+def _command(engine: EngineOptions, path: Path) -> str:
+    """What to start; MODEL stands for the checkpoint where only a config.json was given."""
+    name = "MODEL" if path.suffix == ".json" else engine.model.model
     model = replace(engine.model, model=None)
-    return shlex.join([*words, *cli.as_flags(model, engine.schedule, engine.device)])
+    flags = cli.as_flags(model, engine.schedule, engine.device)
+    return shlex.join(["jaxserve", "serve", *([name] if name else []), *flags])
 
 
 def lines(report: "Report") -> Iterator[str]:

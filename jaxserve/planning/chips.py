@@ -57,8 +57,8 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", int(15.75 * GIB), 819e9, 197e12, 197e12, 394e12, _FLAT, 4, 8, f"{_TPU_DOCS}/v5e"),
-        Chip("v6e", "tpu", int(31.25 * GIB), 1640e9, 918e12, 918e12, 1836e12, _FLAT, 4, 8, f"{_TPU_DOCS}/v6e"),
-        Chip("v5p", "tpu", int(95.74 * GIB), 2765e9, 459e12, 459e12, 918e12, _CUBES, 4, 4, f"{_TPU_DOCS}/v5p"),
+        Chip("v6e", "tpu", int(31.24 * GIB), 1640e9, 918e12, 918e12, 1836e12, _FLAT, 4, 8, f"{_TPU_DOCS}/v6e"),
+        Chip("v5p", "tpu", int(95.73 * GIB), 2765e9, 459e12, 459e12, 918e12, _CUBES, 4, 4, f"{_TPU_DOCS}/v5p"),
         _gpu("a100", 80 * GIB, 2039e9, 312e12, "a100"),
         _gpu("h100", 80 * GIB, 3.35e12, 989e12, "h100"),
         _gpu("h200", 141e9, 4.8e12, 989e12, "h200"),
