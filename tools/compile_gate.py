@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,9 @@ class Gate:
 
     name: str
     lower: Callable[[], tuple[Any, int]]
-    look: Callable[[Any], tuple[dict[str, float], list[str]]] | None = None
-    """What else is found in the compiled program, by name, and what is wrong with it. Its kernels then have gates of
-    their own."""
+    look: Callable[[Any, Iterable[str]], tuple[dict[str, float], list[str]]] | None = None
+    """What else is found in the compiled program, by name, and what is wrong with it; it is also given what may copy
+    the cache, and says what does. The program's kernels then have gates of their own."""
 
 
 @dataclass
@@ -150,11 +150,12 @@ def measure(gate: Gate, dump: Path) -> Found:
     found = Found(time.perf_counter() - start, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes)
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
-    found.problems += [f"copies the cache: {what}" for what in copies(compiled.as_text(), cache // 8)]
+    copied = copies(compiled.as_text(), cache // 8)
     if gate.look is not None:
-        found.others, problems = gate.look(compiled)
+        found.others, problems = gate.look(compiled, copied)
         found.problems += problems
         return found
+    found.problems += [f"copies the cache: {what}" for what in copied]
     for path in sorted(dump.glob("*-final_bundles.txt")):
         kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)
         if kernel and "schedule-analysis" not in path.name:

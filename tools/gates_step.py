@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def gates() -> list[tuple[Any, ...]]:
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
     """One model's step on one slice."""
 
-    def look(compiled: Any) -> tuple[dict[str, float], list[str]]:
+    def look(compiled: Any, large: Iterable[str]) -> tuple[dict[str, float], list[str]]:
         import jax
 
         from jaxserve.planning.steps import collectives
@@ -48,9 +49,12 @@ def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
             messages += found.count
             if found.part == "block":
                 blocks[found.kind] += found.count
-        copied = weight_copies(text, len(jax.tree.leaves(_draft(name, topology).programs.params)))
+        programs = _draft(name, topology).programs
+        copied = weight_copies(text, len(jax.tree.leaves(programs.params)))
+        row = programs.model.cache_spec(programs.partition.config).row // programs.partition.mesh.size
         wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
         problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
+        problems += [f"copies the cache: {what}" for what in large if re.search(rf"^[^\]]*,{row}\]", what)]
         return {"messages": messages, "weight_copy_bytes": sum(copied.values())}, problems
 
     return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), look

@@ -59,7 +59,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest change that would make it fit, as far as arithmetic tells."""
     device_bytes: dict[str, int]
     """By kind: weights, kv, slots, workspace; padding, by which arrays are larger as the device lays them out; code, of
-    every step that will be compiled, if all are as large as the largest."""
+    every step that will be compiled, as if each were as large as the one of its kind that was."""
     memory: int
     """Bytes that programs may have of a device."""
     usable: int
@@ -283,7 +283,8 @@ def _device_bytes(draft: Draft, steps: Sequence[Step], sizes: Sizes | None) -> d
     }
     known = found["weights"] + found["kv"] + found["slots"]
     found["padding"] = max(0, steps[-1].arguments - known) if sizes and steps else 0
-    found["code"] = len(draft.sizing.shapes) * max((step.code for step in steps), default=0)
+    if steps:
+        found["code"] = sum(steps[-1 if shape.single else 0].code for shape in draft.sizing.shapes)
     return found
 
 
