@@ -322,7 +322,8 @@ def _sample(
         )
         return sampled, logprobs
 
-    rows = jax.tree.map(lambda a: a[:count], (step.rows, step.slots))
+    # Else XLA divides the arrays before it cuts them, and then has to move each one's numbers between devices.
+    rows = partition.whole(jax.tree.map(lambda a: a[:count], (step.rows, step.slots)))
     logits = to_logits(last[:count])  # [count, V]
     with jax.named_scope("sample"):
         found = partition.whole(partition.by_rows(choose, (logits, *rows), slots))

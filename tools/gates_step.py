@@ -20,8 +20,8 @@ PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8"}
 """By topology its mesh: all chips together, and once two replicas."""
 TOKENS = {"decode": 64, "mixed": 512}
 """Of a step of 64 sequences."""
-MIXED = {("llama-3.1-8b", "v5e:2x4"), ("mixtral-8x7b", "v6e:2x4")}
-"""Where steps with prompts are compiled, too: each takes as long as five that decode."""
+MIXED = {("llama-3.1-8b", "v5e:2x4")}
+"""Where a step with prompts is compiled, too, which takes as long as five that decode."""
 LAYERS = 2
 CACHE_BYTES = 256 * 2**20
 """Of each device: more than any on-chip memory holds."""
