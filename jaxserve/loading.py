@@ -1,7 +1,7 @@
 """Brings a model to its devices as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
-from jaxserve.dry_run import packed, trace
+from jaxserve.dry_run import packed, specs_of, trace
 from jaxserve.embedding import read_embedding
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import give_back, host_memory, peak_memory
-from jaxserve.models import find_model
-from jaxserve.request import EmbeddingInfo
+from jaxserve.model_code import load_model_code
+from jaxserve.models import find_model, own_config
+from jaxserve.request import EmbeddingInfo, TapInfo
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
+from jaxserve.taps import find_taps
 from jaxserve.weights import Checkpoint, open_checkpoint
+from jaxserve.weights.headless import as_stored
 from jaxserve.weights.load import load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -56,11 +59,13 @@ class Loaded(Chosen):
     params: Params
     kv_dtype: np.dtype
     programs: CompileCache
+    taps: tuple[TapInfo, ...] = ()
+    """Inner values that each step brings back."""
 
     @property
     def device(self) -> jax.Device:
-        """The first of them; all are of one kind."""
-        return self.partition.mesh.devices.flat[0]
+        """The first of them that is this host's; all are of one kind."""
+        return self.partition.mesh.local_devices[0]
 
 
 def choose(
@@ -68,15 +73,16 @@ def choose(
     device: DeviceOptions,
     path: Path,
     hf: Mapping[str, Any],
+    model: Model,
+    config: Any,
     mesh: Mesh,
     platform: str,
     progress: Progress,
 ) -> Chosen:
-    """The model of a config.json `hf` on `mesh`, whose devices may be only described; `path` is where it lies.
+    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described.
 
     Raises ConfigError for options that the model or the platform does not serve.
     """
-    model, config = find_model(hf, options.model_code)
     embedding = read_embedding(
         path, hf, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
     )
@@ -92,19 +98,24 @@ def choose(
 
 
 def load_model(
-    options: ModelOptions, device: DeviceOptions, path: Path, progress: Progress, mesh: Mesh | None = None
+    options: ModelOptions,
+    device: DeviceOptions,
+    path: Path,
+    progress: Progress,
+    mesh: Mesh | None = None,
+    capture: Sequence[str] = (),
 ) -> Loaded:
     """The model at `path`, a checkpoint directory or GGUF file, on `mesh`, or on that of the options.
 
-    Sets up the compile cache, too. Raises ConfigError for options that the model or the machine does not serve,
-    CheckpointError for damaged weights.
+    `capture`: patterns of inner values that its steps are to bring back. Sets up the compile cache, too. Raises
+    ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint, model, config = open_model(path, options.model_code)
     shape = MeshShape.parse(device.mesh or "1")
     mesh = mesh or _only_mesh(shape)
     platform = mesh.devices.flat[0].platform
-    chosen = choose(options, device, path, checkpoint.config, mesh, platform, progress)
-    model, config, partition, dtype = chosen.model, chosen.config, chosen.partition, chosen.dtype
+    chosen = choose(options, device, path, checkpoint.config, model, config, mesh, platform, progress)
+    config, partition, dtype = chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
@@ -113,6 +124,7 @@ def load_model(
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
         trace(model, config, dtype, stored_shapes(checkpoint, dtype, packs))
+    taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
     pack = packer(options, dtype, packs)
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
@@ -126,12 +138,56 @@ def load_model(
     params = place_params(model, config, checkpoint, partition, dtype, pack, report)
     give_back()
     seconds = time.perf_counter() - start
-    progress(
-        f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "
-        f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
-    )
+    read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
+    if len(partition.mesh.local_devices) < mesh.size:  # it is the shards of those that were read
+        read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
+    progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
     kv_dtype = kv_dtype_for(options, device, chosen.attention, params, dtype)
-    return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs)
+    return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs, taps=taps)
+
+
+def open_model(path: Path, code: str | None) -> tuple[Checkpoint, Model, Any]:
+    """The checkpoint at `path`, its model, which is that of the file `code` if there is one, and the model's config.
+
+    Raises as open_checkpoint and find_model.
+    """
+    checkpoint = open_checkpoint(path)
+    if code is None:
+        return checkpoint, *find_model(checkpoint.config)
+    model = load_model_code(code)
+    checkpoint = named_for(model, checkpoint)
+    return checkpoint, model, own_config(model, checkpoint.config)
+
+
+def named_for(model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """One without output matrix under the names that a model of somebody's own gives, which may be those it has."""
+    stored = as_stored(checkpoint)
+    if stored is checkpoint:
+        return checkpoint
+    specs = jax.tree.leaves(
+        specs_of(model, own_config(model, stored.config)), is_leaf=lambda s: isinstance(s, ParamSpec)
+    )
+    return stored if any(name in stored.names() for spec in specs for name in spec.names) else checkpoint
+
+
+def _taps(
+    model: Model,
+    config: Any,
+    partition: Partition,
+    dtype: np.dtype,
+    embedding: EmbeddingInfo | None,
+    patterns: Sequence[str],
+) -> tuple[TapInfo, ...]:
+    if embedding is not None:
+        raise ConfigError("capture is served of models that generate, and this one gives embeddings; leave it out")
+    taps = find_taps(model, config, dtype, patterns)
+    for tap, there in zip(taps, find_taps(model, partition.config, dtype, patterns), strict=True):
+        if tap != there:
+            raise ConfigError(
+                f"capture {tap.name!r}: {list(tap.shape)} a token would be filled up to {list(there.shape)} to be "
+                f"divided over {partition.mesh.size} devices; take a --mesh that divides it evenly"
+            )
+    return taps
 
 
 def limited(config: Any, options: ModelOptions, embedding: EmbeddingInfo | None) -> Any:
@@ -176,8 +232,8 @@ def _only_mesh(shape: MeshShape) -> Mesh:
 
 def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
     """Raises ConfigError for plain weights that are more than their devices' memory."""
-    device = partition.mesh.devices.flat[0]
-    total = device_memory(device, shape.devices)
+    device = partition.mesh.local_devices[0]
+    total = device_memory(device, shape.data * len(partition.mesh.local_devices))
     weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:

@@ -12,14 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import batch
+from jaxserve import batch, captured
 from jaxserve.batch import Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -46,10 +46,10 @@ class Launched:
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
         self._prompt = any(row.scored for row in plan.rows)
-        output.tokens.copy_to_host_async()
-        for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
-            if wanted:
-                jax.tree.map(lambda a: a.copy_to_host_async(), part)
+        wanted: list[Any] = [output.tokens, output.captured]
+        wanted += [output.logprobs] if self._logprobs else []
+        wanted += [output.prompt_logprobs] if self._prompt else []
+        jax.tree.map(lambda a: a.copy_to_host_async(), wanted)
 
     def result(self) -> Sampled:
         tokens = np.asarray(self._output.tokens)  # [S], or of several steps [N, S]
@@ -71,6 +71,13 @@ class Launched:
                     first = at - 1 - row.start  # what a token says is of the one after it
                     sampled.prompt_logprobs[i] = [_logprobs(host, (first + position,), top) for position in scored]
                 at += row.count
+        if self._output.captured:
+            values, at = [np.asarray(a) for a in self._output.captured], 0
+            for i, row in enumerate(self._plan.rows):
+                if here := row.captured:
+                    first, end = at + here.start - row.start, at + here.stop - row.start
+                    sampled.captured[i] = tuple(a[first:end].tobytes() for a in values)
+                at += row.count
         return sampled
 
 
@@ -84,6 +91,35 @@ class Pooled:
     def result(self) -> Sampled:
         host = np.asarray(self._rows)
         return Sampled((), embeddings={i: host[i].tobytes() for i, row in enumerate(self._plan.rows) if row.last})
+
+
+class Launch(NamedTuple):
+    """A launch as the devices know it, without its plan: the same on every host."""
+
+    shape: Shape
+    buffer: np.ndarray  # int32 [Layout.size]
+    bindings: list[tuple[Any, ...]]
+    """What binds a slot before it, as `no_binding` has it."""
+
+
+class Hosts(Protocol):
+    """The other hosts of a mesh that spans several. Each runs the launches of host 0, in their order."""
+
+    def least(self, pages: int) -> int:
+        """The least of what all hosts say here."""
+        ...
+
+    def known(self, shape: Shape) -> bool:
+        """Whether all others can launch a shape."""
+        ...
+
+    def begin(self, launch: Launch) -> int:
+        """Says that a launch begins here; its number."""
+        ...
+
+    def launched(self, number: int, output: StepOutput | jax.Array) -> None:
+        """Says, once the output is there, that a launch has finished here."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +139,7 @@ class Prepared:
 class Runner:
     """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
-    `launch` and `bind` belong to one thread.
+    `launch` and `execute` belong to one thread. Of a mesh that spans several hosts, `hosts` are the others.
     """
 
     def __init__(
@@ -113,8 +149,10 @@ class Runner:
         metrics: EngineMetrics,
         progress: Progress,
         mesh: Mesh | None = None,
+        hosts: Hosts | None = None,
     ):
-        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh)
+        self._hosts = hosts
+        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh, options.capture)
         self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
@@ -122,7 +160,8 @@ class Runner:
         platform, devices = self._device.platform, loaded.partition.mesh.size
         # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
         self._wait = platform == "cpu" and devices > 1
-        self._sharers = MeshShape.parse(options.device.mesh or "1").devices
+        here = len(loaded.partition.mesh.local_devices)
+        self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
         self._cache = loaded.programs
         self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)
@@ -138,6 +177,8 @@ class Runner:
             params=_num_params(loaded),
             weights=weights,
             memory=self._memory(weights),
+            taps=loaded.taps,
+            agreed=self._least_of_hosts,
         )
         self.sizes, self._compiled, needed = self._fit(sizing, progress)
         self._layout = {shape: self.programs.layout(shape, self.sizes) for shape in sizing.shapes}
@@ -170,8 +211,15 @@ class Runner:
             device_bytes={kind: size * devices for kind, size in by_kind.items()},
             mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
             embedding=loaded.embedding,
+            taps=loaded.taps,
         )
         metrics.device_bytes(self.info.device_bytes)
+        if loaded.taps:
+            size = captured.token_bytes(loaded.taps) / 2**10
+            progress(
+                f"capture: {len(loaded.taps)} values, {size:.1f} KiB a token; every position is computed, without "
+                "prefix cache and in one decode step a launch"
+            )
         gib = 2**30
         held = capacity(windows, self.sizes.num_pages, self.sizes.page_size, self.sizes.max_model_len)
         pages = f"{loaded.kv_dtype.name}, {held}"
@@ -183,22 +231,36 @@ class Runner:
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
-        for sequence in plan.admitted:
-            if _needs_binding(sequence):
-                self._state = self._bind(self._state, *self._binding(sequence))
-        shape = batch.pick(self.shapes, plan)
-        compiled = self.compiled(shape)
+        bindings = [self._binding(sequence) for sequence in plan.admitted if _needs_binding(sequence)]
+        shape = batch.pick(self._launchable(), plan)
         self._rows.update(plan)
-        buffer = self._layout[shape].pack(plan, self._rows)
-        self._state, output = compiled(self._params, self._state, buffer)
-        if self._wait:
-            jax.block_until_ready(self._state)
+        output = self.execute(Launch(shape, self._layout[shape].pack(plan, self._rows), bindings))
         launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
         return launched, shape.tokens * plan.steps - plan.num_computed
 
+    def execute(self, launch: Launch) -> Any:
+        """Starts a launch and returns what will be there: a StepOutput, or the pooled rows of a step for embeddings."""
+        number = 0 if self._hosts is None else self._hosts.begin(launch)
+        for binding in launch.bindings:
+            self._state = self._bind(self._state, *binding)
+        self._state, output = self.compiled(launch.shape)(self._params, self._state, launch.buffer)
+        if self._hosts is not None:
+            self._hosts.launched(number, output)
+        if self._wait:
+            jax.block_until_ready(self._state)
+        return output
+
+    def _launchable(self) -> list[Shape] | tuple[Shape, ...]:
+        """Of `shapes` those that all hosts have."""
+        hosts = self._hosts
+        return self.shapes if hosts is None else [shape for shape in self.shapes if hosts.known(shape)]
+
     def most_steps(self, seqs: int) -> int:
         """How many decode steps a launch of so many sequences may take: 1 until one of several is compiled for them."""
-        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self.shapes) else 1
+        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self._launchable()) else 1
+
+    def is_compiled(self, shape: Shape) -> bool:
+        return shape in self._compiled
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
@@ -290,7 +352,7 @@ class Runner:
         trial = sizing.trial()
         progress("compiling the largest step")
         compiled = self._timed_compile(sizing.largest, trial, "warmup")
-        needed = workspace_of(compiled)
+        needed = workspace_of(compiled) + sizing.captured
         found = sizing.fitted(needed)
         if found.num_pages != trial.num_pages:
             compiled = self._timed_compile(sizing.largest, found, "warmup")
@@ -305,7 +367,11 @@ class Runner:
         free = device_memory(self._device, self._sharers)
         if free is None or self._device.platform != "cpu":
             return free
-        return free + weights * self.programs.partition.mesh.size // self._sharers
+        return free + weights * len(self.programs.partition.mesh.local_devices) // self._sharers
+
+    def _least_of_hosts(self, pages: int) -> int:
+        """Hosts have memory of their own, and programs of one size."""
+        return pages if self._hosts is None else self._hosts.least(pages)
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
         """full: compiles every shape. min: a few shapes serve until the others, in the background, are there."""
@@ -358,7 +424,9 @@ class Runner:
 def _programs(loaded: Loaded) -> Programs:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
     pooling = loaded.embedding.pooling if loaded.embedding is not None else None
-    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling)
+    return Programs(
+        loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling, loaded.taps
+    )
 
 
 def _num_params(loaded: Loaded) -> int:

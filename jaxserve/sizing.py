@@ -4,14 +4,18 @@ What a step needs besides weights and cache is not known before it is compiled: 
 is given to `fitted`. Sizes are thus the same for a server that starts and for one that is only planned.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 
 from jaxserve import attention, batch
 from jaxserve.batch import Shape
+from jaxserve.captured import token_bytes
 from jaxserve.config import EngineOptions
 from jaxserve.errors import ConfigError, NoRoom
 from jaxserve.loading import memory_share
 from jaxserve.page_groups import longest, pages_held
+from jaxserve.request import TapInfo
 from jaxserve.sharding import bytes_per_device
 from jaxserve.step import Programs, Sizes, slot_shapes
 
@@ -21,6 +25,9 @@ CPU_TOKENS_PER_SEQ = 512
 CPU_STEP_FLOPS = 1e11
 """A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
 answered waiting for more than a second, and are no faster than in steps of 128."""
+
+MOST_CAPTURED = 2**28
+"""Bytes of inner values that a step may bring back: they wait in the host's memory, several times over, to be read."""
 
 
 class Sizing:
@@ -36,14 +43,17 @@ class Sizing:
         params: int,
         weights: int,
         memory: int | None,
+        taps: Sequence[TapInfo] = (),
+        agreed: Callable[[int], int] = lambda pages: pages,
     ):
         """`kernel` is attention's name, `params` the model's number of weights, `weights` their bytes, `memory` those
-        of the device; None: it does not say.
+        of the device; None: it does not say. `taps`: inner values that a step brings back of each token.
+        `agreed` makes of the pages that fit here those that fit on every host.
 
         Raises ConfigError for options that contradict the model or each other.
         """
         self._options, self._programs, self._cpu = options, programs, platform == "cpu"
-        self._weights, self._memory = weights, memory
+        self._weights, self._memory, self._agreed = weights, memory, agreed
         self._share = memory_share(options.device, platform)
         wanted, most = options.model.max_model_len, programs.config.max_positions
         if wanted is not None and wanted > most:
@@ -54,7 +64,11 @@ class Sizing:
         self.seqs = seqs = options.schedule.max_num_seqs or (64 if self._cpu else 256)
         whole = 0 if programs.model.causal else length  # a step of an encoder holds prompts whole
         default = max(2 * seqs, _cpu_tokens(params) if self._cpu else 2048, whole)
-        self.tokens = tokens = options.schedule.max_num_batched_tokens or default
+        tokens = options.schedule.max_num_batched_tokens or default
+        values = token_bytes(taps)
+        if values and options.schedule.max_num_batched_tokens is None:
+            tokens = max(seqs, min(tokens, 1 << (MOST_CAPTURED // values).bit_length() >> 1))
+        self.tokens = tokens
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
@@ -69,6 +83,14 @@ class Sizing:
         self.shapes = batch.shapes(seqs, tokens, least, singles=programs.pooling is None)
         """Every shape of a step, the smallest first."""
         self.largest: Shape = batch.covering(self.shapes)[0]
+        self.captured = self.largest.tokens * values
+        """Bytes that what the launch before has captured takes while it is on its way to the host."""
+        if self.captured > MOST_CAPTURED:
+            raise ConfigError(
+                f"capture: {len(taps)} values are {values / 2**10:.1f} KiB a token, in a step of {self.largest.tokens} "
+                f"tokens {self.captured / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} MiB may be; capture fewer, or "
+                "lower --max-num-batched-tokens and --max-num-seqs"
+            )
         self.page = attention.page_size(
             options.device.block_size, kernel, platform, programs.dtype, self.largest.seqs, length
         )
@@ -85,7 +107,8 @@ class Sizing:
                 f"cache and {pages} fit; "
                 "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
             )
-        return Sizes(fitting, self.seqs, self.tokens, self.page, pages, self._options.schedule.decode_steps)
+        steps = 1 if self.captured else self._options.schedule.decode_steps
+        return Sizes(fitting, self.seqs, self.tokens, self.page, pages, steps)
 
     def trial(self) -> Sizes:
         """What to compile `largest` with first. Raises NoRoom for weights that leave no room."""
@@ -98,7 +121,7 @@ class Sizing:
     def fitted(self, workspace: int) -> Sizes:
         """The sizes to serve with, where a step needs `workspace` bytes besides. Raises NoRoom."""
         if (pages := self._options.device.num_kv_pages) is None:
-            pages = min(self._most_pages(), (self._budget() - workspace) // self.page_bytes)
+            pages = min(self._most_pages(), self._agreed((self._budget() - workspace) // self.page_bytes))
             if pages < 1:
                 raise NoRoom(
                     f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
@@ -113,7 +136,7 @@ class Sizing:
         return int(self._memory * self._share) - self._weights - self.slots
 
     def _most_pages(self) -> int:
-        pages = self._budget() // self.page_bytes
+        pages = self._agreed(self._budget() // self.page_bytes)
         if pages < 1:
             raise NoRoom(
                 f"weights of {self._weights / 2**30:.2f} GiB leave no room for the KV cache: {self._share:.0%} of "

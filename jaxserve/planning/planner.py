@@ -18,6 +18,7 @@ from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.dry_run import trace
 from jaxserve.errors import ConfigError, NoRoom
 from jaxserve.loading import Chosen, Progress, choose, kv_dtype_for, memory_share, packer
+from jaxserve.models import find_model
 from jaxserve.page_groups import pages_held
 from jaxserve.planning.chips import CHIPS, Chip
 from jaxserve.planning.estimate import Estimate, Work, fitting_context
@@ -108,7 +109,7 @@ class Draft:
         model, device, platform = options.model, options.device, topology.chip.platform
         if platform == "cpu":  # one CPU has kernels for weights as they are stored, a mesh of them plain XLA
             device = replace(device, attention="reference")
-        chosen = choose(model, device, path, hf, mesh, platform, progress)
+        chosen = choose(model, device, path, hf, *find_model(hf, model.model_code), mesh, platform, progress)
         packer(model, chosen.dtype, available=False)  # refuses what only these kernels serve
         if model.model_code is not None:
             trace(chosen.model, chosen.config, chosen.dtype)
