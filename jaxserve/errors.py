@@ -2,6 +2,7 @@
 
 JaxserveError
 ├── ConfigError             a flag, file or mesh is wrong; raised before any device work
+│   └── NoRoom                  the model or its context does not fit the device's memory; says how much it has
 ├── CheckpointError         a checkpoint and the model file disagree; lists every mismatch
 ├── RequestError            the caller's fault; nothing was computed
 │   ├── InvalidParameter        a value is out of range or of the wrong type
@@ -32,6 +33,10 @@ class JaxserveError(Exception):
 
 class ConfigError(JaxserveError):
     """A flag, environment variable, configuration file or mesh is wrong."""
+
+
+class NoRoom(ConfigError):
+    """The weights, a step or the context do not fit the device's memory."""
 
 
 class CheckpointError(JaxserveError):

@@ -19,17 +19,21 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 _UNWANTED = ("*/*", "consolidated*")
 _POOLING = "*_Pooling/config.json"
 """How sentence-transformers pools, where a repository is one of its: the one file in a subdirectory that is read."""
+_CONFIGS = ("config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+"""What tells a model's sizes and its use, the first one always."""
+_OTHER_SIZES = "download it, or name the repository that it was made from"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack", ".h5")
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> Path:
+def resolve_model(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
     """Where `model` lies: None is the embedded model, then an existing directory or GGUF file, then a Hugging Face id.
 
     An id `org/repo` means safetensors, and in a repository of GGUF files alone its Q4_K_M, or its only one;
     `org/repo:Q8_0` the GGUF file of that kind, `org/repo/path/file.gguf` that file, of a split all; `hf.co/` may stand
     before each of them. What is not here is downloaded with huggingface_hub, whose cache, progress bar and environment
     (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) are used as they are; files that are already complete are not
-    fetched again. `revision` is a branch, tag or commit of an id. Raises ConfigError with the cure.
+    fetched again. `revision` is a branch, tag or commit of an id. Without `weights` no more of an id is downloaded than
+    what tells the model's sizes, and a config.json alone will do. Raises ConfigError with the cure.
     """
     if model is None:
         return _embedded(revision)
@@ -39,7 +43,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
             raise ConfigError(f"revision {revision!r} needs a Hugging Face id; {model} is a directory")
         return path
     if path.is_file():
-        if find_gguf(path) is None:
+        if find_gguf(path) is None and (weights or path.suffix != ".json"):
             raise ConfigError(f"{model} is no GGUF file; give one, or the directory of config.json and the weights")
         if revision is not None:
             raise ConfigError(f"revision {revision!r} needs a Hugging Face id; {model} is a file")
@@ -48,6 +52,8 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
     name = _HOST.sub("", model, count=1)
     wanted = None if local else _GGUF.fullmatch(name)
     if wanted is not None and _ID.fullmatch(wanted["id"]):
+        if not weights:
+            raise ConfigError(f"{model}: a GGUF file tells its sizes when it is here; {_OTHER_SIZES}")
         return _download_gguf(wanted["id"], wanted["kind"], wanted["file"], revision)
     if model.lower().endswith(".gguf"):
         raise ConfigError(f"no such file: {model}")
@@ -55,7 +61,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
         raise ConfigError(f"no such directory: {model}")
     if not _ID.fullmatch(name):
         raise ConfigError(f"no such directory, and not a Hugging Face id ([namespace/]name[:kind]): {model!r}")
-    return _download(name, revision)
+    return _download(name, revision) if weights else _download_config(name, revision)
 
 
 def _embedded(revision: str | None) -> Path:
@@ -86,6 +92,18 @@ def _download(model: str, revision: str | None) -> Path:
     held = [name for name in names if name.lower().endswith(_WEIGHTS)]
     instead = f"it has {_listed(held)}" if held else "it has no weights"
     raise ConfigError(f"{model} holds no safetensors; {instead}; name a repository that does")
+
+
+def _download_config(model: str, revision: str | None) -> Path:
+    import huggingface_hub as hf
+
+    try:
+        path = Path(hf.snapshot_download(model, revision=revision, allow_patterns=[*_CONFIGS, _POOLING]))
+    except Exception as error:
+        raise ConfigError(_explain(model, revision, error)) from error
+    if not (path / _CONFIGS[0]).is_file():
+        raise ConfigError(f"{model} holds no {_CONFIGS[0]}; {_OTHER_SIZES}")
+    return path
 
 
 def gguf_models(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Brings a model to its devices as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,23 +36,29 @@ type Packer = Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model whose weights are on their devices, and what its steps are to be compiled with."""
+class Chosen:
+    """What a model will be computed with, before a weight is read."""
 
     model: Model
     config: Any
     """What config.json says; the weights have the sizes of `partition.config`."""
-    params: Params
     partition: Partition
     dtype: np.dtype
     """Of the activations."""
-    kv_dtype: np.dtype
     attention: str
     """The kernel's name."""
     kernel: RaggedPagedAttention
-    programs: CompileCache
     embedding: EmbeddingInfo | None
     """How it makes embeddings; None: it generates."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Loaded(Chosen):
+    """A model whose weights are on their devices, and what its steps are to be compiled with."""
+
+    params: Params
+    kv_dtype: np.dtype
+    programs: CompileCache
     taps: tuple[TapInfo, ...] = ()
     """Inner values that each step brings back."""
 
@@ -60,6 +66,39 @@ class Loaded:
     def device(self) -> jax.Device:
         """The first of them that is this host's; all are of one kind."""
         return self.partition.mesh.local_devices[0]
+
+
+def choose(
+    options: ModelOptions,
+    device: DeviceOptions,
+    path: Path,
+    hf: Mapping[str, Any],
+    model: Model,
+    config: Any,
+    mesh: Mesh,
+    platform: str,
+    progress: Progress,
+    capability: str | None = None,
+) -> Chosen:
+    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described.
+
+    `capability` is a GPU's compute capability.
+
+    Raises ConfigError for options that the model or the platform does not serve.
+    """
+    embedding = read_embedding(
+        path, hf, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
+    )
+    config = limited(config, options, embedding)
+    partition = Partition(mesh, model, config)
+    dtype = jnp.dtype(dtype_for(options.dtype, platform))
+    name, reason, kernel = attention.choose(
+        device.attention, platform, progress, devices=mesh.size, causal=model.causal, block_size=device.block_size,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype, head_dim=config.head_dim,
+        capability=capability,
+    )  # fmt: skip
+    progress(f"attention: {name} ({reason})")
+    return Chosen(model, config, partition, dtype, name, kernel, embedding)
 
 
 def load_model(
@@ -76,30 +115,24 @@ def load_model(
     ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
     checkpoint, model, config = open_model(path, options.model_code)
-    embedding = read_embedding(
-        path, checkpoint.config, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
-    )
-    config = limited(config, options, embedding)
     shape = MeshShape.parse(device.mesh or "1")
-    partition = Partition(mesh or _only_mesh(shape), model, config)  # refuses what cannot be, before a weight is read
-    place = partition.mesh.devices.flat[0]
-    devices = partition.mesh.size
-    dtype = jnp.dtype(dtype_for(options.dtype, place.platform))
-    name, reason, kernel = attention.choose(
-        device.attention, place.platform, progress, devices=devices, causal=model.causal, block_size=device.block_size,
-        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype, head_dim=config.head_dim,
+    mesh = mesh or _only_mesh(shape)
+    place = mesh.devices.flat[0]
+    chosen = choose(
+        options, device, path, checkpoint.config, model, config, mesh, place.platform, progress,
         capability=getattr(place, "compute_capability", None),
     )  # fmt: skip
-    progress(f"attention: {name} ({reason})")
+    config, partition, dtype = chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
 
+    packs = chosen.attention == "cpu"
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
-        trace(model, config, dtype, stored_shapes(checkpoint, dtype, name == "cpu"))
-    taps = _taps(model, config, partition, dtype, embedding, capture) if capture else ()
-    pack = packer(options, dtype, name == "cpu")
+        trace(model, config, dtype, stored_shapes(checkpoint, dtype, packs))
+    taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
+    pack = packer(options, dtype, packs)
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
     start, size = time.perf_counter(), 0
@@ -113,11 +146,11 @@ def load_model(
     give_back()
     seconds = time.perf_counter() - start
     read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
-    if len(partition.mesh.local_devices) < devices:  # it is the shards of those that were read
+    if len(partition.mesh.local_devices) < mesh.size:  # it is the shards of those that were read
         read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
     progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
-    kv_dtype = _kv_dtype(options, device, name, params, dtype)
-    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding, taps)
+    kv_dtype = kv_dtype_for(options, device, chosen.attention, params, dtype)
+    return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs, taps=taps)
 
 
 def open_model(path: Path, code: str | None) -> tuple[Checkpoint, Model, Any]:
@@ -267,7 +300,9 @@ def packer(options: ModelOptions, dtype: np.dtype, available: bool) -> Packer | 
     return pack
 
 
-def _kv_dtype(options: ModelOptions, device: DeviceOptions, kernel: str, params: Params, dtype: np.dtype) -> np.dtype:
+def kv_dtype_for(
+    options: ModelOptions, device: DeviceOptions, kernel: str, params: Params, dtype: np.dtype
+) -> np.dtype:
     """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
     wanted = device.kv_cache_dtype
     if wanted == "auto":

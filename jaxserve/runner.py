@@ -19,33 +19,24 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import attention, batch, captured
-from jaxserve.batch import Layout, Shape, SlotRows
+from jaxserve import batch, captured
+from jaxserve.batch import Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import give_back
-from jaxserve.loading import Loaded, Progress, device_memory, load_model, memory_share
+from jaxserve.loading import Loaded, Progress, device_memory, load_model
 from jaxserve.metrics import EngineMetrics
-from jaxserve.page_groups import capacity, longest, pages_held
+from jaxserve.page_groups import capacity
 from jaxserve.plans import Plan, Sampled, Sequence
 from jaxserve.request import EngineInfo, Logprobs, Update
 from jaxserve.sampling import TokenLogprobs
 from jaxserve.sharding import bytes_per_device
+from jaxserve.sizing import Sizing, workspace_of
 from jaxserve.spec import Params
-from jaxserve.step import Program, Programs, Sizes, StepOutput, no_binding, slot_shapes
+from jaxserve.step import Program, Programs, Sizes, StepOutput, no_binding
 from jaxserve.update import edited, weights_at, weights_of
 
 log = logging.getLogger("jaxserve.runner")
-
-CPU_TOKENS_PER_SEQ = 512
-"""The default KV cache on CPU holds this many tokens a sequence: host memory is shared with everything else."""
-
-CPU_STEP_FLOPS = 1e11
-"""A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
-answered waiting for more than a second, and are no faster than in steps of 128."""
-
-MOST_CAPTURED = 2**28
-"""Bytes of inner values that a step may bring back: they wait in the host's memory, several times over, to be read."""
 
 
 class Launched:
@@ -171,16 +162,26 @@ class Runner:
         self._wait = platform == "cpu" and devices > 1
         here = len(loaded.partition.mesh.local_devices)
         self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
-        self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
+        self._cache = loaded.programs
         self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)
         self.programs = _programs(loaded)
         weights = bytes_per_device(self._params)
         self._lock = threading.Lock()
         self._closing = False
-        self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
-        self.sizes, self._compiled, workspace = self._fit(options, weights, progress)
-        self._layout = self._layouts(self.sizes)
+        sizing = Sizing(
+            self.programs,
+            options,
+            platform=platform,
+            kernel=loaded.attention,
+            params=_num_params(loaded),
+            weights=weights,
+            memory=self._memory(weights),
+            taps=loaded.taps,
+            agreed=self._least_of_hosts,
+        )
+        self.sizes, self._compiled, needed = self._fit(sizing, progress)
+        self._layout = {shape: self.programs.layout(shape, self.sizes) for shape in sizing.shapes}
         windows = self.programs.groups.windows
         self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq, len(windows))
         self.shapes = tuple(self._layout)
@@ -191,7 +192,7 @@ class Runner:
         self._pool: ThreadPoolExecutor | None = None
         self._warm_up(options.device.warmup, progress)
         kv, slots = bytes_per_device(self._state.cache), bytes_per_device(self._state.slots)
-        by_kind = {"weights": weights, "kv": kv, "slots": slots, "workspace": workspace}
+        by_kind = {"weights": weights, "kv": kv, "slots": slots, "workspace": needed}
         self.info = EngineInfo(
             model=str(path),
             architecture=self.model.name,
@@ -225,7 +226,7 @@ class Runner:
         each = f" of each of {devices} devices" if devices > 1 else ""
         progress(
             f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
-            f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
+            f"+ workspace {needed / gib:.2f} = {(weights + kv + slots + needed) / gib:.2f} GiB"
         )
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
@@ -327,18 +328,6 @@ class Runner:
             )
             self._metrics.device_bytes(self.info.device_bytes)
 
-    def _cpu_tokens(self) -> int:
-        """Tokens of a default step on CPU: 512 of small models, 64 of large ones."""
-        work = 2 * _num_params(self._loaded)
-        return next((n for n in (512, 256, 128) if n * work <= CPU_STEP_FLOPS), 64)
-
-    def _layouts(self, sizes: Sizes) -> dict[Shape, Layout]:
-        known = self._shapes(sizes.max_num_seqs, sizes.max_num_batched_tokens)
-        return {s: self.programs.layout(s, sizes) for s in known}
-
-    def _shapes(self, seqs: int, tokens: int) -> list[Shape]:
-        return batch.shapes(seqs, tokens, self._least, singles=not self._embeds)
-
     def _get(self, program: Program) -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
         return self._cache.get(what, function, *arguments, donate=donate, out_shardings=results)
@@ -357,101 +346,28 @@ class Runner:
         self._compiled[shape] = self._timed_compile(shape, self.sizes, "serving")
         return self._compiled[shape]
 
-    def _fit(
-        self, options: EngineOptions, weights: int, progress: Progress
-    ) -> tuple[Sizes, dict[Shape, jax.stages.Compiled], int]:
-        """Sizes the KV cache by what the compiled largest step leaves of each device's memory; returns that step too.
-
-        `weights`: bytes a device.
-        """
-        cpu = self._device.platform == "cpu"
-        wanted_len = options.model.max_model_len
-        length = wanted_len or self.config.max_positions
-        if wanted_len is not None and wanted_len > self.config.max_positions:
-            raise ConfigError(f"max_model_len {wanted_len} exceeds the model's {self.config.max_positions} positions")
-        seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
-        whole = 0 if self.model.causal else length  # a step of an encoder holds prompts whole
-        tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048, whole)
-        values = captured.token_bytes(self._loaded.taps)
-        if values and options.schedule.max_num_batched_tokens is None:
-            tokens = max(seqs, min(tokens, 1 << (MOST_CAPTURED // values).bit_length() >> 1))
-        if tokens < seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
-                "token; raise --max-num-batched-tokens or lower --max-num-seqs"
-            )
-        if tokens < whole:
-            raise ConfigError(
-                f"max_num_batched_tokens {tokens} is less than max_model_len {length}: an encoder takes prompts whole; "
-                "raise --max-num-batched-tokens or lower --max-model-len"
-            )
-        largest, *_ = batch.covering(self._shapes(seqs, tokens))
-        if largest.tokens * values > MOST_CAPTURED:
-            raise ConfigError(
-                f"capture: {len(self._loaded.taps)} values are {values / 2**10:.1f} KiB a token, in a step of "
-                f"{largest.tokens} tokens {largest.tokens * values / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} "
-                "MiB may be; capture fewer, or lower --max-num-batched-tokens and --max-num-seqs"
-            )
-        page = attention.page_size(
-            options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
-        )
-        given, windows = options.device.num_kv_pages, self.programs.groups.windows
-        page_bytes = bytes_per_device(self.programs.state(Sizes(page, 1, 1, page, 1)).cache)
-
-        def sizes(pages: int) -> Sizes:
-            fitting = longest(windows, pages, page, length)
-            if fitting < (wanted_len or 1):
-                raise ConfigError(
-                    f"max_model_len {wanted_len or 1} needs {pages_held(windows, wanted_len or 1, page)} pages of KV "
-                    f"cache and {pages} fit; "
-                    "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
-                )
-            return Sizes(fitting, seqs, tokens, page, pages, 1 if values else options.schedule.decode_steps)
-
-        if given is None:
-            free, share = (
-                device_memory(self._device, self._sharers),
-                memory_share(options.device, self._device.platform),
-            )
-            if free is None:
-                kind = self._device.device_kind
-                raise ConfigError(f"{kind} does not say how much memory it has; give --num-kv-pages")
-            # On CPU what is free now; what counts is what was before the weights.
-            here = len(self.programs.partition.mesh.local_devices)
-            total = free + (weights * here // self._sharers if cpu else 0)
-            budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
-            pages = self._least_of_hosts(budget // page_bytes)
-            if pages < 1:
-                raise ConfigError(
-                    f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
-                    f"{total / 2**30:.2f} GiB may be used; raise --memory-utilization"
-                )
-            if whole:  # for two steps: one runs while the next is planned, and nothing stays
-                pages = min(pages, 2 * (-(-tokens // page) + seqs))
-            elif cpu:
-                every = len(windows) * -(-seqs * CPU_TOKENS_PER_SEQ // page)
-                pages = min(pages, max(pages_held(windows, length, page), every))
-        else:
-            pages = given
+    def _fit(self, sizing: Sizing, progress: Progress) -> tuple[Sizes, dict[Shape, jax.stages.Compiled], int]:
+        """Sizes the KV cache by what the compiled largest step leaves of each device's memory; returns that step too,
+        and its workspace."""
+        trial = sizing.trial()
         progress("compiling the largest step")
-        # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
-        trial = pages if cpu or given else min(pages, pages_held(windows, length, page))
-        compiled = self._timed_compile(largest, sizes(trial), "warmup")
-        # What the launch before has captured is still on its way to the host.
-        workspace = _workspace(compiled) + largest.tokens * values
-        if given is None:
-            pages = min(pages, self._least_of_hosts((budget - workspace) // page_bytes))
-            if pages < 1:
-                raise ConfigError(
-                    f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
-                    "cache; lower --max-num-batched-tokens or --max-num-seqs"
-                )
-        found = sizes(pages)
-        if pages != trial:
-            compiled = self._timed_compile(largest, found, "warmup")
-        if found.max_model_len < length:
-            progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
-        return found, {largest: compiled}, workspace
+        compiled = self._timed_compile(sizing.largest, trial, "warmup")
+        needed = workspace_of(compiled) + sizing.captured
+        found = sizing.fitted(needed)
+        if found.num_pages != trial.num_pages:
+            compiled = self._timed_compile(sizing.largest, found, "warmup")
+        if found.max_model_len < sizing.length:
+            progress(
+                f"max_model_len lowered from {sizing.length} to {found.max_model_len}: that is what the KV cache holds"
+            )
+        return found, {sizing.largest: compiled}, needed
+
+    def _memory(self, weights: int) -> int | None:
+        """Bytes of each device; on CPU those that were free before the weights."""
+        free = device_memory(self._device, self._sharers)
+        if free is None or self._device.platform != "cpu":
+            return free
+        return free + weights * len(self.programs.partition.mesh.local_devices) // self._sharers
 
     def _least_of_hosts(self, pages: int) -> int:
         """Hosts have memory of their own, and programs of one size."""
@@ -543,11 +459,3 @@ def _logprobs(host: TokenLogprobs, at: tuple[int, ...], top: int) -> Logprobs:
         tuple(host.top_ids[at][:top].tolist()),
         tuple(host.top_logprobs[at][:top].tolist()),
     )
-
-
-def _workspace(compiled: jax.stages.Compiled) -> int:
-    """Bytes a step needs besides its arguments and the state it updates in place."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

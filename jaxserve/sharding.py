@@ -255,8 +255,9 @@ class Partition:
         return constrained
 
     def tracing(self) -> contextlib.AbstractContextManager[Any]:
-        """What a function for these devices is to be traced in: it tells code of kernels that there is a mesh."""
-        if self.mesh.size == 1:
+        """What a function for these devices is to be traced in: it tells code of kernels of which kind they are, and
+        that there is a mesh. One CPU's are C++, and want neither."""
+        if self.mesh.size == 1 and self.mesh.devices.item().platform == "cpu":
             return contextlib.nullcontext()
         return jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
 

@@ -66,9 +66,8 @@ class Sizes:
 
 
 class Program(NamedTuple):
-    """A function to compile: `jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)`.
-
-    `what` names it and all that it depends on besides the arguments, for CompileCache.
+    """A function to compile, as `lower` does. `what` names it and all that it depends on besides the arguments, for
+    CompileCache.
     """
 
     what: object
@@ -76,6 +75,11 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     donate: int | None
     results: Any
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traced for the devices that the arguments' shardings name, which may be only described."""
+        donated = () if self.donate is None else self.donate
+        return jax.jit(self.function, donate_argnums=donated, out_shardings=self.results).lower(*self.arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,7 +335,8 @@ def _sample(
         )
         return sampled, logprobs
 
-    rows = jax.tree.map(lambda a: a[:count], (step.rows, step.slots))
+    # Else XLA divides the arrays before it cuts them, and then has to move each one's numbers between devices.
+    rows = partition.whole(jax.tree.map(lambda a: a[:count], (step.rows, step.slots)))
     logits = to_logits(last[:count])  # [count, V]
     with jax.named_scope("sample"):
         found = partition.whole(partition.by_rows(choose, (logits, *rows), slots))

@@ -34,6 +34,7 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.model_code import load_model_code
 from jaxserve.models import find_model
+from jaxserve.planning.steps import collectives
 from jaxserve.request import EMBED, Request, Update
 from jaxserve.runner import Runner
 from jaxserve.sharding import Partition, bytes_per_device, meshes
@@ -231,6 +232,8 @@ def test_a_step_changes_the_cache_in_place_and_a_block_waits_twice(four, shape):
     assert all("/sample/" in line for line in waits if "/forward/" not in line), (
         "nothing else is moved but logits and tokens"
     )
+    counted = [(c.kind, c.count) for c in collectives(compiled.as_text()) if c.part == "block"]
+    assert counted == [("all-reduce", 4)], "what a plan says of it"
 
 
 def is_collective(line):

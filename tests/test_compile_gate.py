@@ -1,5 +1,6 @@
 """The compile gate: what it reads from a compiler's output, and where libtpu is installed, a part of the gate."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -22,6 +23,11 @@ def gate():
     sys.modules["compile_gate"] = module  # where its dataclasses look their types up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def steps(gate):
+    return importlib.import_module("gates_step")  # the gate has said where it is
 
 
 def test_copies_of_the_cache_are_found(gate):
@@ -109,3 +115,46 @@ def test_the_kernel_compiles_for_gpu():
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     (found,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     assert found["registers"]["attention_decode"] > 100 and not found["problems"]
+
+
+# --- whole steps ----------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_a_weight_are_found(steps):
+    hlo = """
+HloModule jit__step
+
+%fused (p: bf16[64,128]) -> bf16[128,64] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  ROOT %t = bf16[128,64]{1,0} transpose(%p), dimensions={1,0}
+}
+
+ENTRY %main {
+  %params_0.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="params[0]"}
+  %norm = bf16[128]{0} parameter(1), metadata={op_name="params[1]"}
+  %x = bf16[64,128]{1,0} parameter(2)
+  %bitcast.1 = bf16[8192]{0} bitcast(%params_0.1)
+  %fetch = (bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%params_0.1)
+  %cut = bf16[8,128]{1,0} slice(%params_0.1), slice={[0:8], [0:128]}
+  %y = bf16[64,128]{1,0} copy(%x)
+  %dot = bf16[64,64]{1,0} fusion(%params_0.1, %x), kind=kOutput, calls=%fused
+@
+}
+"""
+    assert steps.weight_copies(hlo.replace("@", ""), 2, least=1024) == {}
+    for name, made, line in (
+        ("copy.7", 16384, "bf16[8192]{0} copy(%bitcast.1)"),
+        ("fusion.3", 16384, "bf16[128,64]{1,0:T(8,128)(2,1)} fusion(%params_0.1), kind=kLoop, calls=%fused"),
+        ("wide", 32768, "f32[64,128]{1,0} convert(%params_0.1)"),
+    ):
+        assert steps.weight_copies(hlo.replace("@", f"  %{name} = {line}"), 2, least=1024) == {name: made}
+
+
+def test_a_step_compiles_for_tpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the TPU's compiler is not installed; `make compile-gate` runs the gate where it is")
+    command = [sys.executable, str(PROGRAM), "--json", "--only", "step/qwen3-0.6b/v5e:2x4/decode"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    (found,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert found["temp_bytes"] > 0 and not found["problems"]

@@ -22,7 +22,8 @@ import sys
 from jaxserve.errors import ConfigError
 from jaxserve.hub import resolve_model
 try:
-    print(resolve_model(*sys.argv[1:]))
+    names = [a for a in sys.argv[1:] if a != "--config"]
+    print(resolve_model(*names, weights=names == sys.argv[1:]))
 except ConfigError as error:
     print(error.message)
     sys.exit(3)
@@ -243,6 +244,21 @@ def test_gguf_files_come_from_the_hub(resolve):
     assert resolve(hub, "org/tiny-GGUF:q8_0") == str(path)  # the hub is gone, the cache is whole
     said = resolve(hub, "org/other-GGUF:q8_0", offline=True, succeeds=False)
     assert said.startswith("org/other-GGUF is not in the cache and HF_HUB_OFFLINE is set")
+
+
+def test_a_plan_downloads_the_config_and_no_weight(resolve, tmp_path):
+    _, _, files = checkpoint()
+    with HubStandIn({"org/tiny-llama": Repo(files), "org/tiny-GGUF": Repo({"tiny-Q8_0.gguf": b""})}) as hub:
+        path = Path(resolve(hub, "org/tiny-llama", "--config"))
+        found = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()}
+        assert found == {"config.json", "modules.json", "1_Pooling/config.json"}
+        for name in ("org/tiny-GGUF", "org/tiny-GGUF:Q8_0"):
+            said = resolve(hub, name, "--config", succeeds=False)
+            assert said.startswith(name) and "name the repository that it was made from" in said
+        assert not hub.gets("tiny-Q8_0.gguf")
+    file = tmp_path / "config.json"
+    file.write_text("{}")
+    assert resolve_model(str(file), weights=False) == file
 
 
 def test_a_directory_is_itself(tmp_path, monkeypatch):

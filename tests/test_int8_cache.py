@@ -200,4 +200,4 @@ def test_pages_are_sized_by_values_and_scales():
 def test_what_does_not_read_it_is_refused():
     device = DeviceOptions(kv_cache_dtype="int8")
     with pytest.raises(ConfigError, match="int8 is not served by the attention kernel 'other'; give --attention ref"):
-        loading._kv_dtype(ModelOptions(), device, "other", {}, np.dtype(np.float32))
+        loading.kv_dtype_for(ModelOptions(), device, "other", {}, np.dtype(np.float32))

@@ -14,7 +14,7 @@ from running_engine import Running, request
 from test_models import GOLDENS, load
 from toy_model import VOCAB, write_checkpoint
 
-from jaxserve import LLM, attention, captured, models, runner
+from jaxserve import LLM, attention, captured, models, sizing
 from jaxserve.config import EngineOptions, HostPlace
 from jaxserve.errors import ConfigError, PromptTooLong
 from jaxserve.hub import resolve_model
@@ -307,12 +307,12 @@ def test_each_position_once_whatever_becomes_of_a_sequence(tmp_path, monkeypatch
 def test_their_size_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, "ToyForCausalLM", "toy_model")
     toy, options = write_checkpoint(tmp_path), {"pages": 64, "length": 64, "warmup": "lazy", "capture": ["*"]}
-    monkeypatch.setattr(runner, "MOST_CAPTURED", 20 * 4)
+    monkeypatch.setattr(sizing, "MOST_CAPTURED", 20 * 4)
     with Running(toy, budget=None, **options) as engine:
         assert engine.engine.info.max_num_batched_tokens == 16, "worked out"
         assert max(engine.engine.runner.shapes).tokens == 16
         assert engine.engine.info.device_bytes["workspace"] >= 2 * 16 * 4, "of two launches"
-    monkeypatch.setattr(runner, "MOST_CAPTURED", 2**18)
+    monkeypatch.setattr(sizing, "MOST_CAPTURED", 2**18)
     with pytest.raises(
         ConfigError, match=r"14 values are 14.0 KiB a token, in a step of 512 tokens 7 MiB.*lower --max-num"
     ):

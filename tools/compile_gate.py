@@ -7,7 +7,8 @@
 A gate is a program that keeps a KV cache. Each must compile, update its cache in place, make no copy of it on the way,
 and need no more memory, no more instructions (of a TPU's kernels: VLIW bundles, each one cycle of issue), no more
 registers (of a GPU's) and no more spills than tools/compile_gate.json says. That is what can be known without the
-hardware: not speed, and not that it is right. Those of GPUs are in gates_gpu.py.
+hardware: not speed, and not that it is right. Those of the TPU's attention kernel are below, those of GPUs in
+gates_gpu.py, those of whole steps on TPUs in gates_step.py.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,9 @@ class Gate:
 
     name: str
     lower: Callable[[], tuple[Any, int]]
+    look: Callable[[Any, Iterable[str]], tuple[dict[str, float], list[str]]] | None = None
+    """What else is found in the compiled program, by name, and what is wrong with it; it is also given what may copy
+    the cache, and says what does. The program's kernels then have gates of their own."""
 
 
 @dataclass
@@ -62,11 +66,13 @@ class Found:
     """By kernel for GPU: of each thread."""
     spills: dict[str, int] = field(default_factory=dict)
     """By kernel: instructions for TPU, bytes of a thread for GPU."""
+    others: dict[str, float] = field(default_factory=dict)
+    """What else is held to limits, by name."""
     problems: list[str] = field(default_factory=list)
 
     def limits(self) -> dict[str, float]:
         """The figures that are held to limits, by name."""
-        found: dict[str, float] = {"temp_bytes": self.temp_bytes}
+        found: dict[str, float] = {"temp_bytes": self.temp_bytes} | self.others
         for kernel in self.bundles:
             found[f"{kernel}.bundles"], found[f"{kernel}.spills"] = self.bundles[kernel], self.spills[kernel]
         for kernel in self.registers:
@@ -83,11 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [gate for gate in gates() if options.only in gate.name]
     if not chosen:
         parser.error(f"no gate has {options.only!r} in its name; there are {', '.join(g.name for g in gates())}")
-    stored = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    stored = known_limits()
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
         dump = Path(directory)
-        prepare(dump)
+        prepare(dump, listings=any(gate.look is None for gate in chosen))
         if not options.json:
             print(
                 f"{versions()}\n{'gate':<46} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
@@ -95,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
         for gate in chosen:
             found = measure(gate, dump)
             if options.update and not found.problems:
+                # Another process may have stored some, too; and not every compiler is there each time.
+                stored = known_limits()
                 stored[gate.name] = stored.get(gate.name, {}) | found.limits()
                 LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
             found.problems += over(found.limits(), stored.get(gate.name))
@@ -106,20 +114,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def prepare(dump: Path) -> None:
-    """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, listings to `dump`."""
-    os.environ.update(
-        JAX_PLATFORMS="cpu",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-8",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_LOG_DIR=str(dump),
-        TF_CPP_MIN_LOG_LEVEL="3",
-        MOSAIC_GPU_DUMP_TO=str(dump),
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final_bundles",
-    )
+def prepare(dump: Path, *, listings: bool) -> None:
+    """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, and if they are wanted
+    listings to `dump`."""
+    from jaxserve.planning.topology import environment
+
+    os.environ.update(environment(dump), MOSAIC_GPU_DUMP_TO=str(dump))
+    if listings:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        )
+
+
+def known_limits() -> dict[str, dict[str, float]]:
+    """By gate and figure."""
+    found: dict[str, dict[str, float]] = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    return found
 
 
 def versions() -> str:
@@ -134,7 +144,9 @@ def line(name: str, found: Found) -> str:
         for kernel in sorted(found.bundles)
     )
     registers = (f"{kernel}: {used} registers, {found.spills[kernel]}" for kernel, used in found.registers.items())
-    return f"{name:<46} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {'; '.join([*kernels, *registers])}"
+    others = (f"{what} {value:.0f}" for what, value in found.others.items())
+    what = "; ".join([*kernels, *registers, *others])
+    return f"{name:<46} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {what}"
 
 
 def measure(gate: Gate, dump: Path) -> Found:
@@ -151,7 +163,12 @@ def measure(gate: Gate, dump: Path) -> Found:
     found = Found(time.perf_counter() - start, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes)
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
-    found.problems += [f"copies the cache: {what}" for what in copies(compiled.as_text(), cache // 8)]
+    copied = copies(compiled.as_text(), cache // 8)
+    if gate.look is not None:
+        found.others, problems = gate.look(compiled, copied)
+        found.problems += problems
+        return found
+    found.problems += [f"copies the cache: {what}" for what in copied]
     for path in sorted(dump.glob("*-final_bundles.txt")):
         kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)
         if kernel and "schedule-analysis" not in path.name:
@@ -218,12 +235,14 @@ HEADS = {
 
 def gates() -> list[Gate]:
     """Every gate, those of the attention kernel first."""
+    import gates_step
+
     found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
     found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:]]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
     found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
     found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only
-    return [*(gate() for gate in found), *(Gate(*fields) for fields in gates_gpu.gates())]
+    return [*(gate() for gate in found), *(Gate(*fields) for fields in (*gates_gpu.gates(), *gates_step.gates()))]
 
 
 def attention(

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "convert:convert",
     "quantize": "quantize:quantize",
     "show": "show:show",
+    "plan": "plan:plan",
     "check": "check:check",
     "new-model": "new_model:new_model",
     "new-checkpoint": "new_model:new_checkpoint",

@@ -77,6 +77,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def open_config(path: Path) -> dict[str, Any]:
+    """What config.json says of a checkpoint's model, as `open_checkpoint` would; the weights need not be there.
+
+    `path` may also be the config.json. Raises ConfigError and CheckpointError.
+    """
+    folder = path.is_dir()
+    if find_gguf(path) or (folder and (any(path.glob("*.safetensors")) or (path / ORBAX_PARAMS).is_dir())):
+        return open_checkpoint(path).config
+    from jaxserve.weights.text_part import text_config
+
+    return text_config(_read_config(path / CONFIG if folder else path), path)
+
+
 def _open_directory(path: Path, config: dict[str, Any]) -> Checkpoint | None:
     if (path / safetensors.SINGLE).is_file():
         return safetensors.open_single(path, config)

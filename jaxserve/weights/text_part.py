@@ -1,6 +1,8 @@
 """The text part of a checkpoint that holds a vision tower as well, seen as a checkpoint of its own."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,23 +31,32 @@ _LAYOUTS = {
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
     """The text part of a checkpoint that has several, any other as it is. Raises ConfigError without a text_config."""
-    names = checkpoint.config.get("architectures") or []
-    layout = next((_LAYOUTS[name] for name in names if name in _LAYOUTS), None)
+    layout = _layout(checkpoint.config)
     return checkpoint if layout is None else _TextPart(checkpoint, layout)
+
+
+def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of that part. Raises ConfigError without a text_config."""
+    layout = _layout(config)
+    if layout is None:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"{path}: config.json has no text_config, which tells the sizes of its text part")
+    outer = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+    return text | outer | {"architectures": [layout.text]}
+
+
+def _layout(config: dict[str, Any]) -> _Layout | None:
+    return next((_LAYOUTS[name] for name in config.get("architectures") or [] if name in _LAYOUTS), None)
 
 
 class _TextPart:
     """A Checkpoint. Tensors of no known part keep their names, so that whoever asks for names meets them."""
 
     def __init__(self, whole: Checkpoint, layout: _Layout):
-        text = whole.config.get("text_config")
-        if not isinstance(text, dict):
-            raise ConfigError(f"{whole.path}: config.json has no text_config, which tells the sizes of its text part")
         self.path = whole.path
-        outer = {
-            key: whole.config[key] for key in ("tie_word_embeddings", "quantization_config") if key in whole.config
-        }
-        self.config = text | outer | {"architectures": [layout.text]}
+        self.config = text_config(whole.config, whole.path)
         self._whole = whole
         self._names = {
             name.removeprefix(layout.prefix): name for name in whole.names() if not name.startswith(layout.others)

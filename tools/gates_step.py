@@ -1,0 +1,127 @@
+"""Gates of whole steps: real models' widths on real slices, the step's function as an engine compiles it.
+
+Two layers will do: a block's messages between devices are told from others by the scope that they are in, and all that
+a step has are held to a stored number, so that none is missed for lack of a name. Messages are counted as instructions
+of the compiled program; a reduce-scatter and the all-gather that undoes it would count as two.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+NAMES = ("llama-3.1-8b", "qwen3-0.6b", "mixtral-8x7b")
+PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8"}
+"""By topology its mesh: all chips together, and once two replicas."""
+TOKENS = {"decode": 64, "mixed": 512}
+"""Of a step of 64 sequences."""
+MIXED = {("llama-3.1-8b", "v5e:2x4")}
+"""Where a step with prompts is compiled, too, which takes as long as five that decode."""
+LAYERS = 2
+CACHE_BYTES = 256 * 2**20
+"""Of each device: more than any on-chip memory holds."""
+MESSAGES = {"all-reduce": 2}
+"""That a block may cost: one after attention, one after the feed-forward."""
+
+
+def gates() -> list[tuple[Any, ...]]:
+    """The fields of compile_gate's Gate, of each."""
+    every = [(name, topology) for name in NAMES for topology in PLACES]
+    return [step(*at, "decode") for at in every] + [step(*at, "mixed") for at in every if at in MIXED]
+
+
+def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
+    """One model's step on one slice."""
+
+    def look(compiled: Any, large: Iterable[str]) -> tuple[dict[str, float], list[str]]:
+        import jax
+
+        from jaxserve.planning.steps import collectives
+
+        text = compiled.as_text()
+        messages, blocks = 0, Counter[str]()
+        for found in collectives(text):
+            messages += found.count
+            if found.part == "block":
+                blocks[found.kind] += found.count
+        programs = _draft(name, topology).programs
+        copied = weight_copies(text, len(jax.tree.leaves(programs.params)))
+        row = programs.model.cache_spec(programs.partition.config).row // programs.partition.mesh.size
+        wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
+        problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
+        problems += [f"copies the cache: {what}" for what in large if re.search(rf"^[^\]]*,{row}\]", what)]
+        return {"messages": messages, "weight_copy_bytes": sum(copied.values())}, problems
+
+    return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), look
+
+
+def lowered(name: str, topology: str, kind: str) -> tuple[Any, int]:
+    """The step, not yet compiled, and the bytes of the state that each device updates in place."""
+    from jaxserve.batch import Shape
+    from jaxserve.sharding import bytes_per_device
+
+    draft = _draft(name, topology)
+    sizes = draft.sizing.sizes(CACHE_BYTES // draft.sizing.page_bytes)
+    state = draft.programs.state(sizes)
+    return draft.programs.step(Shape(TOKENS[kind], 64), sizes).lower(), bytes_per_device(state.cache)
+
+
+@cache
+def _draft(name: str, topology: str) -> Any:
+    from jaxserve.config import DeviceOptions, EngineOptions, MeshShape, ModelOptions, ScheduleOptions
+    from jaxserve.planning.planner import Draft, described
+    from jaxserve.planning.topology import Topology
+
+    path = MODELS / f"{name}.json"
+    options = EngineOptions(
+        model=ModelOptions(max_model_len=8192),
+        schedule=ScheduleOptions(max_num_seqs=64, max_num_batched_tokens=512),
+        device=DeviceOptions(mesh=PLACES[topology]),
+    )
+    where = Topology.parse(topology)
+    mesh = described(where, MeshShape.parse(PLACES[topology]))
+    return Draft.of(options, path, json.loads(path.read_text()) | {"num_hidden_layers": LAYERS}, where, mesh)
+
+
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>.*?) (?P<op>[a-z][\w\-]*)\((?P<operands>[^)]*)"
+)
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_SAME = ("bitcast", "get-tuple-element", "opt-barrier", "optimization-barrier")
+"""Operations whose result is their argument's memory."""
+_MOVES = ("copy", "copy-start", "transpose", "convert", "concatenate", "pad", "slice", "dynamic-slice", "async-start")
+_ON_CHIP = "S(1)"
+"""In a layout: the array lies in the chip's own memory, where a weight has to come to be multiplied."""
+
+
+def weight_copies(hlo: str, weights: int, least: int = 2**16) -> dict[str, int]:
+    """The instructions of a compiled program that make another whole array of one of its first `weights` arguments, of
+    `least` bytes or more, in the device's main memory, and how many bytes. A fusion does if it takes nothing else."""
+    from jaxserve.planning.steps import BYTES
+
+    def size(kind: str, dims: str) -> int:
+        return BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+
+    known: dict[str, int] = {}  # bytes of each name that is a weight
+    copied: dict[str, int] = {}
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        if not (found := _INSTRUCTION.match(line)) or not (arrays := _ARRAY.findall(found["result"])):
+            continue
+        kind, dims, layout = arrays[0]
+        made, operands = size(kind, dims), re.findall(r"%([\w.\-]+)", found["operands"])
+        if found["op"] == "parameter":
+            if int(found["operands"]) < weights and made >= least:
+                known[found["name"]] = made
+            continue
+        of = [known[name] for name in operands if name in known]
+        if of and found["op"] in _SAME:
+            known[found["name"]] = of[0]
+        moves = found["op"] in _MOVES or (found["op"] == "fusion" and len(operands) == 1)
+        if of and moves and made >= max(of) and _ON_CHIP not in layout:
+            copied[found["name"]] = made
+    return copied
