@@ -43,7 +43,7 @@ class Engine:
     """A loaded model and its step loop. `submit`, `abort`, `switch` and `stop` may be called from any thread.
 
     `deliver` is called by the loop's thread with the deltas of each step. Of several replicas it is number `index`, on
-    the devices of `mesh`. Raises ConfigError or CheckpointError.
+    the devices of `mesh`. With `ahead` it is only compiled, and cannot run. Raises ConfigError or CheckpointError.
     """
 
     def __init__(
@@ -57,9 +57,10 @@ class Engine:
         mesh: Mesh | None = None,
         index: int = 0,
         weights_version: int = 0,
+        ahead: bool = False,
     ):
         self.metrics = EngineMetrics(model_name, engine=str(index))
-        self.runner = Runner(options, path, self.metrics, progress, mesh)
+        self.runner = Runner(options, path, self.metrics, progress, mesh, ahead=ahead)
         self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
         schedule, causal = options.schedule, self.runner.model.causal
         prefix_caching = schedule.enable_prefix_caching and causal

@@ -3,6 +3,7 @@
 launch(plan) -> Launched   returns at once; Launched.result() waits for the sampled tokens
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import attention, batch
+from jaxserve import attention, baked, batch
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -119,8 +120,11 @@ class Runner:
         metrics: EngineMetrics,
         progress: Progress,
         mesh: Mesh | None = None,
+        *,
+        ahead: bool = False,
     ):
-        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh)
+        """With `ahead` there are no weights: everything is compiled and kept, and nothing can be launched."""
+        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh, ahead=ahead)
         self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
@@ -135,7 +139,7 @@ class Runner:
         self.programs = _programs(loaded)
         weights = bytes_per_device(self._params)
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing, self._ahead = False, ahead
         self._least = 1 if platform == "cpu" else 8  # one row is a product of its own on CPU; below 8 no gain elsewhere
         self.sizes, self._compiled, workspace = self._fit(options, weights, progress)
         self._layout = self._layouts(self.sizes)
@@ -178,6 +182,24 @@ class Runner:
             f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
             f"+ workspace {workspace / gib:.2f} = {(weights + kv + slots + workspace) / gib:.2f} GiB"
         )
+        baked.report(self._cache.directory, self.made_for())
+
+    def made_for(self) -> dict[str, object]:
+        """What the programs depend on besides the machine and the code, in figures for people and digests."""
+        loaded, sizes = self._loaded, asdict(self.sizes)
+        weights = jax.tree.map(lambda a: (a.shape, str(a.dtype)), self.programs.params)
+        return {
+            "architecture": self.model.name,
+            "the model's config": _digest(loaded.config),
+            "the weights' shapes and formats": _digest(weights),
+            "mesh": self.info.mesh,
+            "dtype": loaded.dtype.name,
+            "kv_cache_dtype": loaded.kv_dtype.name,
+            "attention": loaded.attention,
+            "block_size": sizes.pop("page_size"),
+            "num_kv_pages": sizes.pop("num_pages"),
+            **sizes,
+        }
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
@@ -239,10 +261,7 @@ class Runner:
             self._pool.shutdown(wait=True)  # so that no step of the old code comes later
 
         def compile_one(shape: Shape) -> jax.stages.Compiled:
-            start = time.perf_counter()
-            compiled = self._get(programs.step(shape, sizes))
-            self._metrics.compiled("update", time.perf_counter() - start)
-            return compiled
+            return self._get(programs.step(shape, sizes), "update")
 
         shapes = list(self._compiled)
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile", initializer=give_way) as pool:
@@ -276,22 +295,19 @@ class Runner:
     def _shapes(self, seqs: int, tokens: int) -> list[Shape]:
         return batch.shapes(seqs, tokens, self._least, singles=not self._embeds)
 
-    def _get(self, program: Program) -> jax.stages.Compiled:
+    def _get(self, program: Program, phase: str = "warmup") -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
-        return self._cache.get(what, function, *arguments, donate=donate, out_shardings=results)
-
-    def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
-        return self._get(self.programs.step(shape, sizes))
-
-    def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
-        compiled = self._compile(shape, sizes)
+        kept = self._cache.find(what, function, *arguments, donate=donate, out_shardings=results)
         give_back()
-        self._metrics.compiled(phase, time.perf_counter() - start)
-        return compiled
+        self._metrics.program(phase, time.perf_counter() - start, compiled=kept.compiled)
+        return kept.program
+
+    def _compile(self, shape: Shape, sizes: Sizes, phase: str = "warmup") -> jax.stages.Compiled:
+        return self._get(self.programs.step(shape, sizes), phase)
 
     def _compile_now(self, shape: Shape) -> jax.stages.Compiled:
-        self._compiled[shape] = self._timed_compile(shape, self.sizes, "serving")
+        self._compiled[shape] = self._compile(shape, self.sizes, "serving")
         return self._compiled[shape]
 
     def _fit(
@@ -345,7 +361,8 @@ class Runner:
                 kind = self._device.device_kind
                 raise ConfigError(f"{kind} does not say how much memory it has; give --num-kv-pages")
             # On CPU what is free now; what counts is what was before the weights.
-            total = free + (weights * self.programs.partition.mesh.size // self._sharers if cpu else 0)
+            placed = 0 if self._ahead else weights * self.programs.partition.mesh.size // self._sharers
+            total = free + (placed if cpu else 0)
             budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
             pages = budget // page_bytes
             if pages < 1:
@@ -363,7 +380,7 @@ class Runner:
         progress("compiling the largest step")
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, pages_held(windows, length, page))
-        compiled = self._timed_compile(largest, sizes(trial), "warmup")
+        compiled = self._compile(largest, sizes(trial))
         workspace = _workspace(compiled)
         if given is None:
             pages = min(pages, (budget - workspace) // page_bytes)
@@ -374,7 +391,7 @@ class Runner:
                 )
         found = sizes(pages)
         if pages != trial:
-            compiled = self._timed_compile(largest, found, "warmup")
+            compiled = self._compile(largest, found)
         if found.max_model_len < length:
             progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
@@ -402,7 +419,7 @@ class Runner:
         if self._closing or not threading.main_thread().is_alive():  # the interpreter waits for this thread to end
             return
         try:
-            compiled = self._timed_compile(shape, self.sizes, "warmup")
+            compiled = self._compile(shape, self.sizes)
         except Exception:
             log.exception("compiling %s failed; larger steps go on serving what it was meant for", shape)
             raise
@@ -431,6 +448,10 @@ def _programs(loaded: Loaded) -> Programs:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
     pooling = loaded.embedding.pooling if loaded.embedding is not None else None
     return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling)
+
+
+def _digest(found: object) -> str:
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
 def _num_params(loaded: Loaded) -> int:

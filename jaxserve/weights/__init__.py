@@ -70,11 +70,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from jaxserve.weights.text_part import text_part
 
         return with_head_names(text_part(checkpoint))
-    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    held = _weight_files(path)
     raise ConfigError(
         f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"
         + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
     )
+
+
+def open_header(path: Path) -> Checkpoint:
+    """The same where no tensor will be read: a directory may hold config.json and no weights. Raises alike."""
+    without = path.is_dir() and not _weight_files(path) and not (path / ORBAX_PARAMS).is_dir()
+    if not without or find_gguf(path) is not None:
+        return open_checkpoint(path)
+    from jaxserve.weights.no_tensors import NoTensors  # which need this module
+    from jaxserve.weights.text_part import text_part
+
+    return text_part(NoTensors(path, _read_config(path / CONFIG)))
+
+
+def _weight_files(path: Path) -> list[str]:
+    """What looks like weights, in formats that are read or not."""
+    return sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
 
 
 def _open_directory(path: Path, config: dict[str, Any]) -> Checkpoint | None:
