@@ -109,6 +109,6 @@ if __name__ == "__main__":
     run("page of nobody", DECODE, "page of nobody")
     of_bytes = dict(batch=batch_of_bytes)
     run("int8", MIXED, **of_bytes)
-    run("int8, copies at once", MIXED, window=5, **of_bytes, **at_once)
+    run("int8, copies at once", DECODE, window=5, **of_bytes, **at_once)
     run("int8, no wait for scales", DECODE, "no wait for scales", **of_bytes)
     run("int8, buffer filled while read", DECODE, "buffer filled while read", **of_bytes, **at_once)
