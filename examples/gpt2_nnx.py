@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.models.from_nnx import from_nnx
 from jaxserve.spec import Attend, Cache, only_served
+from jaxserve.taps import tap
 
 EXAMPLE = {
     "architectures": ["GPT2LMHeadModel"],
@@ -74,8 +75,10 @@ class Block(nnx.Module):
         heads = (x.shape[0], self.c.heads, self.c.head_dim)
         q, k, v = (a.reshape(heads) for a in jnp.split(self.c_attn(self.ln_1(x)), 3, axis=-1))  # [T, N, H]
         o, cache = attend(layer, q, k, v, cache)  # [T, N, H]
-        x = x + self.attn_proj(o.reshape(x.shape))
-        return x + self.mlp_proj(jax.nn.gelu(self.c_fc(self.ln_2(x)), approximate=True)), cache
+        x = x + tap(self.attn_proj(o.reshape(x.shape)), f"layers.{layer}.attention")
+        mlp = self.mlp_proj(jax.nn.gelu(self.c_fc(self.ln_2(x)), approximate=True))
+        x = x + tap(mlp, f"layers.{layer}.mlp")
+        return tap(x, f"layers.{layer}.block"), cache
 
 
 class GPT2(nnx.Module):
@@ -88,7 +91,7 @@ class GPT2(nnx.Module):
     def __call__(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, attend: Attend
     ) -> tuple[Float[Array, "T D"], Cache]:
-        x = self.wte(tokens) + self.wpe(positions)  # [T, D]
+        x = tap(self.wte(tokens) + self.wpe(positions), "embed")  # [T, D]
         for i, block in enumerate(self.h):
             x, cache = block(i, x, cache, attend)
         return self.ln_f(x), cache

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers import Rope, project, rotate
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, matrix, only_served, weight
+from jaxserve.taps import tap
 
 EXAMPLE = {
     "architectures": ["GPTNeoXForCausalLM"],
@@ -132,7 +133,9 @@ def block(
     qkv = project(p, "qkv", layer_norm(p, "attn_norm", x, c.eps), out=3)  # [T, N, 3, H]
     o, cache = attend(layer, turned(qkv[:, :, 0]), turned(qkv[:, :, 1]), qkv[:, :, 2], cache)  # [T, N, H]
     up = project(p, "up", layer_norm(p, "mlp_norm", x, c.eps))  # of x as well: the two branches are parallel
-    return x + project(p, "o", o) + project(p, "down", jax.nn.gelu(up, approximate=False)), cache
+    attention = tap(project(p, "o", o), f"layers.{layer}.attention")
+    mlp = tap(project(p, "down", jax.nn.gelu(up, approximate=False)), f"layers.{layer}.mlp")
+    return tap(x + attention + mlp, f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -143,7 +146,7 @@ def forward(
     cache: Cache,
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    x = embed(p["embed"], tokens)  # [T, D]
+    x = tap(embed(p["embed"], tokens), "embed")  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return layer_norm(p, "norm", x, c.eps), cache

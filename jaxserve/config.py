@@ -260,6 +260,12 @@ class EngineOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
+    capture: tuple[str, ...] = ()
+    """Shell patterns of the inner values that come with every token; no option of a server. See taps.py."""
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(pattern, str) and pattern for pattern in self.capture):
+            raise ConfigError(f"capture must be names of values, with * for any text, got {self.capture!r}")
 
 
 def cache_home() -> Path | None:
@@ -287,9 +293,12 @@ def option_names(*sections: type) -> dict[str, str]:
 
 
 def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOptions:
-    """Engine options from the names and values of any of their fields. Raises ConfigError for another name."""
+    """Engine options from the names and values of any of their fields, and `capture`, a pattern or a list of them.
+
+    Raises ConfigError for another name.
+    """
     sections = (ModelOptions, ScheduleOptions, DeviceOptions)
-    known = option_names(*sections)
+    known = option_names(*sections) | {"capture": EngineOptions.__name__}
     if unknown := sorted(given.keys() - known.keys()):
         raise ConfigError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
     parts = [{f.name: given[f.name] for f in fields(s) if f.name in given} for s in sections]
@@ -297,7 +306,12 @@ def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOpti
         model=ModelOptions(**(parts[0] | {"model": model})),
         schedule=ScheduleOptions(**parts[1]),
         device=DeviceOptions(**parts[2]),
+        capture=_patterns(given.get("capture", ())),
     )
+
+
+def _patterns(given: Any) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def model_name(model: str | None, served_model_name: str | None = None) -> str:

@@ -17,11 +17,13 @@ import numpy as np
 from jaxserve import attention
 from jaxserve.dry_run import Traced, check_sizes, packed, specs_of, trace
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.loading import named_for
 from jaxserve.model_code import brief, place
 from jaxserve.page_groups import PageGroups
 from jaxserve.random_weights import draw_params, stored_shape
 from jaxserve.sharding import Partition
 from jaxserve.spec import Cache, Model, Params, ParamSpec
+from jaxserve.taps import find_taps, listed
 from jaxserve.weights import Checkpoint
 from jaxserve.weights.load import check_params
 
@@ -89,6 +91,7 @@ def check_model(model: Model, hf: Mapping[str, Any] | None, checkpoint: Checkpoi
         _tried(
             "matrices", lambda: _trace_packed(model, config), "only linear, linear_f32 and embed touch matrix() weights"
         ),
+        _taps(model, config),
     ]
     yield from found
     specs = jax.tree.leaves(specs_of(model, config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
@@ -117,6 +120,7 @@ def _tried(check: str, work: Callable[[], object], done: str) -> Finding:
 
 def _checkpoint_fits(model: Model, checkpoint: Checkpoint) -> Finding:
     try:
+        checkpoint = named_for(model, checkpoint)
         config = model.config_from_hf(checkpoint.config)
         check_params(model, config, checkpoint)
     except (CheckpointError, ConfigError) as error:
@@ -173,6 +177,14 @@ def _trace_packed(model: Model, config: Any) -> None:
         return jax.ShapeDtypeStruct(spec.shape, jnp.float32)
 
     trace(model, config, jnp.float32, leaf)
+
+
+def _taps(model: Model, config: Any) -> Finding:
+    try:
+        found = find_taps(model, config, jnp.float32, ["*"])
+    except ConfigError as error:  # of names that served another purpose, perhaps
+        return Finding("taps", "note", f"not every named value can be captured: {error.message}")
+    return Finding("taps", "ok", f"--capture can have {', '.join(listed(tap.name for tap in found))}")
 
 
 class Steps:

@@ -67,9 +67,13 @@ def read_embedding(
     )
 
 
-def says_embedding(path: Path, task: str) -> bool:
-    """Whether the task or the files of sentence-transformers at `path` say so, before a model is read."""
-    return task == "embed" or (task == "auto" and path.is_dir() and bool(_modules(path)))
+def says_embedding(path: Path, config: Mapping[str, Any], *, task: str, pooling: PoolingKind | None) -> bool:
+    """Whether read_embedding will find that the checkpoint is for embeddings, before its model is known."""
+    if task != "auto":
+        return task == "embed"
+    # A pooling without a task is for an encoder, or refused.
+    said = pooling is not None or config.get(HEADLESS) or config.get(POOLING_TYPE)
+    return bool(said or (path.is_dir() and _modules(path)))
 
 
 def check_dimensions(dimensions: int | None, info: EmbeddingInfo) -> None:

@@ -63,7 +63,8 @@ class Engine:
         self.runner = Runner(options, path, self.metrics, progress, mesh, ahead=ahead)
         self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
         schedule, causal = options.schedule, self.runner.model.causal
-        prefix_caching = schedule.enable_prefix_caching and causal
+        capturing = bool(self.info.taps)
+        prefix_caching = schedule.enable_prefix_caching and causal and not capturing
         self.scheduler = Scheduler(
             PagePool(self.info.num_pages, self.info.page_size),
             max_num_seqs=self.info.max_num_seqs,
@@ -75,6 +76,7 @@ class Engine:
             windows=self.info.windows,
             whole_prompts=not causal,
             most_steps=self.runner.most_steps,
+            capturing=capturing,
         )
         self.scheduler.weights_version = weights_version
         self.metrics.weights_version.set(weights_version)

@@ -17,12 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 from jaxserve import attention
 from jaxserve.embedding import HEADLESS
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.loading import Loaded
+from jaxserve.loading import Loaded, open_model
 from jaxserve.logits_file import CUT, Rows
-from jaxserve.models import find_model
 from jaxserve.page_groups import PageGroups
 from jaxserve.perplexity import Scores, first_scored
-from jaxserve.weights import open_checkpoint
 from kernels_pallas.ragged_paged_attention.contract import Cache
 
 STEP_TOKENS = 512
@@ -58,12 +56,11 @@ def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) 
 
     Raises ConfigError, before any weight is read, for models that cannot score such chunks, or not together.
     """
-    found = [open_checkpoint(path).config for path in paths]
-    models = [find_model(config, code) for config in found]
-    for path, (model, _), config in zip(paths, models, found, strict=True):
-        if not model.causal or config.get(HEADLESS):
+    models = [open_model(path, code) for path in paths]
+    for path, (checkpoint, model, _) in zip(paths, models, strict=True):
+        if not model.causal or checkpoint.config.get(HEADLESS):
             raise ConfigError(f"{path} gives embeddings and predicts no tokens: there is nothing to score")
-    configs = [config for _, config in models]
+    configs = [config for _, _, config in models]
     for path, config in zip(paths, configs, strict=True):
         if ctx_size > config.max_positions:
             raise ConfigError(

@@ -17,6 +17,7 @@ from jaxserve import native
 from jaxserve.errors import ConfigError
 from jaxserve.native.norm import layer_norm as native_layer_norm
 from jaxserve.native.norm import rms_norm as native_rms_norm
+from jaxserve.native.rope import rotate as native_rotate
 from jaxserve.quant import grouped_linear, linear, linear_f32
 
 
@@ -139,15 +140,20 @@ def rotate(x: Float[Array, "T N H"], positions: Int[Array, " T"], rope: Rope) ->
 
     Where only the first `rope.dims` of H rotate, these are the pairs (i, i + dims/2), and the others stay.
     """
-    dims = rope.dims or x.shape[-1]
-    half = dims // 2
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope.frequencies(x.shape[-1]))[None, :]  # [T, H/2]
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]  # [T, 1, H/2]
+    half = (rope.dims or x.shape[-1]) // 2
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope.frequencies(x.shape[-1]))[None, :]  # [T, half]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.magnitude != 1.0:
         cos, sin = rope.magnitude * cos, rope.magnitude * sin
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:dims].astype(jnp.float32)
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return rotated if dims == x.shape[-1] else jnp.concatenate([rotated, x[..., dims:]], axis=-1)
+
+    def xla(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)
+        a, b, cos, sin = a.astype(jnp.float32), b.astype(jnp.float32), cos[:, None, :], sin[:, None, :]
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        return jnp.concatenate([turned, rest], axis=-1) if rest.size else turned
+
+    known = x.dtype in (jnp.float32, jnp.bfloat16)
+    return native.by_platform(native_rotate if known else xla, xla, x, cos, sin)
 
 
 def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: int = 1) -> Float[Array, "T ..."]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import rich.progress
 
+from jaxserve import captured
 from jaxserve.client.local import LocalEngine
 from jaxserve.config import DEFAULT_MODEL_NAME, OFFLINE_DECODE_STEPS, engine_options_of
 from jaxserve.embedding import check_dimensions, finished
@@ -41,6 +42,9 @@ class CompletionOutput:
     """stop or length."""
     stop_reason: int | str | None = None
     """The stop string or stop_token_ids entry that ended it; None for end of sequence and length."""
+    captured: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of each value that LLM(capture=...) asked for, [N, ...] of the N tokens of prompt and continuation that the model
+    has read: all but the last one, or of max_tokens 0 all. float32 where the model computes in bfloat16."""
 
 
 @dataclass
@@ -57,10 +61,13 @@ class RequestOutput:
 
 
 class LLM:
-    """A loaded model. `options` are the fields of ModelOptions, ScheduleOptions and DeviceOptions.
+    """A loaded model. `options` are the fields of ModelOptions, ScheduleOptions and DeviceOptions, and `capture`.
 
         with LLM() as llm:
             print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).outputs[0].text)
+
+    capture: names of values inside the model, or patterns such as "layers.*.mlp", one or a list: what they are for each
+    token comes with every answer, in CompletionOutput.captured, and stays in memory with it. See taps.py.
 
     Raises ConfigError for an unknown option or model, CheckpointError for weights that do not fit. Any thread may
     call the methods; calls from several threads share the engine's batches.
@@ -263,9 +270,17 @@ class LLM:
 
         async def work(i: int) -> None:
             output = RequestOutput(texts[i], list(ids[i]), [CompletionOutput(k) for k in range(params[i].n)])
+            values: list[list[tuple[bytes, ...]]] = [[] for _ in output.outputs]
             async with aclosing(streams[i]) as deltas:
                 async for delta in deltas:
                     _add(output, delta)
+                    if delta.captured is not None:
+                        values[delta.index].append(delta.captured)
+            for part, pieces in zip(output.outputs, values, strict=True):
+                part.captured = {
+                    tap.name: captured.values(tap, b"".join(piece))
+                    for tap, piece in zip(self.info.taps, zip(*pieces, strict=True), strict=False)
+                }
             outputs[i] = output
             bar.advance(sum(len(o.token_ids) for o in output.outputs))
 

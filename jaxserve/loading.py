@@ -1,7 +1,7 @@
 """Brings a model to its devices as the options say: kernel, precision, layout of the weights. Knows no steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ from jax.sharding import Mesh
 from jaxserve import attention, quant
 from jaxserve.compile_cache import CompileCache
 from jaxserve.config import DeviceOptions, MeshShape, ModelOptions
-from jaxserve.dry_run import packed, trace
+from jaxserve.dry_run import packed, specs_of, trace
 from jaxserve.embedding import read_embedding
 from jaxserve.errors import ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import give_back, host_memory, peak_memory
-from jaxserve.models import find_model
-from jaxserve.request import EmbeddingInfo
+from jaxserve.model_code import load_model_code
+from jaxserve.models import find_model, own_config
+from jaxserve.request import EmbeddingInfo, TapInfo
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
+from jaxserve.taps import find_taps
 from jaxserve.weights import Checkpoint, open_checkpoint, open_header
+from jaxserve.weights.headless import as_stored
 from jaxserve.weights.load import check_params, load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -51,6 +54,8 @@ class Loaded:
     programs: CompileCache
     embedding: EmbeddingInfo | None
     """How it makes embeddings; None: it generates."""
+    taps: tuple[TapInfo, ...] = ()
+    """Inner values that each step brings back."""
 
     @property
     def device(self) -> jax.Device:
@@ -64,17 +69,17 @@ def load_model(
     path: Path,
     progress: Progress,
     mesh: Mesh | None = None,
+    capture: Sequence[str] = (),
     *,
     ahead: bool = False,
 ) -> Loaded:
     """The model at `path`, a checkpoint directory or GGUF file, on `mesh`, or on that of the options.
 
-    Sets up the compile cache, too. With `ahead` it is to be compiled only: no weight is read, and programs that cannot
-    be kept are an error. Raises ConfigError for options that the model or the machine does not serve, CheckpointError
-    for damaged weights.
+    `capture`: patterns of inner values that its steps are to bring back. Sets up the compile cache, too. With `ahead`
+    it is to be compiled only: no weight is read, and programs that cannot be kept are an error. Raises ConfigError for
+    options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
-    checkpoint = open_checkpoint(path) if not ahead else open_header(path)
-    model, config = find_model(checkpoint.config, options.model_code)
+    checkpoint, model, config = open_model(path, options.model_code, ahead=ahead)
     embedding = read_embedding(
         path, checkpoint.config, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
     )
@@ -93,16 +98,17 @@ def load_model(
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
     programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress, must_keep=ahead)
 
-    pack = packer(options, dtype, name == "cpu")
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
         trace(model, config, dtype, stored_shapes(checkpoint, options, dtype, name == "cpu"))
+    taps = _taps(model, config, partition, dtype, embedding, capture) if capture else ()
+    pack = packer(options, dtype, name == "cpu")
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
     if ahead:
         params = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
         kv_dtype = _kv_dtype(options, device, name, params, dtype)
-        return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding)
+        return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding, taps)
     start, size = time.perf_counter(), 0
 
     def report(done: int, total: int) -> None:
@@ -118,7 +124,51 @@ def load_model(
         f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
     )
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
-    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding)
+    return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding, taps)
+
+
+def open_model(path: Path, code: str | None, *, ahead: bool = False) -> tuple[Checkpoint, Model, Any]:
+    """The checkpoint at `path`, its model, which is that of the file `code` if there is one, and the model's config.
+
+    With `ahead` it may lack weights. Raises as open_checkpoint and find_model.
+    """
+    checkpoint = open_header(path) if ahead else open_checkpoint(path)
+    if code is None:
+        return checkpoint, *find_model(checkpoint.config)
+    model = load_model_code(code)
+    checkpoint = named_for(model, checkpoint)
+    return checkpoint, model, own_config(model, checkpoint.config)
+
+
+def named_for(model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """One without output matrix under the names that a model of somebody's own gives, which may be those it has."""
+    stored = as_stored(checkpoint)
+    if stored is checkpoint:
+        return checkpoint
+    specs = jax.tree.leaves(
+        specs_of(model, own_config(model, stored.config)), is_leaf=lambda s: isinstance(s, ParamSpec)
+    )
+    return stored if any(name in stored.names() for spec in specs for name in spec.names) else checkpoint
+
+
+def _taps(
+    model: Model,
+    config: Any,
+    partition: Partition,
+    dtype: np.dtype,
+    embedding: EmbeddingInfo | None,
+    patterns: Sequence[str],
+) -> tuple[TapInfo, ...]:
+    if embedding is not None:
+        raise ConfigError("capture is served of models that generate, and this one gives embeddings; leave it out")
+    taps = find_taps(model, config, dtype, patterns)
+    for tap, there in zip(taps, find_taps(model, partition.config, dtype, patterns), strict=True):
+        if tap != there:
+            raise ConfigError(
+                f"capture {tap.name!r}: {list(tap.shape)} a token would be filled up to {list(there.shape)} to be "
+                f"divided over {partition.mesh.size} devices; take a --mesh that divides it evenly"
+            )
+    return taps
 
 
 def limited(config: Any, options: ModelOptions, embedding: EmbeddingInfo | None) -> Any:

@@ -3,11 +3,13 @@
 What goes wrong in such a file is somebody's next edit: every error names the file and the line.
 """
 
+import ast
 import hashlib
 import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -64,21 +66,72 @@ def code_digest(code: str) -> str:
 
     Raises ConfigError when there is no such file.
     """
-    source, name = _split(code)
-    path = Path(source).expanduser()
-    if not _is_path(source):
-        _importable(Path.cwd())
-        try:
-            found = importlib.util.find_spec(source)
-        except ImportError:
-            found = None
-        if found is None or found.origin is None:
-            raise ConfigError(f"model_code: {code!r} is no file and no module")
-        path = Path(found.origin)
+    path, _ = _found(code)
+    return _digest(code, [path], path.parent)
+
+
+def sources_digest(code: str) -> str:
+    """The same of the file and of what it imports that lies beside it, on and on; what is installed is not in it."""
+    path, beside = _found(code)
+    return _digest(code, [path, *_imported(path, beside)], beside)
+
+
+def _found(code: str) -> tuple[Path, Path]:
+    """The file of PATH.py[:NAME] or module[:NAME], and the folder that it imports from."""
+    source, _ = _split(code)
+    if _is_path(source):
+        path = Path(source).expanduser()
+        return path, path.parent
+    _importable(Path.cwd())
     try:
-        return hashlib.blake2b(path.read_bytes() + b"\0" + name.encode(), digest_size=10).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"model_code: cannot read {path}: {error.strerror}") from error
+        found = importlib.util.find_spec(source)
+    except ImportError:
+        found = None
+    if found is None or found.origin is None:
+        raise ConfigError(f"model_code: {code!r} is no file and no module")
+    path = Path(found.origin)
+    return path, path.parents[source.count(".") + (path.name == "__init__.py")]
+
+
+def _digest(code: str, files: list[Path], beside: Path) -> str:
+    digest = hashlib.blake2b(_split(code)[1].encode(), digest_size=10)
+    for i, file in enumerate(files):
+        try:
+            # The first may be called what one likes.
+            digest.update(f"\0{file.relative_to(beside) if i else ''}\0".encode() + file.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"model_code: cannot read {file}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _imported(path: Path, beside: Path) -> list[Path]:
+    """The files under `beside` that a file imports, and those that these import; without itself."""
+    found, waiting = {path}, [path]
+    while waiting:
+        file = waiting.pop()
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):  # running it will say what is wrong
+            continue
+        for folder, name in _imports(tree, file, beside):
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                module = folder.joinpath(*parts[:end])
+                for other in (module.with_name(f"{module.name}.py"), module / "__init__.py"):
+                    if other not in found and other.is_relative_to(beside) and other.is_file():
+                        found.add(other)
+                        waiting.append(other)
+    return sorted(found - {path})
+
+
+def _imports(tree: ast.AST, file: Path, beside: Path) -> Iterator[tuple[Path, str]]:
+    """Each dotted name that may be a module, and the folder from which it counts."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((beside, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level <= len(file.parents):
+            folder = file.parents[node.level - 1] if node.level else beside
+            yield from ((folder, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
 
 
 def place(error: BaseException) -> str:

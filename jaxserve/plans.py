@@ -37,6 +37,8 @@ class Sequence:
     first_token: float | None = None
     ended: float | None = None
     prompt_logprobs: list[Logprobs | None] | None = None
+    num_captured: int | None = None
+    """Positions whose captured values have been delivered; None where none are wanted."""
     finished: bool = False
 
     @property
@@ -52,7 +54,9 @@ class Sequence:
     @property
     def num_wanted(self) -> int:
         """Tokens to compute: all, but for the last one of a prompt that is only scored, which predicts nothing."""
-        return max(1, self.num_prompt - 1) if self.scoring and not self.request.embed else self.length
+        if self.scoring and not self.request.embed and self.num_captured is None:
+            return max(1, self.num_prompt - 1)
+        return self.length
 
     @property
     def num_output(self) -> int:
@@ -81,6 +85,12 @@ class Row:
             return range(0)
         first = max(self.start + 1, sequence.request.params.prompt_logprobs_from)
         return range(first, max(first, min(self.start + self.count + 1, sequence.num_prompt)))
+
+    @property
+    def captured(self) -> range:
+        """Positions of this row whose captured values are still wanted: a preempted sequence computes some twice."""
+        end, known = self.start + self.count, self.sequence.num_captured
+        return range(end, end) if known is None else range(min(max(self.start, known), end), end)
 
 
 @dataclass(slots=True)
@@ -113,3 +123,5 @@ class Sampled:
     """By row: the log-probabilities of the tokens at its `scored` positions."""
     embeddings: dict[int, bytes] = field(default_factory=dict)
     """By row that ends a prompt, of a model that gives embeddings: see Delta."""
+    captured: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    """By row: the values at its `captured` positions, as in Delta."""

@@ -197,7 +197,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     first delta of index 0, one entry per prompt token, None for the first and for those before
     prompt_logprobs_from. finish is set on the last delta; stop_token_id says which id ended it (that id is the last
     of token_ids). error is set with finish ERROR. embedding is the pooled hidden state, float32 in the machine's byte
-    order, of a request that asked for it.
+    order, of a request that asked for it. captured holds, for each of EngineInfo.taps, the values of the next positions
+    of the sequence, [N, *shape] in the machine's byte order: each position once, but for the last token, which no step
+    reads.
     """
 
     request_id: str
@@ -212,6 +214,16 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     weights_version: int | None = None
     """Of all tokens of this sequence; on its first delta."""
     embedding: bytes | None = None
+    captured: tuple[bytes, ...] | None = None
+
+
+class TapInfo(msgspec.Struct, frozen=True, array_like=True):
+    """A value inside the model of which an engine brings out what it is for each token: see taps.py."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one token."""
+    dtype: str
 
 
 type PoolingKind = Literal["last", "mean", "cls"]
@@ -264,6 +276,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Of an engine that gives embeddings, and those only; None: it generates."""
     weights_version: int = 0
     """How often weights or model code were switched since the engine's first start."""
+    taps: tuple[TapInfo, ...] = ()
+    """What every delta brings of the model's inner values."""
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -309,7 +323,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
             param="prompt",
         )
     wanted = len(prompt) + (1 if params.max_tokens is None else params.max_tokens)
-    scoring = params.max_tokens == 0  # then the last token is predicted, and does not take a place
+    # Then the last token is predicted, and does not take a place; unless its values are wanted.
+    scoring = params.max_tokens == 0 and not info.taps
     if wanted > info.max_model_len + scoring:
         asked = f"{params.max_tokens} in the completion" if params.max_tokens is not None else "at least 1 to generate"
         raise PromptTooLong(

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import attention, baked, batch
+from jaxserve import attention, baked, batch, captured
 from jaxserve.batch import Layout, Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -45,6 +45,9 @@ CPU_STEP_FLOPS = 1e11
 """A step's default work on CPU. Prompts in steps of 512 tokens of a model of 0.6 B weights kept those who were being
 answered waiting for more than a second, and are no faster than in steps of 128."""
 
+MOST_CAPTURED = 2**28
+"""Bytes of inner values that a step may bring back: they wait in the host's memory, several times over, to be read."""
+
 
 class Launched:
     """A launch that is on its way. `result` waits for it."""
@@ -53,10 +56,10 @@ class Launched:
         self._plan, self._output = plan, output
         self._logprobs = any(r.last and r.sequence.request.params.logprobs is not None for r in plan.rows)
         self._prompt = any(row.scored for row in plan.rows)
-        output.tokens.copy_to_host_async()
-        for wanted, part in ((self._logprobs, output.logprobs), (self._prompt, output.prompt_logprobs)):
-            if wanted:
-                jax.tree.map(lambda a: a.copy_to_host_async(), part)
+        wanted: list[Any] = [output.tokens, output.captured]
+        wanted += [output.logprobs] if self._logprobs else []
+        wanted += [output.prompt_logprobs] if self._prompt else []
+        jax.tree.map(lambda a: a.copy_to_host_async(), wanted)
 
     def result(self) -> Sampled:
         tokens = np.asarray(self._output.tokens)  # [S], or of several steps [N, S]
@@ -77,6 +80,13 @@ class Launched:
                 if top is not None and (scored := row.scored):
                     first = at - 1 - row.start  # what a token says is of the one after it
                     sampled.prompt_logprobs[i] = [_logprobs(host, (first + position,), top) for position in scored]
+                at += row.count
+        if self._output.captured:
+            values, at = [np.asarray(a) for a in self._output.captured], 0
+            for i, row in enumerate(self._plan.rows):
+                if here := row.captured:
+                    first, end = at + here.start - row.start, at + here.stop - row.start
+                    sampled.captured[i] = tuple(a[first:end].tobytes() for a in values)
                 at += row.count
         return sampled
 
@@ -124,7 +134,9 @@ class Runner:
         ahead: bool = False,
     ):
         """With `ahead` there are no weights: everything is compiled and kept, and nothing can be launched."""
-        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh, ahead=ahead)
+        loaded = self._loaded = load_model(
+            options.model, options.device, path, progress, mesh, options.capture, ahead=ahead
+        )
         self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
@@ -172,8 +184,15 @@ class Runner:
             device_bytes={kind: size * devices for kind, size in by_kind.items()},
             mesh=str(replace(MeshShape.parse(options.device.mesh or "1"), data=1)),
             embedding=loaded.embedding,
+            taps=loaded.taps,
         )
         metrics.device_bytes(self.info.device_bytes)
+        if loaded.taps:
+            size = captured.token_bytes(loaded.taps) / 2**10
+            progress(
+                f"capture: {len(loaded.taps)} values, {size:.1f} KiB a token; every position is computed, without "
+                "prefix cache and in one decode step a launch"
+            )
         gib = 2**30
         held = capacity(windows, self.sizes.num_pages, self.sizes.page_size, self.sizes.max_model_len)
         pages = f"{loaded.kv_dtype.name}, {held}"
@@ -325,6 +344,9 @@ class Runner:
         seqs = options.schedule.max_num_seqs or (64 if cpu else 256)
         whole = 0 if self.model.causal else length  # a step of an encoder holds prompts whole
         tokens = options.schedule.max_num_batched_tokens or max(2 * seqs, self._cpu_tokens() if cpu else 2048, whole)
+        values = captured.token_bytes(self._loaded.taps)
+        if values and options.schedule.max_num_batched_tokens is None:
+            tokens = max(seqs, min(tokens, 1 << (MOST_CAPTURED // values).bit_length() >> 1))
         if tokens < seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {tokens} is less than max_num_seqs {seqs}: every running sequence needs its "
@@ -336,6 +358,12 @@ class Runner:
                 "raise --max-num-batched-tokens or lower --max-model-len"
             )
         largest, *_ = batch.covering(self._shapes(seqs, tokens))
+        if largest.tokens * values > MOST_CAPTURED:
+            raise ConfigError(
+                f"capture: {len(self._loaded.taps)} values are {values / 2**10:.1f} KiB a token, in a step of "
+                f"{largest.tokens} tokens {largest.tokens * values / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} "
+                "MiB may be; capture fewer, or lower --max-num-batched-tokens and --max-num-seqs"
+            )
         page = attention.page_size(
             options.device.block_size, self._attention, self._device.platform, self._kv_dtype, largest.seqs, length
         )
@@ -350,7 +378,7 @@ class Runner:
                     f"cache and {pages} fit; "
                     "lower --max-model-len, or raise --memory-utilization or --num-kv-pages"
                 )
-            return Sizes(fitting, seqs, tokens, page, pages, options.schedule.decode_steps)
+            return Sizes(fitting, seqs, tokens, page, pages, 1 if values else options.schedule.decode_steps)
 
         if given is None:
             free, share = (
@@ -381,7 +409,8 @@ class Runner:
         # Off the CPU a program that cannot fit does not compile: measure with a small cache, then size and compile.
         trial = pages if cpu or given else min(pages, pages_held(windows, length, page))
         compiled = self._compile(largest, sizes(trial))
-        workspace = _workspace(compiled)
+        # What the launch before has captured is still on its way to the host.
+        workspace = _workspace(compiled) + largest.tokens * values
         if given is None:
             pages = min(pages, (budget - workspace) // page_bytes)
             if pages < 1:
@@ -447,7 +476,9 @@ class Runner:
 def _programs(loaded: Loaded) -> Programs:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), loaded.params)
     pooling = loaded.embedding.pooling if loaded.embedding is not None else None
-    return Programs(loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling)
+    return Programs(
+        loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling, loaded.taps
+    )
 
 
 def _digest(found: object) -> str:

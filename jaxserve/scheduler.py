@@ -57,9 +57,11 @@ class Scheduler:
         windows: Seq[int | None] = (None,),
         most_steps: Callable[[int], int] = lambda seqs: 1,
         whole_prompts: bool = False,
+        capturing: bool = False,
     ):
         """`most_steps` says how many decode steps a launch of so many sequences may take. `whole_prompts`: a prompt is
-        computed in one step, as encoders need it, and not in pieces."""
+        computed in one step, as encoders need it, and not in pieces. `capturing`: every position of every sequence is
+        computed, and its values delivered once."""
         assert max_num_batched_tokens >= max_num_seqs, "every running sequence must get its token"
         assert max_num_batched_tokens >= max_model_len or not whole_prompts, "the longest prompt must fit a step"
         alone = pages_held(windows, max_model_len, pages.page_size)
@@ -73,6 +75,7 @@ class Scheduler:
         self.prefix_caching = prefix_caching
         self._most_steps = most_steps
         self.whole_prompts = whole_prompts
+        self.capturing = capturing
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_deferred = 0
@@ -127,6 +130,7 @@ class Scheduler:
                 len(prompt),
                 max(len(prompt), min(limit, self.max_model_len)),
                 deadline,
+                num_captured=0 if self.capturing else None,
             )
             self._order += 1
             if index == 0 and params.prompt_logprobs is not None:
@@ -257,11 +261,17 @@ class Scheduler:
             if i in sampled.prompt_logprobs and sequence.prompt_logprobs is not None:
                 known = len(sequence.prompt_logprobs)  # a preempted prompt comes twice
                 sequence.prompt_logprobs += sampled.prompt_logprobs[i][known - row.scored.start :]
+            captured = sampled.captured.get(i)
+            if captured is not None:
+                sequence.num_captured = row.captured.stop
             if not row.last:
+                if captured is not None:
+                    deltas.append(Delta(sequence.request.id, sequence.index, captured=captured))
                 continue
             if not produced:  # max_tokens 0: the prompt was all there was to compute
                 ending = FinishReason.STOP if sequence.request.embed else FinishReason.LENGTH
-                deltas.append(self._deliver(sequence, (), None, ending, None, now, sampled.embeddings.get(i)))
+                embedding = sampled.embeddings.get(i)
+                deltas.append(self._deliver(sequence, (), None, ending, None, now, embedding, captured))
                 continue
             sequence.in_flight -= row.steps
             tokens, finish, stop_token = sampled.tokens[i], None, None
@@ -277,7 +287,7 @@ class Scheduler:
             if sequence.slot >= 0 and len(sequence.tokens) >= (sequence.num_registered + 1) * size:
                 self._register(sequence)
             logprobs = tuple(sampled.logprobs[i]) if i in sampled.logprobs else None
-            deltas.append(self._deliver(sequence, tuple(tokens), logprobs, finish, stop_token, now))
+            deltas.append(self._deliver(sequence, tuple(tokens), logprobs, finish, stop_token, now, captured=captured))
         return deltas
 
     def check_integrity(self) -> None:
@@ -302,6 +312,8 @@ class Scheduler:
 
     def _sharable(self, sequence: Sequence) -> list[bytes]:
         """The hashes of the blocks that may come from elsewhere: those before the first token whose output counts."""
+        if self.capturing:  # all of them count
+            return []
         self._extend_hashes(sequence)
         first = sequence.num_wanted  # the last token is computed always: its logits are wanted
         known = sequence.prompt_logprobs
@@ -442,6 +454,7 @@ class Scheduler:
         stop_token: int | None,
         now: float,
         embedding: bytes | None = None,
+        captured: tuple[bytes, ...] | None = None,
     ) -> Delta:
         first = sequence.num_output == len(tokens)
         prompt_logprobs = sequence.prompt_logprobs if first else None
@@ -460,6 +473,7 @@ class Scheduler:
             stop_token,
             weights_version=self.weights_version if first else None,
             embedding=embedding,
+            captured=captured,
         )
 
 

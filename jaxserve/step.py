@@ -18,10 +18,11 @@ from jaxserve.batch import Layout, Shape, StepInput
 from jaxserve.native.attention import untouched_cache
 from jaxserve.page_groups import PageGroups
 from jaxserve.pooling import pool
-from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, PoolingKind
+from jaxserve.request import MAX_BIAS_IDS, MAX_STOP_IDS, MAX_TOP_LOGPROBS, PoolingKind, TapInfo
 from jaxserve.sampling import RowParams, SlotState, TokenLogprobs
 from jaxserve.sharding import Partition
 from jaxserve.spec import Model, Params
+from jaxserve.taps import with_values
 from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAttention
 
 
@@ -45,6 +46,7 @@ class StepOutput:
     tokens: jax.Array  # [S] or [N, S]
     logprobs: TokenLogprobs  # [S] or [N, S]
     prompt_logprobs: TokenLogprobs  # [T]
+    captured: tuple[jax.Array, ...] = ()  # [T, ...] of each of Programs.taps
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Programs:
     """The tree of weights as jax.ShapeDtypeStructs with their shardings."""
     pooling: PoolingKind | None = None
     """What a step makes of the hidden states where embeddings are wanted; None: tokens."""
+    taps: tuple[TapInfo, ...] = ()
+    """Inner values of the model that a step brings back, one step a launch."""
 
     def step(self, shape: Shape, sizes: Sizes) -> Program:
         """(list of weights, state, buffer of `Layout`) -> state, StepOutput. The state is donated.
@@ -103,7 +107,7 @@ class Programs:
         params, tree = jax.tree.flatten(self.params)
         state, everywhere = self.state(sizes), self.partition.everywhere
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32, sharding=everywhere)
-        what = ("step", self.config, self.kernel.__module__, self.pooling, shape, sizes, tree)
+        what = ("step", self.config, self.kernel.__module__, self.pooling, self.taps, shape, sizes, tree)
         return Program(
             what, partial(_step, self, tree, layout), (params, state, buffer), 1, (_shardings(state), everywhere)
         )
@@ -259,7 +263,16 @@ def _whole_step(
         kernel, groups = partition.over_heads(programs.kernel), programs.groups
         kv_lens = [step.kv_lens if begin is None else step.kv_lens - begin for begin in step.kv_begins]
         attend = attention.bind(kernel, groups, kv_lens, step.page_tables, step.cu_q_lens, step.distribution)
-        hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
+        captured: tuple[jax.Array, ...] = ()
+        if programs.taps:
+
+            def forward(tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+                return model.forward(weights, config, tokens, positions, cache, attend)
+
+            hidden, cache, captured = with_values(forward, programs.taps, tokens, positions, state.cache)
+            captured = partition.whole(captured)
+        else:
+            hidden, cache = model.forward(weights, config, tokens, positions, state.cache, attend)
     if programs.pooling is not None:
         with jax.named_scope("pool"):
             pooled = partition.whole(pool(hidden, step.cu_q_lens, programs.pooling))
@@ -287,7 +300,7 @@ def _whole_step(
             prompt = sampling.prompt_logprobs(whole_logits, hidden, step.targets, _top(programs))
     target = jnp.where(step.samples > 0, step.slots, layout.num_slots)
     history = _remember(history, target, step.rows.position, sampled)
-    return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt)
+    return StepState(cache, replace(slots, history=history)), StepOutput(sampled, logprobs, prompt, captured)
 
 
 def _top(programs: Programs) -> int:

@@ -69,6 +69,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
     weights_version: int | None = None
     """On the first delta of an index; see EngineInfo."""
+    captured: tuple[bytes, ...] | None = None
+    """As in Delta."""
 
 
 class PooledDelta(msgspec.Struct, frozen=True, kw_only=True):
@@ -370,6 +372,7 @@ class _Sequence:
             finish=finish,
             stop_reason=stop_reason,
             weights_version=delta.weights_version,
+            captured=delta.captured,
         )
 
     def _new_text(self, ids: Sequence[int], shown: int, last: bool) -> tuple[str, tuple[int, str] | None]:

@@ -14,7 +14,7 @@ from jaxserve.dry_run import specs_of, trace
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
-from jaxserve.loading import Loaded, Packer, limited, packer, place_params, stored_shapes
+from jaxserve.loading import Loaded, Packer, limited, named_for, open_model, packer, place_params, stored_shapes
 from jaxserve.models import find_model, own_config
 from jaxserve.sharding import Partition, bytes_per_device
 from jaxserve.spec import Params, ParamSpec
@@ -33,6 +33,8 @@ def weights_at(served: Loaded, options: ModelOptions, path: Path, workspace: int
     little memory; CheckpointError with every tensor that is missing, unexpected, misshapen or of another format.
     """
     checkpoint = open_checkpoint(path)
+    if options.model_code is not None:
+        checkpoint = named_for(served.model, checkpoint)
     _check_same_model(served, options, checkpoint)
     _check_room(served, workspace)
     specs = _leaves(specs_of(served.model, served.config))
@@ -75,8 +77,7 @@ def edited(served: Loaded, options: ModelOptions, path: Path, workspace: int, *,
     Other specs want the weights of the checkpoint at `path`, if they may be read again (`reread`). Raises ConfigError
     with file and line, CheckpointError for specs that do not cover the checkpoint.
     """
-    checkpoint = open_checkpoint(path)
-    model, config = find_model(checkpoint.config, options.model_code)
+    checkpoint, model, config = open_model(path, options.model_code)
     config = limited(config, options, served.embedding)
     partition = Partition(served.partition.mesh, model, config)
     packs = served.attention == "cpu"

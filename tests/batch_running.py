@@ -8,10 +8,14 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from fake_engine import FakeEngine, write_tokenizer
 
 from jaxserve import cli
+from jaxserve.batch_job import captures
 from jaxserve.cli import batch
+from jaxserve.request import Delta, TapInfo
 from jaxserve.text import TextModel
 
 
@@ -30,6 +34,30 @@ class Counter(FakeEngine):
             yield delta
         self.requests.clear()
         self.finished.clear()
+
+
+class Capturing(Counter):
+    """The same, which brings of every token that a step reads `pair`, (the token, its position), and `half` of it."""
+
+    def __init__(self, jitter: bool = False):
+        super().__init__(jitter, taps=(TapInfo("pair", (2,), "float32"), TapInfo("half", (), "bfloat16")))
+        self.tokens_per_delta = 1
+
+    async def generate(self, request):
+        read: dict[int, tuple[list[int], int]] = {}
+        async for delta in super().generate(request):
+            tokens, done = read.get(delta.index, (list(request.prompt_token_ids), 0))
+            if not done:  # a prompt comes in pieces
+                done = len(tokens) // 2
+                yield Delta(request.id, delta.index, captured=self._values(tokens, 0, done))
+            yield msgspec.structs.replace(delta, captured=self._values(tokens, done, len(tokens)))
+            read[delta.index] = [*tokens, *delta.token_ids], len(tokens)
+
+    @staticmethod
+    def _values(tokens: list[int], first: int, end: int) -> tuple[bytes, bytes]:
+        pairs = np.array([[token, i] for i, token in enumerate(tokens)], np.float32)[first:end]
+        halves = (pairs[:, 0] / 2).view(np.uint32) >> 16
+        return pairs.tobytes(), halves.astype(np.uint16).tobytes()
 
 
 def fake_model(path: Path, engine: FakeEngine | None = None) -> TextModel:
@@ -64,7 +92,8 @@ def main(argv: list[str]) -> int:
     """argv: the seconds after which this process kills itself (0: never), then those of `jaxserve`."""
     if float(argv[0]):
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    install(setattr, Counter(jitter=True))
+    captures.FILE_ROWS = 64
+    install(setattr, Capturing(jitter=True) if "--capture=pair" in argv else Counter(jitter=True))
     if float(argv[0]):
         signal.setitimer(signal.ITIMER_REAL, float(argv[0]))
     return cli.call(argv[1:])

@@ -24,6 +24,7 @@ from toy_model import write_checkpoint
 
 from jaxserve import cli, models
 from jaxserve.batch import Shape
+from jaxserve.captured import values
 from jaxserve.client import EngineState
 from jaxserve.client.replicas import open_engine
 from jaxserve.compile_cache import CompileCache
@@ -190,6 +191,24 @@ def test_so_are_several_steps_in_one_launch(family):
     got, _ = answers(path, "1x2", requests, one_shape=False, decode_steps=4)
     assert want["ends", 0].finish == "stop" and len(want["ends", 0].tokens) == 4, "the third token of four steps"
     assert_same(got, want)
+
+
+def test_so_are_the_values_inside(family, tmp_path):
+    path, capture = family("llama2"), ["layers.0.mlp", "hidden"]
+    (want, info), (got, _) = (answers(path, mesh, greedy(), capture=capture) for mesh in (None, "1x3"))
+    assert_same(got, want)
+    for key in want:
+        for tap, mine, theirs in zip(info.taps, got[key].captured, want[key].captured, strict=True):
+            mine, theirs = (values(tap, b"".join(pieces)) for pieces in (mine, theirs))
+            np.testing.assert_allclose(mine, theirs, atol=1e-4 * np.abs(theirs).max(), err_msg=tap.name)
+    text = Path(models.__file__).with_name("llama.py").read_text()
+    rotated = 'rotate(project(p, "q", h, out=2), positions, c.rope)'
+    assert rotated in text
+    (tmp_path / "mine.py").write_text(text.replace(rotated, f'tap({rotated}, f"q.{{layer}}")'))
+    with pytest.raises(
+        ConfigError, match=r"'q.0': \[4, \d+\] a token would be filled up to \[6, \d+\] to be divided over 3"
+    ):
+        running(path, "1x3", code=str(tmp_path / "mine.py"), capture=["q.*"]).__enter__()
 
 
 @pytest.fixture(scope="session")
@@ -479,7 +498,7 @@ ALONE_ONLY = {
     "has a size of its own": (
         'linear(h, p["q"], out=2)',
         'linear(h, p["q"], out=2).reshape(-1, 4, 16)',
-        ["heads from 4 to 6", "mine.py:120: TypeError: cannot reshape", "take sizes from the config"],
+        ["heads from 4 to 6", "mine.py:121: TypeError: cannot reshape", "take sizes from the config"],
     ),
     "takes the mean of what is divided": (
         'linear(h, p["up"])',

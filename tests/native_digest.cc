@@ -8,6 +8,7 @@
 #include "linear_blocks.cc"
 #include "norm.cc"
 #include "pack_blocks.cc"
+#include "rope.cc"
 #include "sampling.cc"
 
 namespace {
@@ -132,6 +133,15 @@ void norm(int64_t width) {
   add(y);
 }
 
+template <class T>
+void rotation(int64_t half, int64_t head_dim) {
+  const auto x = numbers<T>(head_dim, 3);
+  const auto cos = numbers<float>(half, 4), sin = numbers<float>(half, 5);
+  std::vector<T> y(x.size());
+  jaxserve::rotate_head(x.data(), cos.data(), sin.data(), half, head_dim, y.data());
+  add(y);
+}
+
 void sampling(int64_t vocab, float scale) {
   auto logits = numbers<float>(vocab, 5);
   for (float& x : logits) x *= scale;
@@ -192,6 +202,10 @@ int main() {
     norm<float, true>(width);
     norm<jaxserve::bf16, false>(width);
     norm<jaxserve::bf16, true>(width);
+  }
+  for (const int64_t half : {3, 16, 37}) {
+    rotation<float>(half, 2 * half + 5);
+    rotation<jaxserve::bf16>(half, 2 * half);
   }
   for (const int64_t vocab : {21, 1024, 5003}) {
     sampling(vocab, 0.1f);

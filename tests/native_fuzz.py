@@ -22,7 +22,7 @@ from jaxserve.formats import FORMATS, dequantise, quantise
 ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
 LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
 GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_blocks"
-SAMPLE, LOGPROBS = "jaxserve_sample", "jaxserve_token_logprobs"
+SAMPLE, LOGPROBS, ROTATE = "jaxserve_sample", "jaxserve_token_logprobs", "jaxserve_rotate"
 
 
 def random_case(rng):
@@ -274,6 +274,42 @@ def sampled(rng, digest):
     return refused
 
 
+def rotated(rng, digest):
+    """Heads turned by angles, against numpy; bad calls refused."""
+    tokens, heads, half = (int(rng.choice(sizes)) for sizes in ([1, 3, 700], [1, 5], [1, 8, 37, 64]))
+    x = jnp.asarray(
+        rng.normal(size=(tokens, heads, 2 * half + int(rng.choice([0, 0, 3])))), rng.choice(["float32", "bfloat16"])
+    )
+    angles = rng.uniform(-9, 9, (tokens, half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def rotate(x, cos, sin, like=x):
+        return jax.ffi.ffi_call(ROTATE, jax.ShapeDtypeStruct(like.shape, like.dtype))(x, cos, sin)
+
+    a, b, rest = np.split(np.asarray(x, np.float64), (half, 2 * half), axis=-1)
+    want = np.concatenate([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None], rest], axis=-1)
+    y = np.asarray(rotate(x, cos, sin))
+    np.testing.assert_allclose(y.astype(np.float64), want, atol=1e-5 if x.dtype == jnp.float32 else 3e-2)
+    assert np.asarray(rotate(x[-1:], cos[-1:], sin[-1:], x[-1:])).tobytes() == y[-1:].tobytes()
+    digest.update(y.tobytes())
+    refused = 0
+    for wrong in (
+        lambda: rotate(x, cos[:-1], sin[:-1]),
+        lambda: rotate(x, cos, sin[:, :-1]),
+        lambda: rotate(x[:, 0], cos, sin),
+        lambda: rotate(x, *(np.zeros((tokens, x.shape[2] // 2 + 1), np.float32),) * 2),
+        lambda: rotate(x.astype(jnp.float16), cos, sin),
+        lambda: rotate(x, cos, sin, x[..., :-1]),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "rotate: " in str(error), error
+            refused += 1
+    assert refused == 6
+    return refused
+
+
 def spoil(rng, step, pages):
     """One lie in what only the device knows."""
     step, seqs = {name: array.copy() for name, array in step.items()}, step["distribution"][2]
@@ -313,7 +349,18 @@ def main() -> None:
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
     handlers = ctypes.CDLL(library)
-    for target in (ATTENTION, LINEAR, EMBED, GROUPED, LINEAR_BLOCKS, EMBED_BLOCKS, GROUPED_BLOCKS, SAMPLE, LOGPROBS):
+    for target in (
+        ATTENTION,
+        LINEAR,
+        EMBED,
+        GROUPED,
+        LINEAR_BLOCKS,
+        EMBED_BLOCKS,
+        GROUPED_BLOCKS,
+        SAMPLE,
+        LOGPROBS,
+        ROTATE,
+    ):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, refused = hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
@@ -363,7 +410,7 @@ def main() -> None:
             except (ValueError, jax.errors.JaxRuntimeError) as error:
                 assert "linear: " in str(error) or "embed: " in str(error), error
                 refused += 1
-        refused += quantised_product(handlers, rng, digest) + sampled(rng, digest)
+        refused += quantised_product(handlers, rng, digest) + sampled(rng, digest) + rotated(rng, digest)
     print(digest.hexdigest(), refused)
 
 

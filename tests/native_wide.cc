@@ -63,6 +63,12 @@ int main() {
     from_nibbles(second, low, high);
     add(low);
     add(high);
+    const Floats whole = from_bytes(reinterpret_cast<const int8_t*>(second));
+    int8_t stored[16];
+    store_bytes(stored, whole);
+    add(stored, 16);
+    const float sums[] = {total(whole), highest(magnitude(sub(whole, splat16(3.0f))))};
+    add(sums, sizeof sums);
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));
 }

@@ -18,6 +18,8 @@ class Result:
     finish: str | None = None
     stop_token: int | None = None
     error: str | None = None
+    captured: list[list[bytes]] = field(default_factory=list)
+    """For each tap what came of it."""
 
 
 class Running:
@@ -25,7 +27,7 @@ class Running:
 
     def __init__(
         self, path, *, pages=None, seqs=4, budget=32, page=4, length=None, warmup="full", mesh=None, attention="auto",
-        code=None, cache="auto", **schedule,
+        code=None, cache="auto", capture=(), **schedule,
     ):  # fmt: skip
         options = EngineOptions(
             model=ModelOptions(dtype="float32", max_model_len=length, model_code=code),
@@ -33,6 +35,7 @@ class Running:
             device=DeviceOptions(
                 block_size=page, num_kv_pages=pages, warmup=warmup, mesh=mesh, attention=attention, kv_cache_dtype=cache
             ),
+            capture=tuple(capture),
         )
         self._deltas = queue.Queue()
         self.thread = EngineThread(options, path, model_name="test", deliver=self._deltas.put)
@@ -62,6 +65,10 @@ class Running:
                 result.prompt_logprobs = delta.prompt_logprobs or result.prompt_logprobs
                 result.cached = delta.num_cached_tokens if result.cached is None else result.cached
                 result.finish, result.stop_token = delta.finish, delta.stop_token_id
+                if delta.captured is not None:
+                    result.captured = result.captured or [[] for _ in delta.captured]
+                    for pieces, piece in zip(result.captured, delta.captured, strict=True):
+                        pieces.append(piece)
                 result.error = delta.error and delta.error.kind
         return results
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve import LLM, native
 from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.conformance import check_model
-from jaxserve.embedding import check_dimensions, cosine, finished, read_embedding
+from jaxserve.embedding import check_dimensions, cosine, finished, read_embedding, says_embedding
 from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, PromptTooLong, UnsupportedParameter
 from jaxserve.evaluate import check_models
 from jaxserve.layers import layer_norm
@@ -246,6 +246,29 @@ def test_a_gguf_file_of_a_decoder_says_what_it_is_for(tmp_path):
     assert read_embedding(path, open_checkpoint(path).config, **said) == EmbeddingInfo(pooling="last", width=32)
     path = gguf_files.write_model(tmp_path / "n.gguf", "qwen3")
     assert read_embedding(path, open_checkpoint(path).config, **said) is None
+
+
+def test_that_a_checkpoint_embeds_is_known_before_its_model(tmp_path):
+    """As Ray's driver, which loads none, has to know it."""
+    import gguf_files
+
+    headless = changed(tmp_path, "qwen3", "README.md", "")
+    (headless / "modules.json").unlink(missing_ok=True)
+    decoder = gguf_files.write_model(tmp_path / "m.gguf", "qwen3", metadata={"pooling_type": 3})
+    cases = [
+        (headless, "auto", None, True),
+        (GOLDENS / "bert", "auto", None, True),
+        (decoder, "auto", None, True),
+        (as_gguf(tmp_path / "silent.gguf"), "auto", "cls", True),
+        (decoder, "generate", None, False),
+        (GENERATES, "auto", None, False),
+        (GENERATES, "embed", None, True),
+    ]
+    for path, task, pooling, embeds in cases:
+        config = open_checkpoint(path).config
+        model, sizes = find_model(config)
+        found = read_embedding(path, config, causal=model.causal, width=sizes.width, task=task, pooling=pooling)
+        assert says_embedding(path, config, task=task, pooling=pooling) == (found is not None) == embeds, path
 
 
 def changed(tmp_path: Path, name: str, file: str, content: object) -> Path:

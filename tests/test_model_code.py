@@ -14,9 +14,10 @@ from running_server import Server
 from jaxserve import LLM, SamplingParams, attention, cli, loading
 from jaxserve.batch_job.identity import describe, differences
 from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
+from jaxserve.conformance import check_model
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.hub import resolve_model
-from jaxserve.model_code import load_model_code
+from jaxserve.model_code import code_digest, load_model_code, sources_digest
 from jaxserve.models import find_model
 from jaxserve.models.from_nnx import Kernel, from_nnx
 from jaxserve.weights import open_checkpoint
@@ -74,7 +75,7 @@ def test_from_nothing_to_a_served_model(made, capsys):
     file, checkpoint = made
     assert "class Config" in file.read_text() and "NewModel" not in file.read_text()
     assert cli.call(["check", str(file), "--checkpoint", str(checkpoint)]) == 0
-    assert "all 15 checks passed" in capsys.readouterr().out
+    assert "all 16 checks passed" in capsys.readouterr().out
     with LLM(str(checkpoint), model_code=str(file), **SMALL) as llm:
         assert llm.info.architecture == "my_model"
         want = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=8)).outputs[0].token_ids
@@ -116,7 +117,7 @@ WRONG = {
     ),
     "a key": (
         TEMPLATE.replace('"rms_norm_eps"]', '"eps"]'),
-        r"mine\.py:68: config.json has no 'eps', which Config.from_hf",
+        r"mine\.py:69: config.json has no 'eps', which Config.from_hf",
     ),
     "a type": (
         TEMPLATE.replace('ffn=hf["intermediate_size"]', 'ffn=hf["intermediate_size"] + "0"'),
@@ -158,7 +159,7 @@ def test_what_cannot_be_found(code, message, made):
 def test_a_mistake_ends_the_command_with_its_place(made, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(TEMPLATE.replace("attend(layer, ", "attend(layer + 7, "))
     assert cli.call(["run", str(made[1]), f"--model-code={tmp_path / 'mine.py'}", "Hello", *FLAGS]) == 2
-    assert "mine.py:125: attend is called with layer 7; the config has layers 0 to 1" in capsys.readouterr().err
+    assert "mine.py:126: attend is called with layer 7; the config has layers 0 to 1" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="missing tensor .1.: model.other"):
         (tmp_path / "mine.py").write_text(TEMPLATE.replace('"model.norm.weight"', '"model.other"'))
         LLM(str(made[1]), model_code=str(tmp_path / "mine.py"), **SMALL)
@@ -198,6 +199,31 @@ def test_an_offline_job_depends_on_what_the_file_holds(made, tmp_path):
     assert [line.split(" was ")[0] for line in differences(before, described(file))] == ["model code"]
     with pytest.raises(ConfigError, match="cannot read .*none.py"):
         described(tmp_path / "none.py")
+
+
+def test_and_on_what_it_imports_from_beside_it(tmp_path, monkeypatch):
+    files = {
+        "of_parts.py": "import parts\nfrom parts.mlp import gate\nimport numpy\n",
+        "parts/__init__.py": "",
+        "parts/mlp.py": "from . import norms\nfrom .. import far\n",
+        "parts/norms.py": "import of_parts\n",
+        "unused.py": "",
+    }
+    (tmp_path / "parts").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    codes = (str(tmp_path / "of_parts.py"), "of_parts.py", "of_parts")
+    before = [sources_digest(code) for code in codes]
+    assert len(set(before)) == 1
+    alone = code_digest("of_parts.py")
+    for name in files:
+        (tmp_path / name).write_text(files[name] + "# edited\n")
+        assert all((sources_digest(code) != before[0]) == (name != "unused.py") for code in codes), name
+        assert (code_digest("of_parts.py") != alone) == (name == "of_parts.py"), "what a server watches is the file"
+        (tmp_path / name).write_text(files[name])
+    (tmp_path / "parts" / "norms.py").write_text("a syntax error")
+    assert sources_digest("of_parts.py") != before[0]
 
 
 def test_programs_of_foreign_code_are_known_by_what_they_compute():
@@ -302,3 +328,19 @@ def test_nnx_modules_that_are_refused():
         from_nnx(Sizes, Bare).param_specs(Sizes())
     with pytest.raises(ConfigError, match="up.kernel has 2 axes, of which a Kernel cannot have 2 inputs"):
         from_nnx(Sizes, Decoder, lambda path: Kernel(path, 2) if path == "up.kernel" else path).param_specs(Sizes())
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_checkpoint_without_output_matrix_has_the_names_that_the_file_gives(prefix, tmp_path):
+    """As it was published, or as the whole model's would be."""
+    file = tmp_path / "mine.py"
+    text = (ROOT / "jaxserve" / "models" / "qwen3.py").read_text()
+    file.write_text(text.replace('"model.', f'"{prefix}').replace("tied=bool(hf.get(", "tied=True or bool(hf.get("))
+    path = ROOT / "tests" / "goldens" / "embeddings" / "qwen3"
+    options = ModelOptions(model_code=str(file), task="embed")
+    loaded = loading.load_model(options, DeviceOptions(attention="reference"), path, lambda message: None)
+    want = loading.load_model(ModelOptions(), DeviceOptions(attention="reference"), path, lambda message: None)
+    assert loaded.embedding.pooling == "last"
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, want.params)
+    first = next(check_model(loaded.model, None, open_checkpoint(path)))
+    assert (first.check, first.outcome) == ("checkpoint", "ok"), first

@@ -5,6 +5,7 @@
     job.py                          the rows of a job through one engine
     records.py                      one line of output; ids and seeds made from the input, never from time or order
     store.py                        the protocol by which results reach the disk exactly once
+    captures.py                     the model's inner values, if they are asked for, beside the output
     identity.py                     what a job depends on, so that only the same job is resumed
 
 A job's results are lines in input order, in OUT itself where that is a local .jsonl file, otherwise in OUT.rows (of a
@@ -22,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxserve.batch_job import captures
 from jaxserve.batch_job.answers import Answers
 from jaxserve.batch_job.files import Source, digest, find, is_remote, kind_of, remote_size, upload
 from jaxserve.batch_job.identity import describe, describe_engine, differences
@@ -159,8 +161,9 @@ def run_batch(
     """Answers a file of requests; as `jaxserve batch` without its display. Called again it goes on where it was.
 
     sampling: values for rows that lack them, `max_tokens` and the like. options: the fields of ModelOptions,
-    ScheduleOptions and DeviceOptions. Raises ConfigError for what is wrong with the call, its files or the model;
-    CheckpointError; BatchStopped when the disk, the engine or max_errors end the job early.
+    ScheduleOptions and DeviceOptions, and `capture`, patterns of inner values to be written beside the output. Raises
+    ConfigError for what is wrong with the call, its files or the model; CheckpointError; BatchStopped when the disk,
+    the engine or max_errors end the job early.
     """
     known = set(SamplingBody.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"seed", "logprobs"}
     given = dict(sampling or {})
@@ -202,12 +205,17 @@ def in_one_engine(opened: Callable[[], AbstractAsyncContextManager[TextModel]], 
             bare = COMPLETIONS if text.template is None or options.raw else CHAT
             if text.client.info.embedding is not None:
                 bare = EMBEDDINGS
+            values = None
+            if taps := text.client.info.taps:
+                values = captures.Captures(captures.folder_of(Path(options.output)), taps)
+                values.begin(work.store)
             job = Job(
                 read_rows(work.sources, bare=bare, column=options.column),
                 text,
                 Answers(text, work.names, given=options.given, now=work.now),
                 work.store,
                 max_errors=options.max_errors,
+                captures=values,
             )
             async with watch(job, work.store, work.rows):
                 return await job.run()
@@ -224,6 +232,10 @@ async def run_job(options: BatchOptions, engine: EngineOptions, path: Path, name
     if not local.parent.is_dir():
         raise ConfigError(f"no such directory: {local.parent}")
     plain = kind_of(options.output) == "jsonl" and not is_remote(options.output)
+    if engine.capture:
+        captures.check_installed()
+        if is_remote(options.output):
+            raise ConfigError(f"capture writes beside the output, and {options.output} is remote; give a local OUT")
     lines = None
     if kind_of(sources[0].path) in ("parquet", "arrow") or kind_of(options.output) != "jsonl":
         from jaxserve.batch_job.tables import check_installed, check_tables
@@ -233,10 +245,10 @@ async def run_job(options: BatchOptions, engine: EngineOptions, path: Path, name
             lines = check_tables(sources, options.column, options.output)
     found = await asyncio.to_thread(digest, sources)
     settings = {"output": kind_of(options.output), "raw": options.raw, "column": options.column, "seed": options.seed}
-    settings |= dict(options.given)
+    settings |= {"capture": ", ".join(engine.capture) or "nothing"} | dict(options.given)
     head = describe(found.hex, path, name, engine, settings)
     with contextlib.closing(Store(local if plain else local.with_name(local.name + ".rows"))) as store:
-        fresh = _compare(store, head, options, plain)
+        fresh = _compare(store, head, options, plain, capture=bool(engine.capture))
         if fresh or not store.done:
             now = datetime.now() if fresh or store.head is None else datetime.fromisoformat(store.head["started"])
             rows = found.lines if lines is None else lines
@@ -248,14 +260,16 @@ async def run_job(options: BatchOptions, engine: EngineOptions, path: Path, name
         return BatchResult(options.output, store.finished, store.failed, store.tokens, store.done)
 
 
-def _compare(store: Store, head: Mapping[str, str], options: BatchOptions, plain: bool) -> bool:
+def _compare(store: Store, head: Mapping[str, str], options: BatchOptions, plain: bool, *, capture: bool) -> bool:
     """Whether the job begins, rather than goes on. Raises ConfigError if the output is not to be touched."""
     remote = is_remote(options.output)
     if store.head is None:
         there = store.taken if plain else remote_size(options.output) is not None if remote else _exists(options.output)
-        if there and not options.overwrite:
+        values = captures.folder_of(Path(options.output))
+        taken = options.output if there else str(values) if capture and values.exists() else None
+        if taken is not None and not options.overwrite:
             raise ConfigError(
-                f"{options.output} is there already and no unfinished job's (there is no {store.journal.name}): give "
+                f"{taken} is there already and no unfinished job's (there is no {store.journal.name}): give "
                 "another OUT, or --overwrite to replace it"
             )
         return True

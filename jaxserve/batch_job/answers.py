@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 
 from jaxserve.batch_job.records import Names, answered, refused
 from jaxserve.batch_job.rows import CHAT, COMPLETIONS, EMBEDDINGS, SCORE, Row
-from jaxserve.errors import EngineStopped, Overloaded, RequestError, UnsupportedParameter
+from jaxserve.errors import BatchStopped, EngineStopped, Overloaded, RequestError, UnsupportedParameter
 from jaxserve.server.embeddings import read_embeddings, read_score
 from jaxserve.server.generation import (
     Collecting,
@@ -96,11 +96,14 @@ class Answers:
         except Exception as error:
             return self.refused(row, error, asked=True)
 
-    async def generate(self, row: Row, work: Work[Any]) -> Result:
-        """The result of a row that was read. Raises EngineStopped and Overloaded: then read it anew and try again."""
+    async def generate(self, row: Row, work: Work[Any], also: Callable[[int, Any], None] | None = None) -> Result:
+        """The result of a row that was read; `also` gets each delta, after the number of its prompt.
+
+        Raises EngineStopped and Overloaded: then read it anew and try again; BatchStopped if `also` does.
+        """
         try:
-            await self._generate(row, work)
-        except (EngineStopped, Overloaded):
+            await self._generate(row, work, also)
+        except (BatchStopped, EngineStopped, Overloaded):
             raise
         except Exception as error:
             return self.refused(row, error, asked=True)
@@ -132,27 +135,33 @@ class Answers:
             if getattr(body, name) is None and not limited:
                 setattr(body, name, value)
 
-    async def _generate[Delta](self, row: Row, work: Work[Delta]) -> None:
+    async def _generate[Delta](self, row: Row, work: Work[Delta], also: Callable[[int, Delta], None] | None) -> None:
         sources = work.start(self._model, str(row.number), lambda i: self._names.seed(row, i))
         if len(sources) == 1:
-            await _collect(0, sources[0], work.reply)
+            await _collect(0, sources[0], work.reply, also)
         else:
             turns = asyncio.Semaphore(self._model.client.info.max_num_seqs)
             try:
                 async with asyncio.TaskGroup() as group:
                     for i, source in enumerate(sources):
-                        group.create_task(_collect(i, source, work.reply, turns))
+                        group.create_task(_collect(i, source, work.reply, also, turns))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         assert work.reply.complete, "the engine ended a request without finishing all of its sequences"
 
 
 async def _collect[Delta](
-    prompt: int, source: AsyncGenerator[Delta], reply: Collecting[Delta], turns: asyncio.Semaphore | None = None
+    prompt: int,
+    source: AsyncGenerator[Delta],
+    reply: Collecting[Delta],
+    also: Callable[[int, Delta], None] | None,
+    turns: asyncio.Semaphore | None = None,
 ) -> None:
     async with turns or contextlib.nullcontext(), contextlib.aclosing(source):
         async for delta in source:
             reply.add(prompt, delta)
+            if also is not None:
+                also(prompt, delta)
 
 
 def _check_offline(body: ModelBody) -> None:

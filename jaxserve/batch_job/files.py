@@ -76,8 +76,10 @@ def find(pattern: str, without: str) -> list[Source]:
     own = {
         os.path.basename(without) + end for end in (".job", ".job.new", ".rows", ".rows.job", ".rows.job.new", ".new")
     }
-    place = _absolute(without)
-    found = [p for p in paths if _absolute(p) != place and os.path.basename(p) not in own]
+    place, folder = _absolute(without), os.path.basename(without) + ".capture"
+    found = [
+        p for p in paths if _absolute(p) != place and os.path.basename(p) not in own and folder not in p.split("/")
+    ]
     if not found:
         raise ConfigError(f"{pattern} is the output" if paths else f"cannot open {pattern}: no such file")
     kinds = {kind_of(p): p for p in found}

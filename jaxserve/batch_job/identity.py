@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxserve import __version__
 from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
-from jaxserve.model_code import code_digest
+from jaxserve.model_code import sources_digest
 from jaxserve.request import EngineInfo
 
 # Options that change no answer: where the checkpoint and a model's code lie, what is compiled when, and how much memory
@@ -33,7 +33,7 @@ def describe(
     for section, given in sections:
         found |= {f.name: str(getattr(given, f.name)) for f in fields(section) if f.name not in _WITHOUT_EFFECT}
     code = options.model.model_code
-    found["model code"] = "of jaxserve" if code is None else code_digest(code)
+    found["model code"] = "of jaxserve" if code is None else sources_digest(code)
     return found | {name: str(value) for name, value in settings.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxserve.batch_job.answers import Answers, Result
+from jaxserve.batch_job.captures import Captures
 from jaxserve.batch_job.rows import CustomIds, Row
 from jaxserve.batch_job.store import SYNC_S, Store
 from jaxserve.client import EngineState
@@ -35,21 +36,29 @@ class _Asked(NamedTuple):
 class Job:
     """Rows through a model into a store, each that the store does not have. `rows` must be those of every run.
 
-    max_errors: how many failed rows there may be. Look at `in_flight`, `ignored` and the store's counts at any time.
+    max_errors: how many failed rows there may be. captures: where the model's inner values go, if it brings them. Look
+    at `in_flight`, `ignored` and the store's counts at any time.
     """
 
     def __init__(
-        self, rows: Iterator[Row], model: TextModel, answers: Answers, store: Store, *, max_errors: int | None = None
+        self,
+        rows: Iterator[Row],
+        model: TextModel,
+        answers: Answers,
+        store: Store,
+        *,
+        max_errors: int | None = None,
+        captures: Captures | None = None,
     ):
         self.in_flight = 0
         self.stopping = False
         self._rows, self._model, self._answers, self._store = rows, model, answers, store
-        self._max_errors = max_errors
+        self._max_errors, self._captures = max_errors, captures
         self._ids = CustomIds()
         self._ready: deque[_Asked] = deque()
         self._read = 0  # rows
         self._exhausted = False
-        self._reading, self._waking = asyncio.Lock(), asyncio.Lock()
+        self._reading, self._waking, self._writing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self._moved = asyncio.Event()  # the store has another result, or the job stops
         self._deaths = 0
 
@@ -69,7 +78,11 @@ class Job:
                     syncing.cancel()
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-        return self._exhausted and not self._ready and self._store.rows == self._read
+        complete = self._exhausted and not self._ready and self._store.rows == self._read
+        if complete and self._captures is not None:
+            await self._write(self._captures, last=True)
+            self._captures.finish()
+        return complete
 
     @property
     def ignored(self) -> set[str]:
@@ -138,18 +151,36 @@ class Job:
         """Has a row answered; again, if the engine dies meanwhile."""
         row, work = asked
         while True:
+            recording = None if self._captures is None else self._captures.record(row, work.prompts)
             try:
-                result = await self._answers.generate(row, work)
+                result = await self._answers.generate(row, work, None if recording is None else recording.add)
                 break
             except (EngineStopped, Overloaded) as error:
                 stopped = error
+            if recording is not None:
+                recording.drop()
             await self._wait_for_engine(stopped)
             again = await self._answers.read(row)  # a reply takes in each delta once
             assert not isinstance(again, Result), "a row is refused for what it is"
             work = again
         if result.failure is None:
             self._deaths = 0
+        if self._captures is None or recording is None:
+            self._add(result)
+            return
+        if result.failure is None:
+            self._captures.answered(row.number, await asyncio.to_thread(recording.finish))
+        else:
+            recording.drop()
         self._add(result)
+        await self._write(self._captures)
+
+    async def _write(self, captures: Captures, *, last: bool = False) -> None:
+        """Writes the files of captured values that are due."""
+        async with self._writing:
+            while captures.due(self._store.rows, last=last):
+                await asyncio.to_thread(self._store.sync)  # whose rows are in a file must be known ever after
+                await asyncio.to_thread(captures.write)
 
     async def _wait_for_engine(self, error: Exception) -> None:
         """Returns when the engine takes requests again. Raises BatchStopped if it stays away, or dies over and over."""

@@ -75,6 +75,7 @@ class Store:
         self.head: dict[str, str] | None = None
         self._fd = self._out = -1
         self._swap = threading.Lock()  # held while _fd changes or is closed, and while sync takes it
+        self._syncing = threading.Lock()
         self._error: BatchStopped | None = None
         self._forget()
         if self.journal.exists():
@@ -124,7 +125,7 @@ class Store:
             self._kept = self._end
             os.fsync(self._fd)
             self._open_path()
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def resume(self) -> None:
         """Takes up the job that was found: afterwards PATH holds all results that it can, and `in` knows them.
@@ -171,11 +172,11 @@ class Store:
                 self._renew()
 
     def sync(self) -> None:
-        """Brings all results to the disk. Another thread may call this."""
-        if not self._dirty:
-            return
-        self._dirty = False
-        with self._disk():
+        """Brings all results to the disk. Any thread may call this."""
+        with self._syncing, self._disk():  # whoever comes meanwhile waits, and finds its results there
+            if not self._dirty:
+                return
+            self._dirty = False
             with self._swap:
                 fd = os.dup(self._fd)
             try:
@@ -292,7 +293,7 @@ class Store:
         with self._swap:
             os.close(self._fd)
             self._fd, self._waiting, self._end, self._kept = fd, waiting, end, end
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def _rewritten(self, fd: int) -> tuple[int, dict[int, _Entry]]:
         """Writes to `fd` what the journal has to hold; its length, and where in it the waiting results are."""
@@ -364,7 +365,8 @@ def _open_locked(path: Path) -> int:
         os.close(fd)  # renewed between the two calls
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Brings the names in a directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

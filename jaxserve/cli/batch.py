@@ -46,6 +46,7 @@ def batch(
     max_errors: Annotated[int | None, Parameter(validator=validators.Number(gte=0))] = None,
     raw: bool = False,
     column: str | None = None,
+    capture: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     work_dir: Path = Path(),
     served_model_name: str | None = None,
     engine: Literal["local", "ray"] = "local",
@@ -80,6 +81,10 @@ def batch(
         of embeddings embeds them in any case.
     column
         Column of the prompts or messages. Default: messages, else prompt.
+    capture
+        Also write what the model computes inside, for every token, into Arrow files in OUTPUT.capture/: the name of a
+        value, or a pattern: 'layers.*.mlp', 'layers.3.*', embed, hidden. May be given several times; one that matches
+        nothing is answered with the names that there are.
     work_dir
         Where an output that is remote is prepared.
     served_model_name
@@ -90,7 +95,9 @@ def batch(
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device].
     """
-    settings = cli.engine_options(model, models, schedule, device)
+    settings = replace(cli.engine_options(model, models, schedule, device), capture=capture)
+    if capture and engine == "ray":
+        raise ConfigError("--capture is served with --engine local only; leave one of the two out")
     name = cli.model_name(model, served_model_name)
     given = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name != "seed"}
     job = BatchOptions(

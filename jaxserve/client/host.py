@@ -7,8 +7,9 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,38 @@ from jaxserve.host_memory import keep_objects
 from jaxserve.request import Delta, ErrorInfo, FinishReason, Request, Update
 
 CONNECT_TIMEOUT_S = 30.0
+MOST_UNSENT = 2**28
+"""Bytes of deltas at which the engine waits for its front end to read; only captured values are ever so many."""
+
+
+class Outbox:
+    """Messages on their way to the front end, from any thread to the loop's; `most`: bytes of them, about."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, most: int = MOST_UNSENT):
+        self._loop, self._most = loop, most
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self._unsent, self._sent = 0, threading.Condition()
+
+    def put(self, message: bytes, *, wait: bool = False) -> None:
+        """Adds a message; with `wait` as soon as there is room for it. The loop's thread must not wait."""
+        with self._sent:
+            if wait:
+                self._sent.wait_for(lambda: self._unsent < self._most)
+            self._unsent += len(message)
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
+
+    async def send(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Writes one message, when there is one."""
+        message = await self._queue.get()
+        await write(message)
+        self._queue.task_done()
+        with self._sent:
+            self._unsent -= len(message)
+            self._sent.notify()
+
+    async def empty(self) -> None:
+        """Returns when all is written."""
+        await self._queue.join()
 
 
 class _Host:
@@ -29,7 +62,7 @@ class _Host:
 
     def __init__(self, launch: wire.Launch):
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outbox = Outbox(self._loop)
         self._thread = EngineThread(
             launch.options,
             Path(launch.path),
@@ -65,7 +98,7 @@ class _Host:
                         self._thread.abort(request_id)
                     case wire.Stop():
                         await asyncio.to_thread(self._thread.stop)
-                        await self._outbox.join()
+                        await self._outbox.empty()
                         return
         finally:
             writer.cancel()
@@ -73,8 +106,7 @@ class _Host:
 
     async def _write(self, context: grpc.aio.ServicerContext) -> None:
         while True:
-            await context.write(await self._outbox.get())
-            self._outbox.task_done()
+            await self._outbox.send(context.write)
 
     def _submit(self, request: Request) -> None:
         try:
@@ -96,8 +128,7 @@ class _Host:
         return wire.encode(reply)
 
     def _deliver(self, deltas: list[Delta]) -> None:
-        message = wire.encode(wire.Step(deltas))  # on the engine's thread: the loop only forwards bytes
-        self._loop.call_soon_threadsafe(self._outbox.put_nowait, message)
+        self._outbox.put(wire.encode(wire.Step(deltas)), wait=True)  # on the engine's thread: the loop forwards bytes
 
     def _changed(self, status: EngineStatus) -> None:
         info = None
@@ -108,7 +139,7 @@ class _Host:
         self._put(wire.Status(status.state, status.detail, info, ErrorInfo.of(error) if error else None))
 
     def _put(self, message: wire.FromEngine) -> None:
-        self._loop.call_soon_threadsafe(self._outbox.put_nowait, wire.encode(message))
+        self._outbox.put(wire.encode(message))
 
 
 async def _serve(launch: wire.Launch) -> None:

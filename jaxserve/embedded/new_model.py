@@ -18,6 +18,7 @@ import jax
 from jaxserve.layers import Rope, rms_norm, rotate
 from jaxserve.quant import embed, linear, linear_f32
 from jaxserve.spec import Attend, Cache, matrix, only_served, weight
+from jaxserve.taps import tap
 
 # A config.json of a model that is small enough to play with: `jaxserve check` computes with it, and
 # `jaxserve new-checkpoint` writes random weights of these sizes.
@@ -106,7 +107,7 @@ def forward(
     The T tokens belong to several sequences, and to each perhaps only the next piece of it: `positions` says where a
     token stands in its own. So nothing may look along T, except `attend`, which knows who belongs to whom.
     """
-    x = embed(p["embed"], tokens)  # [T, D]
+    x = tap(embed(p["embed"], tokens), "embed")  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return rms_norm(x, p["norm"], c.eps), cache
@@ -123,9 +124,12 @@ def block(
     # Writes k and v into this layer's part of the cache, then attends to all of the past that is there. Hand the cache
     # on: what one layer wrote is lost if another goes on with an older one. Keywords: scale, window, soft_cap, sinks.
     o, cache = attend(layer, q, k, v, cache)  # [T, N, H]
-    x = x + linear(o, p["o"])
+    # tap gives a value a name for `jaxserve batch --capture`, and costs nothing. Name whatever you want to look at.
+    x = x + tap(linear(o, p["o"]), f"layers.{layer}.attention")
     h = rms_norm(x, p["mlp_norm"], c.eps)
-    return x + linear(jax.nn.silu(linear(h, p["gate"])) * linear(h, p["up"]), p["down"]), cache
+    h = linear(jax.nn.silu(linear(h, p["gate"])) * linear(h, p["up"]), p["down"])
+    x = x + tap(h, f"layers.{layer}.mlp")
+    return tap(x, f"layers.{layer}.block"), cache
 
 
 def logits(p: dict[str, Any], c: Config, hidden: jax.Array) -> jax.Array:

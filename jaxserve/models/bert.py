@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers import gelu_mlp, layer_norm, project
 from jaxserve.quant import embed
 from jaxserve.spec import Attend, Cache, matrix, only_served, weight
+from jaxserve.taps import tap
 
 CAUSAL = False
 
@@ -93,14 +94,16 @@ def unused(name: str) -> bool:
 
 
 def block(
-    p: dict[str, Any], c: Config, x: Float[Array, "T D"], cache: Cache, attend: Attend
+    p: dict[str, Any], c: Config, layer: int, x: Float[Array, "T D"], cache: Cache, attend: Attend
 ) -> tuple[Float[Array, "T D"], Cache]:
     q = project(p, "q", x, out=2)  # [T, N, H]
     k = project(p, "k", x, out=2)  # [T, N, H]
     v = project(p, "v", x, out=2)  # [T, N, H]
     o, cache = attend(0, q, k, v, cache, causal=False)  # nothing is read again: all layers have one place
-    x = layer_norm(x + project(p, "o", o), p["attn_norm"], p["attn_norm_bias"], c.eps)
-    return layer_norm(x + gelu_mlp(p, x), p["mlp_norm"], p["mlp_norm_bias"], c.eps), cache
+    x = x + tap(project(p, "o", o), f"layers.{layer}.attention")
+    x = layer_norm(x, p["attn_norm"], p["attn_norm_bias"], c.eps)
+    x = x + tap(gelu_mlp(p, x), f"layers.{layer}.mlp")
+    return tap(layer_norm(x, p["mlp_norm"], p["mlp_norm_bias"], c.eps), f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -113,7 +116,7 @@ def forward(
 ) -> tuple[Float[Array, "T D"], Cache]:
     x = embed(p["embed"], tokens) + p["positions"][positions]  # [T, D]
     x = x + jnp.broadcast_to(p["types"][0], x.shape)  # one text is all of the first type
-    x = layer_norm(x, p["norm"], p["norm_bias"], c.eps)
-    for layer in p["blocks"]:
-        x, cache = block(layer, c, x, cache, attend)
+    x = tap(layer_norm(x, p["norm"], p["norm_bias"], c.eps), "embed")
+    for i, layer in enumerate(p["blocks"]):
+        x, cache = block(layer, c, i, x, cache, attend)
     return x, cache

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers import Rope, geglu, offset_rms_norm, project, rotate, soft_cap
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, cap_of, matrix, only_served, sliding_layers, weight
+from jaxserve.taps import tap
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def block(
     k = rotate(project(p, "k", h, out=2), positions, c.rope)  # [T, K, H]
     v = project(p, "v", h, out=2)  # [T, K, H]
     o, cache = attend(layer, q, k, v, cache, scale=c.scale, window=c.windows[layer], soft_cap=c.score_cap)  # [T, N, H]
-    x = x + offset_rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps)
+    x = x + tap(offset_rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps), f"layers.{layer}.attention")
     h = geglu(p, offset_rms_norm(x, p["mlp_norm"], c.eps))
-    return x + offset_rms_norm(h, p["mlp_post_norm"], c.eps), cache
+    x = x + tap(offset_rms_norm(h, p["mlp_post_norm"], c.eps), f"layers.{layer}.mlp")
+    return tap(x, f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -111,7 +113,7 @@ def forward(
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
     x = embed(p["embed"], tokens)  # [T, D]
-    x = x * jnp.asarray(c.width**0.5, x.dtype)  # rounded as it was in training
+    x = tap(x * jnp.asarray(c.width**0.5, x.dtype), "embed")  # rounded as it was in training
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return offset_rms_norm(x, p["norm"], c.eps), cache

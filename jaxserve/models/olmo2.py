@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers import Rope, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, matrix, only_served, weight
+from jaxserve.taps import tap
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def block(
     k = rotate(norm_heads(project(p, "k", x, out=2), p["k_norm"], c.eps), positions, c.rope)  # [T, K, H]
     v = project(p, "v", x, out=2)  # [T, K, H]
     o, cache = attend(layer, q, k, v, cache)  # [T, N, H]
-    x = x + rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps)
-    return x + rms_norm(swiglu(p, x), p["mlp_post_norm"], c.eps), cache
+    x = x + tap(rms_norm(project(p, "o", o), p["attn_post_norm"], c.eps), f"layers.{layer}.attention")
+    x = x + tap(rms_norm(swiglu(p, x), p["mlp_post_norm"], c.eps), f"layers.{layer}.mlp")
+    return tap(x, f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -112,7 +114,7 @@ def forward(
     cache: Cache,
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    x = embed(p["embed"], tokens)  # [T, D]
+    x = tap(embed(p["embed"], tokens), "embed")  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return rms_norm(x, p["norm"], c.eps), cache

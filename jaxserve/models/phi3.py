@@ -15,6 +15,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.layers import Rope, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, matrix, only_served, stacked, weight
+from jaxserve.taps import tap
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,9 @@ def block(
     k = rotate(project(p, "k", h, out=2), positions, c.rope_in_use)  # [T, K, H]
     v = project(p, "v", h, out=2)  # [T, K, H]
     o, cache = attend(layer, q, k, v, cache, window=c.window)  # [T, N, H]
-    x = x + project(p, "o", o)
-    return x + swiglu(p, rms_norm(x, p["mlp_norm"], c.eps)), cache
+    x = x + tap(project(p, "o", o), f"layers.{layer}.attention")
+    x = x + tap(swiglu(p, rms_norm(x, p["mlp_norm"], c.eps)), f"layers.{layer}.mlp")
+    return tap(x, f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -147,7 +149,7 @@ def forward(
     cache: Cache,
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    x = embed(p["embed"], tokens)  # [T, D]
+    x = tap(embed(p["embed"], tokens), "embed")  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return rms_norm(x, p["norm"], c.eps), cache

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers import Rope, moe, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, expert_counts, matrix, only_served, weight
+from jaxserve.taps import tap
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,11 @@ def block(
     k = rotate(rms_norm(project(p, "k", h, out=2), p["k_norm"], c.eps), positions, c.rope)  # [T, K, H]
     v = project(p, "v", h, out=2)  # [T, K, H]
     o, cache = attend(layer, q, k, v, cache)  # [T, N, H]
-    x = x + project(p, "o", o)
+    x = x + tap(project(p, "o", o), f"layers.{layer}.attention")
     h = rms_norm(x, p["mlp_norm"], c.eps)
-    if c.sparse[layer]:
-        return x + moe(p, h, c.experts_used, renormalise=c.renormalise), cache
-    return x + swiglu(p, h), cache
+    h = moe(p, h, c.experts_used, renormalise=c.renormalise) if c.sparse[layer] else swiglu(p, h)
+    x = x + tap(h, f"layers.{layer}.mlp")
+    return tap(x, f"layers.{layer}.block"), cache
 
 
 def forward(
@@ -134,7 +135,7 @@ def forward(
     cache: Cache,
     attend: Attend,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    x = embed(p["embed"], tokens)  # [T, D]
+    x = tap(embed(p["embed"], tokens), "embed")  # [T, D]
     for i, layer in enumerate(p["blocks"]):
         x, cache = block(layer, c, i, x, positions, cache, attend)
     return rms_norm(x, p["norm"], c.eps), cache

@@ -20,6 +20,7 @@ TARGETS = (
     "jaxserve_untouched",
     "jaxserve_rms_norm",
     "jaxserve_layer_norm",
+    "jaxserve_rotate",
     "jaxserve_sample",
     "jaxserve_token_logprobs",
 )

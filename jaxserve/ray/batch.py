@@ -26,6 +26,7 @@ from jaxserve.errors import BatchStopped, ConfigError
 from jaxserve.ray.placement import NEEDS, Placement, place, remote_args
 from jaxserve.ray.worker import Answered, Assignment, Worker, packed, unpacked
 from jaxserve.text import has_chat_template
+from jaxserve.weights import open_checkpoint
 
 try:
     import ray
@@ -107,7 +108,7 @@ class RayJob:
             return True
         chat = not work.options.raw and await asyncio.to_thread(has_chat_template, work.path)
         bare = CHAT if chat else COMPLETIONS
-        if await asyncio.to_thread(says_embedding, work.path, work.engine.model.task):
+        if await asyncio.to_thread(_embeds, work):
             bare = EMBEDDINGS
         dataset = await asyncio.to_thread(self._dataset, bare)
         loop = asyncio.get_running_loop()
@@ -268,6 +269,12 @@ def _tables(
                 rows, size = [], 0
         if rows:
             yield packed(rows)
+
+
+def _embeds(work: Work) -> bool:
+    """Whether the workers' engines will give embeddings."""
+    options, config = work.engine.model, open_checkpoint(work.path).config
+    return says_embedding(work.path, config, task=options.task, pooling=options.pooling)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,11 @@ def with_head_names(checkpoint: Checkpoint) -> Checkpoint:
     return _Headless(checkpoint) if theirs and _FIRST in names and _HEAD not in names else checkpoint
 
 
+def as_stored(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint under the names that are in its files."""
+    return checkpoint.whole if isinstance(checkpoint, _Headless) else checkpoint
+
+
 class _Headless:
     """A Checkpoint. Its config says `headless`, and tied embeddings, so that nobody looks for the output matrix."""
 
@@ -27,25 +32,25 @@ class _Headless:
         names = [name.removesuffix("Model") for name in whole.config.get("architectures") or []]
         names = [name if name.endswith("ForCausalLM") else f"{name}ForCausalLM" for name in names]
         self.config = whole.config | {"architectures": names, "tie_word_embeddings": True, HEADLESS: True}
-        self._whole = whole
+        self.whole = whole
 
     def names(self) -> frozenset[str]:
-        return frozenset(_PREFIX + name for name in self._whole.names())
+        return frozenset(_PREFIX + name for name in self.whole.names())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._whole.shape(name.removeprefix(_PREFIX))
+        return self.whole.shape(name.removeprefix(_PREFIX))
 
     def dtype(self, name: str) -> np.dtype:
-        return self._whole.dtype(name.removeprefix(_PREFIX))
+        return self.whole.dtype(name.removeprefix(_PREFIX))
 
     def read(self, name: str) -> np.ndarray:
-        return self._whole.read(name.removeprefix(_PREFIX))
+        return self.whole.read(name.removeprefix(_PREFIX))
 
     def blocks(self, name: str) -> Blocks | None:
-        return self._whole.blocks(name.removeprefix(_PREFIX))
+        return self.whole.blocks(name.removeprefix(_PREFIX))
 
     def release(self, name: str) -> None:
-        self._whole.release(name.removeprefix(_PREFIX))
+        self.whole.release(name.removeprefix(_PREFIX))
 
     def nbytes(self, name: str) -> int:
-        return self._whole.nbytes(name.removeprefix(_PREFIX))
+        return self.whole.nbytes(name.removeprefix(_PREFIX))

@@ -6,7 +6,6 @@
 // and on every instruction set.
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -23,6 +22,7 @@ namespace ffi = xla::ffi;
 
 constexpr int kTile = 12;  // rows of x that pass by a block's codes together: as many as the registers hold
 constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
+constexpr float kSmallest = 1e-30f;  // a run of values that are all nearer to zero is kept as zeros
 
 // A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
 // row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
@@ -40,28 +40,28 @@ struct TileBlock {
   }
 };
 
-// One row's 32 values, to row t of a tile's block.
+// One row's 32 values, to row t of a tile's block: to nearest, ties to even, the largest becoming 127.
 template <class F>
 void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
-  float most = 0.0f;
-  for (int i = 0; i < kRun; i++) most = std::max(most, std::fabs(x[i]));
-  bool finite = true;  // max ignores NaN
-  for (int i = 0; i < kRun; i++) finite = finite && std::fabs(x[i]) <= std::numeric_limits<float>::max();
-  const float scale = most / 127.0f, inverse = most > 0.0f && finite ? 127.0f / most : 0.0f;
-  int8_t* values = block.values(at, t);
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, ties to even
-  for (int i = 0; i < kRun; i++) {
-    const float rounded = (finite ? x[i] : 0.0f) * inverse + magic;
-    int32_t bits;
-    std::memcpy(&bits, &rounded, 4);
-    values[i] = static_cast<int8_t>(std::clamp(bits - 0x4b400000, -127, 127));
+  constexpr float largest = std::numeric_limits<float>::max();
+  const Floats first = load16(x), last = load16(x + 16);
+  const float most = highest(max(magnitude(first), magnitude(last)));
+  const bool finite = !any_above(magnitude(first), largest) && !any_above(magnitude(last), largest);
+  Floats a = splat16(0.0f), b = a;
+  float scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  if (finite && most > kSmallest) {
+    scale = most / 127.0f;
+    const Floats inverse = splat16(127.0f / most), magic = splat16(12582912.0f);  // 1.5 * 2^23: adding it rounds
+    a = sub(add(mul(first, inverse), magic), magic);
+    b = sub(add(mul(last, inverse), magic), magic);
   }
-  block.scale(at)[t] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+  store_bytes(block.values(at, t), a);
+  store_bytes(block.values(at, t) + 16, b);
+  block.scale(at)[t] = scale;
+  const float sums[2] = {F::runs == 1 ? total(add(a, b)) : total(a), F::runs == 1 ? 0.0f : total(b)};
   for (int r = 0; r < F::runs; r++) {
-    int32_t sum = 0;
-    for (int i = r * kRun / F::runs; i < (r + 1) * kRun / F::runs; i++) sum += values[i];
-    block.correction(at, r)[t] = -F::offset * sum;
-    block.weight(at, r)[t] = block.scale(at)[t] * static_cast<float>(sum);
+    block.correction(at, r)[t] = -F::offset * static_cast<int32_t>(sums[r]);
+    block.weight(at, r)[t] = scale * sums[r];
   }
 }
 
@@ -125,11 +125,8 @@ template <class F>
 void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t* to) {
   const TileBlock block{tile, F::runs};
   for (int64_t b = 0; b < depth / kRun; b++, to += block.bytes()) {
-    for (int t = 0; t < tile; t++) {
-      float values[kRun] = {};
-      if (t < tokens) std::copy_n(x + t * depth + b * kRun, kRun, values);
-      quantise<F>(values, block, to, t);
-    }
+    if (tokens < tile) std::fill_n(to, block.bytes(), uint8_t{0});
+    for (int64_t t = 0; t < tokens; t++) quantise<F>(x + t * depth + b * kRun, block, to, static_cast<int>(t));
   }
 }
 
@@ -169,11 +166,11 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
       }
     }
   }
-  std::vector<uint8_t> rows(bytes);
+  uint8_t* const rows = reinterpret_cast<uint8_t*>(scratch((bytes + 3) / 4));
   const auto make = [&](int64_t i) {
-    make_tile<F>(x + tiles[i].first * depth, tiles[i].count, depth, tiles[i].size, rows.data() + tiles[i].at);
+    make_tile<F>(x + tiles[i].first * depth, tiles[i].count, depth, tiles[i].size, rows + tiles[i].at);
   };
-  const int64_t many = 16 * 1024;  // values worth a second thread
+  const int64_t many = 64 * 1024;  // values worth a second thread
   if (values > many) {
     parallel_for(pool, static_cast<int64_t>(tiles.size()), make);
   } else {
@@ -186,7 +183,7 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
       for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
         const Tile& tile = tiles[j];
         float sums[kTile * kPanel];
-        multiply_tile<F>(tile.size, item.w + p * layout.bytes(), layout, rows.data() + tile.at, sums);
+        multiply_tile<F>(tile.size, item.w + p * layout.bytes(), layout, rows + tile.at, sums);
         for (int64_t t = 0; t < tile.count; t++) {
           std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
         }

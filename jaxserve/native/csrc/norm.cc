@@ -71,17 +71,6 @@ void layer_norm_row(const T* x, const T* weight, const T* bias, int64_t width, f
   for (int64_t i = 0; i < width; i++) from_float(centred[i] * factor * to_float(weight[i]) + to_float(bias[i]), y + i);
 }
 
-// row(r) of each of `rows` rows of `width` numbers, by as many threads as that is worth.
-template <class Row>
-void each_row(ffi::ThreadPool& pool, int64_t rows, int64_t width, const Row& row) {
-  constexpr int64_t kTogether = 32 * 1024;  // numbers that are worth a thread
-  const int64_t each = std::max<int64_t>(1, kTogether / std::max<int64_t>(1, width));
-  const auto some = [&](int64_t item) {
-    for (int64_t r = item * each; r < std::min(rows, (item + 1) * each); r++) row(r);
-  };
-  parallel_for(pool, (rows + each - 1) / each, some);
-}
-
 template <class T, bool around_one>
 void norm(ffi::ThreadPool& pool, const T* x, const T* weight, int64_t rows, int64_t width, float eps, T* y) {
   each_row(pool, rows, width, [&](int64_t r) {

@@ -79,6 +79,7 @@ inline void store(f16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline float highest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float total(Vec a) { return _mm512_reduce_add_ps(a.v); }  // in any order: for sums that are exact
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -122,6 +123,11 @@ inline float highest(Vec a) {
   b = _mm_max_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
+inline float total(Vec a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -163,6 +169,7 @@ inline Vec load(const int8_t* p) {
 inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
 inline void store(f16* p, Vec a) { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v))); }
 inline float highest(Vec a) { return vmaxvq_f32(a.v); }
+inline float total(Vec a) { return vaddvq_f32(a.v); }
 inline Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
@@ -192,6 +199,7 @@ Vec load(const T* p) {
 inline void store(float* p, Vec a) { *p = a.v; }
 inline void store(f16* p, Vec a) { from_float(a.v, p); }
 inline float highest(Vec a) { return a.v; }
+inline float total(Vec a) { return a.v; }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }

@@ -37,9 +37,33 @@ inline Floats mul(Floats a, Floats b) {
   for (int i = 0; i < kVecs; i++) a.v[i] = mul(a.v[i], b.v[i]);
   return a;
 }
+inline Floats sub(Floats a, Floats b) {
+  for (int i = 0; i < kVecs; i++) a.v[i] = sub(a.v[i], b.v[i]);
+  return a;
+}
+inline Floats max(Floats a, Floats b) {
+  for (int i = 0; i < kVecs; i++) a.v[i] = max(a.v[i], b.v[i]);
+  return a;
+}
 inline Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
   for (int i = 0; i < kVecs; i++) c.v[i] = fma(a.v[i], b.v[i], c.v[i]);
   return c;
+}
+inline Floats magnitude(Floats a) { return max(a, sub(splat16(0.0f), a)); }
+inline float highest(Floats a) {
+  Vec most = a.v[0];
+  for (int i = 1; i < kVecs; i++) most = max(most, a.v[i]);
+  return highest(most);
+}
+inline bool any_above(Floats a, float limit) {  // or a NaN
+  bool found = false;
+  for (const Vec& v : a.v) found = found || any_above(v, splat(limit));
+  return found;
+}
+inline float total(Floats a) {  // in any order: for sums that are exact
+  Vec sum = a.v[0];
+  for (int i = 1; i < kVecs; i++) sum = add(sum, a.v[i]);
+  return total(sum);
 }
 
 // Bytes: 64 unsigned ones, those of row r at 4 r. Ints: 16 whole numbers of 32 bits.
@@ -49,6 +73,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {  // a * b + c
 //   with_pair       u, plus 16 times two bits
 //   lookup          table[u], u < 16
 //   from_bytes      16 bytes as floats; from_nibbles: their halves
+//   store_bytes     16 whole numbers from -128 to 127, given as floats, as bytes
 //   dot<small>      sums of four products a row, u times the signed bytes at x; `small`: no u is above 127
 
 #if defined(JAXSERVE_AVX512)
@@ -99,6 +124,9 @@ inline Floats from_bytes(const uint8_t* p) {
 }
 inline Floats from_bytes(const int8_t* p) {
   return to_floats(Ints{_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+}
+inline void store_bytes(int8_t* p, Floats a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v[0].v)));
 }
 inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -174,6 +202,12 @@ inline Floats from_bytes(const uint8_t* p) {
 inline Floats from_bytes(const int8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return to_floats(Ints{{_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))}});
+}
+inline void store_bytes(int8_t* p, Floats a) {
+  const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v[0].v), _mm256_cvtps_epi32(a.v[1].v));
+  const __m256i in_order = _mm256_permute4x64_epi64(halves, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 }
 inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -258,6 +292,12 @@ inline Floats from_bytes(const uint8_t* p) {
            {vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}}};
 }
 inline Floats from_bytes(const int8_t* p) { return load16(p); }
+inline void store_bytes(int8_t* p, Floats a) {
+  int16x4_t whole[4];
+  for (int i = 0; i < 4; i++) whole[i] = vmovn_s32(vcvtnq_s32_f32(a.v[i].v));
+  vst1_s8(p, vmovn_s16(vcombine_s16(whole[0], whole[1])));
+  vst1_s8(p + 8, vmovn_s16(vcombine_s16(whole[2], whole[3])));
+}
 inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   uint8_t halves[32];
   vst1q_u8(halves, vandq_u8(vld1q_u8(p), vdupq_n_u8(15)));
@@ -327,6 +367,11 @@ Floats from_bytes(const T* p) {
   Ints a;
   for (int i = 0; i < 16; i++) a.v[i] = p[i];
   return to_floats(a);
+}
+inline void store_bytes(int8_t* p, Floats a) {
+  float whole[16];
+  store16(whole, a);
+  for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(whole[i]);
 }
 inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   Ints a, b;
