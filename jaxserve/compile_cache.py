@@ -40,6 +40,8 @@ NOT_IN_PROGRAMS = (
     "conformance_mesh",
     "dry_run",
     "embedded",
+    "fingerprint",
+    "hosts",
     "hub",
     "llm",
     "model_code",
@@ -165,8 +167,15 @@ def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donate: i
     _found.by_jax = False
     # A new function each time: JAX would answer with a program that this process has loaded for the same one.
     donated = () if donate is None else donate
-    jitted = jax.jit(partial(function), donate_argnums=donated, out_shardings=out_shardings)
-    return Kept(jitted.lower(*arguments).compile(), compiled=not _found.by_jax)
+    lowered = jax.jit(partial(function), donate_argnums=donated, out_shardings=out_shardings).lower(*arguments)
+    return Kept(lowered.compile(compiler_options=_compiler_options()), compiled=not _found.by_jax)
+
+
+def _compiler_options() -> dict[str, bool] | None:
+    """Of several hosts each compiles by itself: XLA:GPU would divide the search for fast kernels between them, and wait
+    for a host that had the program already."""
+    several = jax.process_count() > 1 and jax.local_devices()[0].platform == "gpu"
+    return {"xla_gpu_shard_autotuning": False} if several else None
 
 
 def _place(sharding: Any) -> object:

@@ -215,6 +215,48 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """Several hosts whose devices are one mesh; the same command runs on each of them."""
+
+    hosts: int | Literal["auto"] = 1
+    """Hosts that compute the model together, --mesh being that of all their devices. auto: as many as LeaderWorkerSet,
+    Cloud TPU (GKE) or Slurm says in its variables, which also say what is left out of the next two."""
+    host_index: int | None = None
+    """Which of the hosts this one is, from 0. Host 0 serves requests and plans; the others compute with it."""
+    coordinator: str | None = None
+    """Address of host 0 for the other hosts, HOST or HOST:PORT (8900). JAX takes the port after it, or a free one."""
+    host_secret: str | None = None
+    """What the hosts know each other by, the same on each: messages between them are signed with it, not encrypted.
+    Better given as JAXSERVE_HOST_SECRET, since others can read a command line."""
+    host_timeout: float = 10.0
+    """Seconds that a host may be silent, or behind with a step, before it is given up and all hosts start again."""
+    host_start_timeout: float = 600.0
+    """Seconds that the hosts wait for each other at a start."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.hosts, int):
+            _at_least("hosts", self.hosts, 1)
+        _at_least("host_index", self.host_index, 0)
+        for name in ("host_timeout", "host_start_timeout"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise ConfigError(f"{name} must be a number of seconds above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlace:
+    """Which of several hosts this is, and where host 0 is; what HostOptions and the environment say together."""
+
+    index: int
+    count: int
+    coordinator: str
+    """Name or IP address of host 0."""
+    port: int
+    secret: str = field(repr=False)
+    timeout_s: float = HostOptions.host_timeout
+    start_timeout_s: float = HostOptions.host_start_timeout
+
+
+@dataclass(frozen=True, kw_only=True)
 class RayOptions:
     """Where on Ray the engines of a job run."""
 
@@ -262,6 +304,8 @@ class EngineOptions:
     device: DeviceOptions = field(default_factory=DeviceOptions)
     capture: tuple[str, ...] = ()
     """Shell patterns of the inner values that come with every token; no option of a server. See taps.py."""
+    place: HostPlace | None = None
+    """Among several hosts; None: there is this one."""
 
     def __post_init__(self) -> None:
         if not all(isinstance(pattern, str) and pattern for pattern in self.capture):

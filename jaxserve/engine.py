@@ -8,23 +8,36 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from jax.sharding import Mesh
 
 from jaxserve.config import EngineOptions
-from jaxserve.errors import EngineStopped, JaxserveError, ModelChanged, Overloaded
+from jaxserve.errors import ConfigError, EngineStopped, JaxserveError, ModelChanged, Overloaded
 from jaxserve.loading import Progress
 from jaxserve.metrics import EngineMetrics
 from jaxserve.pages import PagePool
 from jaxserve.plans import Plan
 from jaxserve.request import Delta, EngineInfo, ErrorInfo, FinishReason, Request, Update, check_request
-from jaxserve.runner import Launched, Pooled, Prepared, Runner
+from jaxserve.runner import Hosts, Launched, Pooled, Prepared, Runner
 from jaxserve.scheduler import Scheduler, Stats
 from jaxserve.spec import Params
 
 IDLE_WAIT_S = 1.0
 """How long an idle loop sleeps before it looks at deadlines again; any arrival wakes it."""
+
+
+class Followers(Hosts, Protocol):
+    """The other hosts, as the engine on host 0 has them."""
+
+    def failure(self) -> JaxserveError | None:
+        """What is wrong with one of them, if a step that failed here may be its doing."""
+        ...
+
+    def stop(self, error: JaxserveError | None) -> None:
+        """Lets them end, with what ended this engine, or None if it was stopped."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class Engine:
     """A loaded model and its step loop. `submit`, `abort`, `switch` and `stop` may be called from any thread.
 
     `deliver` is called by the loop's thread with the deltas of each step. Of several replicas it is number `index`, on
-    the devices of `mesh`. With `ahead` it is only compiled, and cannot run. Raises ConfigError or CheckpointError.
+    the devices of `mesh`; where that spans several hosts, `followers` are the others. With `ahead` it is only compiled,
+    and cannot run. Raises ConfigError or CheckpointError.
     """
 
     def __init__(
@@ -57,10 +71,12 @@ class Engine:
         mesh: Mesh | None = None,
         index: int = 0,
         weights_version: int = 0,
+        followers: Followers | None = None,
         ahead: bool = False,
     ):
         self.metrics = EngineMetrics(model_name, engine=str(index))
-        self.runner = Runner(options, path, self.metrics, progress, mesh, ahead=ahead)
+        self.runner = Runner(options, path, self.metrics, progress, mesh, followers, ahead=ahead)
+        self._followers = followers
         self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
         schedule, causal = options.schedule, self.runner.model.causal
         capturing = bool(self.info.taps)
@@ -103,6 +119,8 @@ class Engine:
 
     def prepare(self, update: Update, params: Params | None = None) -> list[Prepared]:
         """What `switch` takes, of each replica; see Runner.prepare."""
+        if self._followers is not None:
+            raise ConfigError("weights and code cannot be switched on several hosts; start again with the new ones")
         return [self.runner.prepare(update, params)]
 
     def switch(self, prepared: list[Prepared], *, abort: bool) -> list[Future[None]]:
@@ -154,9 +172,17 @@ class Engine:
                     time.sleep(0.001)  # nothing can run until an abort or a deadline frees something
                 pending = (plan, launched) if plan and launched else None
         except Exception as error:
-            self._end(EngineStopped(f"the engine failed: {type(error).__name__}"))
+            lost = None if self._followers is None else self._followers.failure()
+            ended = lost or EngineStopped(f"the engine failed: {type(error).__name__}")
+            self._end(ended)
+            if self._followers is not None:
+                self._followers.stop(ended)
+            if lost is not None:
+                raise lost from error
             raise
         self._end(EngineStopped("the engine was stopped"))
+        if self._followers is not None:
+            self._followers.stop(None)
 
     def _admit(self, *, block: bool) -> list[Delta]:
         """Takes in what has arrived; waits for something when there is nothing to do."""
@@ -248,7 +274,7 @@ class Engine:
                 m.inference_time.observe(sequence.ended - sequence.started)
         self.scheduler.ended.clear()
 
-    def _end(self, error: EngineStopped) -> None:
+    def _end(self, error: JaxserveError) -> None:
         self.runner.close()
         self._ended = True
         deltas = self.scheduler.fail_all(error)

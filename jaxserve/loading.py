@@ -59,8 +59,8 @@ class Loaded:
 
     @property
     def device(self) -> jax.Device:
-        """The first of them; all are of one kind."""
-        return self.partition.mesh.devices.flat[0]
+        """The first of them that is this host's; all are of one kind."""
+        return self.partition.mesh.local_devices[0]
 
 
 def load_model(
@@ -119,10 +119,10 @@ def load_model(
     params = place_params(model, config, checkpoint, partition, dtype, pack, report)
     give_back()
     seconds = time.perf_counter() - start
-    progress(
-        f"weights: {size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s; "
-        f"most memory that this process has had: {peak_memory() / 1e6:.0f} MB"
-    )
+    read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
+    if len(partition.mesh.local_devices) < devices:  # it is the shards of those that were read
+        read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
+    progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
     kv_dtype = _kv_dtype(options, device, name, params, dtype)
     return Loaded(model, config, params, partition, dtype, kv_dtype, name, kernel, programs, embedding, taps)
 
@@ -213,8 +213,8 @@ def _only_mesh(shape: MeshShape) -> Mesh:
 
 def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
     """Raises ConfigError for plain weights that are more than their devices' memory."""
-    device = partition.mesh.devices.flat[0]
-    total = device_memory(device, shape.devices)
+    device = partition.mesh.local_devices[0]
+    total = device_memory(device, shape.data * len(partition.mesh.local_devices))
     weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:

@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import msgspec
@@ -103,6 +103,35 @@ class Pooled:
         return Sampled((), embeddings={i: host[i].tobytes() for i, row in enumerate(self._plan.rows) if row.last})
 
 
+class Launch(NamedTuple):
+    """A launch as the devices know it, without its plan: the same on every host."""
+
+    shape: Shape
+    buffer: np.ndarray  # int32 [Layout.size]
+    bindings: list[tuple[Any, ...]]
+    """What binds a slot before it, as `no_binding` has it."""
+
+
+class Hosts(Protocol):
+    """The other hosts of a mesh that spans several. Each runs the launches of host 0, in their order."""
+
+    def least(self, pages: int) -> int:
+        """The least of what all hosts say here."""
+        ...
+
+    def known(self, shape: Shape) -> bool:
+        """Whether all others can launch a shape."""
+        ...
+
+    def begin(self, launch: Launch) -> int:
+        """Says that a launch begins here; its number."""
+        ...
+
+    def launched(self, number: int, output: StepOutput | jax.Array) -> None:
+        """Says, once the output is there, that a launch has finished here."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """What `Runner.prepare` has made ready for `install`."""
@@ -120,7 +149,7 @@ class Prepared:
 class Runner:
     """One model on the devices of `mesh`, or of the options' mesh. `info` says what was worked out.
 
-    `launch` and `bind` belong to one thread.
+    `launch` and `execute` belong to one thread. Of a mesh that spans several hosts, `hosts` are the others.
     """
 
     def __init__(
@@ -130,10 +159,12 @@ class Runner:
         metrics: EngineMetrics,
         progress: Progress,
         mesh: Mesh | None = None,
+        hosts: Hosts | None = None,
         *,
         ahead: bool = False,
     ):
         """With `ahead` there are no weights: everything is compiled and kept, and nothing can be launched."""
+        self._hosts = hosts
         loaded = self._loaded = load_model(
             options.model, options.device, path, progress, mesh, options.capture, ahead=ahead
         )
@@ -144,7 +175,8 @@ class Runner:
         platform, devices = self._device.platform, loaded.partition.mesh.size
         # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
         self._wait = platform == "cpu" and devices > 1
-        self._sharers = MeshShape.parse(options.device.mesh or "1").devices
+        here = len(loaded.partition.mesh.local_devices)
+        self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
         self._attention, self._kv_dtype, self._cache = loaded.attention, loaded.kv_dtype, loaded.programs
         self._embeds = loaded.embedding is not None
         self._params = jax.tree.leaves(loaded.params)
@@ -222,22 +254,36 @@ class Runner:
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
-        for sequence in plan.admitted:
-            if _needs_binding(sequence):
-                self._state = self._bind(self._state, *self._binding(sequence))
-        shape = batch.pick(self.shapes, plan)
-        compiled = self.compiled(shape)
+        bindings = [self._binding(sequence) for sequence in plan.admitted if _needs_binding(sequence)]
+        shape = batch.pick(self._launchable(), plan)
         self._rows.update(plan)
-        buffer = self._layout[shape].pack(plan, self._rows)
-        self._state, output = compiled(self._params, self._state, buffer)
-        if self._wait:
-            jax.block_until_ready(self._state)
+        output = self.execute(Launch(shape, self._layout[shape].pack(plan, self._rows), bindings))
         launched = Pooled(plan, output) if self._embeds else Launched(plan, output)
         return launched, shape.tokens * plan.steps - plan.num_computed
 
+    def execute(self, launch: Launch) -> Any:
+        """Starts a launch and returns what will be there: a StepOutput, or the pooled rows of a step for embeddings."""
+        number = 0 if self._hosts is None else self._hosts.begin(launch)
+        for binding in launch.bindings:
+            self._state = self._bind(self._state, *binding)
+        self._state, output = self.compiled(launch.shape)(self._params, self._state, launch.buffer)
+        if self._hosts is not None:
+            self._hosts.launched(number, output)
+        if self._wait:
+            jax.block_until_ready(self._state)
+        return output
+
+    def _launchable(self) -> list[Shape] | tuple[Shape, ...]:
+        """Of `shapes` those that all hosts have."""
+        hosts = self._hosts
+        return self.shapes if hosts is None else [shape for shape in self.shapes if hosts.known(shape)]
+
     def most_steps(self, seqs: int) -> int:
         """How many decode steps a launch of so many sequences may take: 1 until one of several is compiled for them."""
-        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self.shapes) else 1
+        return self.sizes.decode_steps if any(s.single and s.seqs >= seqs for s in self._launchable()) else 1
+
+    def is_compiled(self, shape: Shape) -> bool:
+        return shape in self._compiled
 
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """The step of one of `shapes`, compiled now if it is not yet."""
@@ -389,10 +435,10 @@ class Runner:
                 kind = self._device.device_kind
                 raise ConfigError(f"{kind} does not say how much memory it has; give --num-kv-pages")
             # On CPU what is free now; what counts is what was before the weights.
-            placed = 0 if self._ahead else weights * self.programs.partition.mesh.size // self._sharers
-            total = free + (placed if cpu else 0)
+            here = 0 if self._ahead else len(self.programs.partition.mesh.local_devices)
+            total = free + (weights * here // self._sharers if cpu else 0)
             budget = int(total * share) - weights - bytes_per_device(slot_shapes(seqs, length))
-            pages = budget // page_bytes
+            pages = self._least_of_hosts(budget // page_bytes)
             if pages < 1:
                 raise ConfigError(
                     f"weights of {weights / 2**30:.2f} GiB leave no room for the KV cache: {share:.0%} of "
@@ -412,7 +458,7 @@ class Runner:
         # What the launch before has captured is still on its way to the host.
         workspace = _workspace(compiled) + largest.tokens * values
         if given is None:
-            pages = min(pages, (budget - workspace) // page_bytes)
+            pages = min(pages, self._least_of_hosts((budget - workspace) // page_bytes))
             if pages < 1:
                 raise ConfigError(
                     f"the largest step needs {workspace / 2**30:.2f} GiB of workspace, which leaves no room for the KV "
@@ -424,6 +470,10 @@ class Runner:
         if found.max_model_len < length:
             progress(f"max_model_len lowered from {length} to {found.max_model_len}: that is what the KV cache holds")
         return found, {largest: compiled}, workspace
+
+    def _least_of_hosts(self, pages: int) -> int:
+        """Hosts have memory of their own, and programs of one size."""
+        return pages if self._hosts is None else self._hosts.least(pages)
 
     def _warm_up(self, warmup: str, progress: Progress) -> None:
         """full: compiles every shape. min: a few shapes serve until the others, in the background, are there."""

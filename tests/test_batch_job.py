@@ -21,11 +21,11 @@ from fake_engine import FakeEngine, write_tokenizer
 
 from jaxserve import cli
 from jaxserve.batch_job import BatchOptions, in_one_engine, job, rows, run_job, store
-from jaxserve.batch_job.identity import checkpoint_digest
 from jaxserve.batch_job.store import Store
 from jaxserve.client import EngineState
 from jaxserve.config import EngineOptions
 from jaxserve.errors import BatchStopped, ConfigError, EngineStopped
+from jaxserve.fingerprint import checkpoint_digest
 from jaxserve.text import TextModel
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +408,7 @@ def test_another_jobs_output_is_refused_with_what_differs(
     elif change == "checkpoint":
         monkeypatch.setattr("jaxserve.batch_job.identity.checkpoint_digest", lambda path: "another")
     elif change == "code":
-        monkeypatch.setattr("jaxserve.batch_job.identity.__version__", "9")
+        monkeypatch.setattr("jaxserve.fingerprint.__version__", "9")
     elif change == "engine":
         install(monkeypatch.setattr, Counter(max_model_len=256))
     assert batch("in.jsonl", "out.jsonl", *flags) == 2

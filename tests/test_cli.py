@@ -15,12 +15,20 @@ from fake_engine import FIRST_BYTE, FakeEngine, ids_of, write_tokenizer
 
 from jaxserve import __version__, cli
 from jaxserve.cli import generate, options, run, serve
-from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions, ServerOptions
+from jaxserve.config import (
+    DeviceOptions,
+    EngineOptions,
+    HostOptions,
+    HostPlace,
+    ModelOptions,
+    ScheduleOptions,
+    ServerOptions,
+)
 from jaxserve.errors import ConfigError, EngineStopped, UnsupportedParameter
 from jaxserve.request import SamplingParams
 from jaxserve.text import TextModel
 
-SECTIONS = (ModelOptions, ScheduleOptions, DeviceOptions, ServerOptions)
+SECTIONS = (ModelOptions, ScheduleOptions, DeviceOptions, HostOptions, ServerOptions)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +107,18 @@ def test_model_as_argument_or_flag(served, argv) -> None:
     assert engine.model == ModelOptions(model="org/name", revision="v2")
     assert not engine.schedule.enable_prefix_caching
     assert name == "org/name"
+
+
+def test_a_place_among_hosts_from_flags_variables_and_a_file(served, tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("mesh = '1x8'\n[hosts]\nhosts = 2\ncoordinator = '10.0.0.1:77'\n")
+    monkeypatch.setenv("JAXSERVE_HOST_SECRET", "s")
+    engine, _, _ = served("--config", str(file), "--host-index", "0", "--host-timeout", "5")
+    assert engine.place == HostPlace(
+        index=0, count=2, coordinator="10.0.0.1", port=77, secret="s", timeout_s=5, start_timeout_s=600
+    )
+    assert cli.call(["serve", "--config", str(file), "--host-index", "0", "--mesh", "2x4"]) == 2
+    assert "several hosts are one replica over all their devices" in capsys.readouterr().err
 
 
 def test_served_name(served, tmp_path) -> None:

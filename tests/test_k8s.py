@@ -6,6 +6,7 @@ which was written by hand from its documented API, leaderworkerset.x-k8s.io/v1, 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from cyclopts import UnknownOptionError
 
 from jaxserve import cli
-from jaxserve.config import ServerOptions
+from jaxserve.config import EngineOptions, MeshShape, ServerOptions
+from jaxserve.hosts.places import check_served, place
 from jaxserve.metrics import EngineMetrics
 from jaxserve.server import LAST_WORDS_S
 
@@ -121,7 +123,7 @@ def validate(manifest: dict[str, Any]) -> None:
 def test_there_is_one_of_each() -> None:
     kinds = {d["kind"] for _, d in MANIFESTS}
     assert {"LeaderWorkerSet", "Job", "Deployment", "Service", "HorizontalPodAutoscaler"} <= kinds
-    assert len(PODS) == 3
+    assert len(PODS) == 5
 
 
 @pytest.mark.parametrize(("name", "manifest"), MANIFESTS, ids=lambda x: x if isinstance(x, str) else x["kind"])
@@ -141,7 +143,7 @@ def test_manifests_fit_the_schemas(name: str, manifest: dict[str, Any]) -> None:
 )
 def test_a_planted_mistake_is_found(kind: str, path: tuple, wrong: Any) -> None:
     schemas = pytest.importorskip("jsonschema", reason="`make test-ray` has the schemas of Kubernetes")
-    (manifest,) = [d for name in FILES for d in documents(name) if d.get("kind") == kind]
+    manifest, *_ = [d for name in FILES for d in documents(name) if d.get("kind") == kind]
     place = manifest
     for step in path[:-1]:
         place = place[step]
@@ -164,16 +166,37 @@ def test_commands_are_ours_and_what_is_around_them_fits(name: str, template: dic
     assert server.host == "0.0.0.0"
     pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert grace_s > pause_s + server.shutdown_timeout + LAST_WORDS_S
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"http": server.port, "grpc": server.port + 1}
-    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(server.port)
-    for probe, path in (("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
-        assert container[probe]["httpGet"] == {"path": path, "port": "http"}
+    if template["metadata"]["labels"].get("role") == "follower":
+        assert "ports" not in container, "its leader serves"
+    else:
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports == {"http": server.port, "grpc": server.port + 1}
+        assert template["metadata"]["annotations"]["prometheus.io/port"] == str(server.port)
+        for probe, path in (("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/livez")):
+            assert container[probe]["httpGet"] == {"path": path, "port": "http"}
     chips = container["resources"]["limits"].get("google.com/tpu")
     if chips is not None:
-        rows, columns = template["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
-        assert given["device"].mesh == f"{rows}x{columns}"
-        assert int(rows) * int(columns) == int(chips)
+        topology = template["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        rows, columns = map(int, topology.split("x"))
+        assert MeshShape.parse(given["device"].mesh).devices == rows * columns
+        (group,) = [d for n, d in MANIFESTS if f"{n} {d['kind']}" == name]
+        size = group["spec"]["leaderWorkerTemplate"]["size"]
+        assert size * int(chips) == rows * columns
+        assert ("hosts" in given) == (size > 1)
+
+
+def test_hosts_of_a_group_run_the_same_command() -> None:
+    (group,) = [d for name, d in MANIFESTS if name.startswith("tpu-multihost") and d["kind"] == "LeaderWorkerSet"]
+    leader, follower = (t["spec"]["containers"][0] for t in templates(group))
+    for same in ("image", "args", "env", "resources", "lifecycle"):
+        assert leader[same] == follower[same]
+    given = flags(leader)
+    environ = {"LWS_LEADER_ADDRESS": "jaxserve-tpu-16-0.jaxserve-tpu-16.default", "LWS_GROUP_SIZE": "4"}
+    secret = replace(given["hosts"], host_secret="s")
+    for index in range(4):
+        here = place(secret, environ | {"LWS_WORKER_INDEX": str(index)})
+        assert (here.index, here.count) == (index, 4) and here.coordinator.startswith("jaxserve-tpu-16-0.")
+        check_served(EngineOptions(device=given["device"], place=here), given["server"])
 
 
 def test_a_flag_that_is_none_is_refused() -> None:
@@ -197,7 +220,8 @@ def test_the_autoscaler_reads_a_metric_of_ours() -> None:
 def test_services_find_their_pods() -> None:
     for name, service in MANIFESTS:
         if service["kind"] == "Service":
-            (pod,) = [t for n, d in MANIFESTS if n == name for t in templates(d)]
-            assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+            pods = [t for n, d in MANIFESTS if n == name for t in templates(d)]
+            selector = service["spec"]["selector"].items()
+            (pod,) = [t for t in pods if selector <= t["metadata"]["labels"].items()]
             names = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
             assert {port["targetPort"] for port in service["spec"]["ports"]} <= names

@@ -16,7 +16,7 @@ from cyclopts import App, ArgumentCollection, Group, Parameter
 from cyclopts.config import Dict, Env
 
 from jaxserve import config
-from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions, ServerOptions
+from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, ModelOptions, ScheduleOptions, ServerOptions
 from jaxserve.errors import ConfigError, InvalidParameter
 from jaxserve.request import SamplingParams
 
@@ -30,6 +30,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelOptions,
     "schedule": ScheduleOptions,
     "device": DeviceOptions,
+    "hosts": HostOptions,
     "server": ServerOptions,
 }
 
@@ -119,7 +120,8 @@ OfflineSchedule = Annotated[OfflineScheduleFlags, Parameter(name="*", group=Grou
 Device = Annotated[DeviceOptions, Parameter(name="*", group=Group("Device", sort_key=3))]
 LazyDevice = Annotated[LazyDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
 WarmDevice = Annotated[WarmDeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
-Server = Annotated[ServerOptions, Parameter(name="*", group=Group("Server", sort_key=4))]
+Hosts = Annotated[HostOptions, Parameter(name="*", group=Group("Hosts", sort_key=4))]
+Server = Annotated[ServerOptions, Parameter(name="*", group=Group("Server", sort_key=5))]
 Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling", sort_key=2))]
 ConfigFile = Annotated[Path | None, Parameter(group=Group("Model", sort_key=1))]
 

@@ -5,14 +5,16 @@ import json
 import logging
 import os
 import shlex
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import run, start_model
 from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
-from jaxserve.config import DeviceOptions, EngineOptions, ScheduleOptions, ServerOptions
+from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, ScheduleOptions, ServerOptions
 from jaxserve.host_memory import keep_objects
+from jaxserve.hosts.places import check_served, place
 from jaxserve.page_groups import capacity
 from jaxserve.request import EngineInfo
 from jaxserve.text import TextModel
@@ -25,9 +27,12 @@ def serve(
     models: cli.Models = cli.ModelFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
     device: cli.Device = DeviceOptions(),
+    hosts: cli.Hosts = HostOptions(),
     server: cli.Server = ServerOptions(),
 ) -> int:
     """Serve a model over HTTP (OpenAI's API) and gRPC until SIGTERM or Ctrl-C.
+
+    Of several hosts the first one serves; on the others the same command computes with it.
 
     Parameters
     ----------
@@ -35,7 +40,8 @@ def serve(
         Local directory (safetensors or Orbax), GGUF file or Hugging Face id (org/repo, or of GGUF files org/repo:Q4_K_M
         or org/repo/file.gguf); without it the embedded model is served.
     config
-        TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [server].
+        TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [hosts],
+        [server].
     """
     # The engine process is started when gRPC runs already; without this gRPC logs that it does not mind.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -44,8 +50,21 @@ def serve(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     engine = cli.engine_options(model, models, schedule, device)
     name = cli.model_name(model, server.served_model_name)
+    here = place(hosts)
+    if here is not None:
+        engine = replace(engine, place=here)
+        check_served(engine, server)
+    if here is not None and here.index > 0:
+        return run(_follow(engine, server.shutdown_timeout))
     run(_serve(engine, server, name))
     return 0
+
+
+async def _follow(engine: EngineOptions, drain_s: float) -> int:
+    from jaxserve.client.supervise import follow
+    from jaxserve.hub import resolve_model
+
+    return await follow(engine, resolve_model(engine.model.model, engine.model.revision), drain_s)
 
 
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:

@@ -70,6 +70,7 @@ class _Host:
             deliver=self._deliver,
             changed=self._changed,
             weights_version=launch.weights_version,
+            again=launch.again,
         )
         self._thread.start()
         self._updating = asyncio.Lock()  # one waits in a thread, the others need none

@@ -101,7 +101,8 @@ class RemoteEngine:
         if self._supervisor is None:
             return
         self._outbox.put_nowait(wire.encode(wire.Stop()))
-        if self._status.state is not EngineState.READY:  # loading or waiting to restart: nothing is in flight
+        # Loading or waiting to restart: nothing is in flight. But other hosts are to hear of it.
+        if self._status.state is not EngineState.READY and self._options.place is None:
             self._kill()
             self._supervisor.cancel()
         _, pending = await asyncio.wait({self._supervisor}, timeout=STOP_TIMEOUT_S)
@@ -153,8 +154,9 @@ class RemoteEngine:
                     return
                 healthy = time.monotonic() - started > HEALTHY_AFTER_S
                 back_off = FIRST_BACK_OFF_S if healthy or not back_off else min(2 * back_off, LAST_BACK_OFF_S)
-                log.error("the engine process died; starting it again in %g s", back_off)
-                self._status = EngineStatus(EngineState.DEAD, f"the engine died; restarting in {back_off:g} s")
+                why = self._status.detail if self._status.state is EngineState.DEAD else "the engine died"
+                log.error("%s; starting the engine process again in %g s", why, back_off)
+                self._status = EngineStatus(EngineState.DEAD, f"{why}; restarting in {back_off:g} s")
                 await asyncio.sleep(back_off)
         finally:
             if not self._settled.is_set() and self._error is None:
@@ -180,7 +182,8 @@ class RemoteEngine:
             try:
                 assert process.stdin is not None
                 version = 0 if self._info is None else self._info.weights_version
-                launch = wire.Launch(self._options, str(self._path), self._model_name, socket, version)
+                again = self._settled.is_set()
+                launch = wire.Launch(self._options, str(self._path), self._model_name, socket, version, again)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     process.stdin.write(wire.encode(launch))
                     await process.stdin.drain()

@@ -13,8 +13,10 @@ import msgspec
 from jax.sharding import Mesh
 
 from jaxserve.client.routing import Router
+from jaxserve.client.spanning import leading
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.engine import Engine
+from jaxserve.errors import JaxserveError
 from jaxserve.loading import Progress
 from jaxserve.metrics import JoinedMetrics
 from jaxserve.request import Delta, EngineInfo, Request, Update
@@ -31,9 +33,22 @@ def open_engine(
     deliver: Callable[[list[Delta]], None],
     progress: Progress = lambda message: None,
     weights_version: int = 0,
+    lost: Callable[[JaxserveError], None] = lambda error: None,
+    again: bool = False,
     ahead: bool = False,
 ) -> "Engine | Replicas":
-    """The engine that the options ask for; `ahead`: only compiled. Raises ConfigError or CheckpointError."""
+    """The engine that the options ask for; `ahead`: only compiled. Raises ConfigError or CheckpointError.
+
+    Of several hosts, `lost` and `again` are as Leader has them.
+    """
+    if options.place is not None:
+        with leading(options, path, progress, lost=lost, again=again) as (mesh, followers):
+            engine = Engine(
+                options, path, model_name=model_name, deliver=deliver, progress=progress, mesh=mesh,
+                weights_version=weights_version, followers=followers,
+            )  # fmt: skip
+            followers.wait_ready(engine.runner, progress)
+            return engine
     kind = Engine if MeshShape.parse(options.device.mesh or "1").data == 1 else Replicas
     return kind(
         options,

@@ -24,8 +24,8 @@ log = logging.getLogger("jaxserve.engine")
 class EngineThread:
     """Loads and runs an Engine in a thread of its own.
 
-    `deliver` and `changed` are called by that thread: with the deltas of a step, and with every new status.
-    `error` holds what ended the engine, if it was not `stop`.
+    `deliver` and `changed` are called by that thread: with the deltas of a step, and with every new status. Another
+    thread says that a host is lost. `error` holds what ended the engine, if it was not `stop`.
     """
 
     def __init__(
@@ -37,13 +37,15 @@ class EngineThread:
         deliver: Callable[[list[Delta]], None],
         changed: Callable[[EngineStatus], None] = lambda status: None,
         weights_version: int = 0,
+        again: bool = False,
     ):
         self.status = EngineStatus(EngineState.LOADING, "starting")
         self.error: JaxserveError | None = None
         self.engine: Engine | Replicas | None = None
         self._options, self._path, self._model_name = options, path, model_name
         self._deliver, self._changed = deliver, changed
-        self._weights_version = weights_version
+        self._weights_version, self._again = weights_version, again
+        self._ending = threading.Lock()
         self._updating = threading.Lock()
         self._stopping = threading.Event()
         self._settled = threading.Event()
@@ -120,6 +122,8 @@ class EngineThread:
                 deliver=self._deliver,
                 progress=self._progress,
                 weights_version=self._weights_version,
+                lost=self._die,
+                again=self._again,
             )
             self.engine = engine
             if self._stopping.is_set():
@@ -127,14 +131,23 @@ class EngineThread:
             self._set(EngineState.READY, "")
             self._settled.set()
             engine.run()
-            self.error = EngineStopped("the engine was stopped")
+            ended: JaxserveError = EngineStopped("the engine was stopped")
         except JaxserveError as error:
-            self.error = error
+            ended = error
         except Exception as error:
             # Not the caller's business, and not to be swallowed: the traceback goes where all tracebacks go.
             threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
-            self.error = EngineStopped(f"the engine failed: {type(error).__name__}: {error}")
-        self._set(EngineState.DEAD, self.error.message)
+            ended = EngineStopped(f"the engine failed: {type(error).__name__}: {error}")
+        self._die(ended)
+
+    def _die(self, error: JaxserveError) -> None:
+        """What ended the engine; only the first such error counts. Any thread, the loop's may be blocked for ever."""
+        with self._ending:
+            if self.error is not None:
+                return
+            self.error = error
+        self.status = EngineStatus(EngineState.DEAD, error.message)
+        self._changed(self.status)
         self._settled.set()
 
     def _progress(self, message: str) -> None:
@@ -143,5 +156,6 @@ class EngineThread:
         self._set(EngineState.LOADING, message)
 
     def _set(self, state: EngineState, detail: str) -> None:
-        self.status = EngineStatus(state, detail)
-        self._changed(self.status)
+        if self.error is None:
+            self.status = EngineStatus(state, detail)
+            self._changed(self.status)

@@ -22,6 +22,15 @@ class Launch(msgspec.Struct, frozen=True):
     model_name: str
     socket: str
     weights_version: int = 0
+    again: bool = False
+    """After it had been ready, and it will be once more, whatever ends it."""
+
+
+class Follow(msgspec.Struct, frozen=True):
+    """How the engine process of another host than the first is to start; a line of JSON on its standard input."""
+
+    options: EngineOptions
+    path: str
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
