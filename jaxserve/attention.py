@@ -35,8 +35,16 @@ PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
 """Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
 kernel issues a copy a page: for two heads of a device pages of 16 cost half as much again as the computing, of 64 a
 sixth (BENCHMARKS.md); larger ones leave more memory unused at every sequence's end."""
-READS_INT8 = ("reference", "cpu")
+READS_INT8 = ("reference", "cpu", "tpu")
 """Bodies that take an Int8Cache."""
+READS_FP8 = ("reference", "tpu")
+"""Bodies that take a cache of float8_e4m3fn; the reference on CPU for trying it only, where XLA copies such a cache as
+float16 in each layer."""
+
+
+def reads(kernel: str, kv_dtype: DTypeLike) -> bool:
+    """Whether a body takes a cache of numbers of 8 bits."""
+    return kernel in (READS_INT8 if jnp.dtype(kv_dtype) == jnp.int8 else READS_FP8)
 
 
 def choose(
@@ -62,6 +70,11 @@ def choose(
     if chosen in PLATFORM and platform != chosen:
         raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
+        if devices == 1 and jnp.dtype(kv_dtype) == jnp.float8_e4m3fn:
+            raise ConfigError(
+                "kv_cache_dtype float8_e4m3fn is not read by the CPU's kernels; give --kv-cache-dtype int8, which "
+                "takes as much memory, or --attention reference, which is slower by far"
+            )
         if devices > 1:
             if name != "auto":
                 raise ConfigError(f"attention='cpu' runs on one device, not on {devices}; use auto")
@@ -75,11 +88,7 @@ def choose(
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
     if chosen == "tpu":
         try:
-            if not causal:
-                raise ValueError("it is causal, and the model is an encoder")
-            if jnp.dtype(kv_dtype) == jnp.int8:
-                raise ValueError("it does not read a cache of int8 (--kv-cache-dtype)")
-            validate_for_tpu(block_size or PAGE_SIZE["tpu"], jnp.dtype(kv_dtype), 0, 0)
+            validate_for_tpu(block_size or _usual_page("tpu", kv_dtype), jnp.dtype(kv_dtype), 0, 0)
         except ValueError as error:
             if name != "auto":
                 raise ConfigError(f"attention='tpu': {error}") from error
@@ -95,12 +104,18 @@ def choose(
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
 
 
+def _usual_page(platform: str, kv_dtype: DTypeLike) -> int:
+    if platform == "tpu" and jnp.dtype(kv_dtype) == jnp.int8:
+        return 128  # a page's scales fill the lanes
+    return PAGE_SIZE.get(platform, PAGE_SIZE["cpu"])
+
+
 def page_size(asked: int | None, kernel: str, platform: str, kv_dtype: np.dtype, seqs: int, length: int) -> int:
     """Tokens in a page of the cache, for up to `seqs` sequences of `length` tokens.
 
     Raises ConfigError for pages that were asked for and that the kernel does not read.
     """
-    size = asked or PAGE_SIZE.get(platform, PAGE_SIZE["cpu"])
+    size = asked or _usual_page(platform, kv_dtype)
     if kernel != "tpu":
         return size
     if asked is None:

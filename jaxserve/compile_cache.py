@@ -10,11 +10,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jaxlib
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
@@ -22,11 +24,13 @@ from jax.sharding import NamedSharding
 import kernels_pallas
 from jaxserve import native
 from jaxserve.config import cache_home
+from jaxserve.errors import ConfigError
 from jaxserve.native.build import cpu_flags
 
 log = logging.getLogger("jaxserve.compile_cache")
 
 NOT_IN_PROGRAMS = (
+    "baked",
     "batch_job",
     "bench",
     "chat",
@@ -53,6 +57,8 @@ NOT_IN_PROGRAMS = (
 """Parts of the package that no program is made from, so that they may change and the programs stay."""
 UNUSED_DAYS = 30
 """A program that nobody has loaded for so long is deleted when another one is stored."""
+MANIFEST = "manifest.json"
+"""In a directory that `jaxserve compile` has filled; nothing of it is ever deleted. See baked.py."""
 
 
 def compile_cache_dir(option: str | None) -> str:
@@ -65,16 +71,31 @@ def compile_cache_dir(option: str | None) -> str:
     return "" if home is None else str(home / "xla")
 
 
+class Kept(NamedTuple):
+    """A program, and where it is from."""
+
+    program: jax.stages.Compiled
+    compiled: bool
+    """Whether XLA made it just now; otherwise it was loaded."""
+
+
 class CompileCache:
     """The cache that an option asks for. Threads may share it.
 
     With `whole`, programs are kept here, to be loaded without being traced; without it JAX's own cache is used, which
-    knows a program by what tracing it gave.
+    knows a program by what tracing it gave. With `must_keep`, one that cannot be kept is a ConfigError, not a warning.
     """
 
-    def __init__(self, option: str | None, *, whole: bool, progress: Callable[[str], None] = lambda message: None):
-        self.whole = whole
-        directory = compile_cache_dir(option)
+    def __init__(
+        self,
+        option: str | None,
+        *,
+        whole: bool,
+        progress: Callable[[str], None] = lambda message: None,
+        must_keep: bool = False,
+    ):
+        self.whole, self._must_keep = whole, must_keep
+        self.directory = directory = compile_cache_dir(option)
         progress(f"compile cache: {directory or 'off'}")
         if not whole:
             _use_jax_cache(directory)
@@ -91,6 +112,17 @@ class CompileCache:
         donate: int | None = None,
         out_shardings: Any = None,
     ) -> jax.stages.Compiled:
+        """The program of `find`, wherever it is from."""
+        return self.find(what, function, *arguments, donate=donate, out_shardings=out_shardings).program
+
+    def find(
+        self,
+        what: object,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donate: int | None = None,
+        out_shardings: Any = None,
+    ) -> Kept:
         """`function` compiled for `arguments`, shapes or values alike; `donate` is the number of one that is donated.
 
         It runs on the devices that the arguments' shardings name, and leaves its results as `out_shardings` says, a
@@ -103,41 +135,42 @@ class CompileCache:
         shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), arguments)
         shardings = [getattr(a, "sharding", None) for a in jax.tree.leaves(arguments)]
         places = [_place(s) for s in (*shardings, *jax.tree.leaves(out_shardings))]
-        key = repr((what, shapes, places, donate, _surroundings()))
+        key = repr((what, shapes, places, donate, surroundings()))
         path = self._directory / hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         try:
             serialized, arguments_tree, results_tree = pickle.loads(path.read_bytes())
             program = serialize_executable.deserialize_and_load(
                 serialized, arguments_tree, results_tree, execution_devices=_devices((shardings, out_shardings))
             )
-            os.utime(path)
-            return program
+            with suppress(OSError):  # of an image's layer, which cannot be written
+                os.utime(path)
+            return Kept(program, compiled=False)
         except FileNotFoundError:
             pass
         except Exception as error:  # it can be anything: the file is what some other process left
             log.warning("%s is of no use and made again: %s", path, error)
-        _found.by_jax = False
-        program = _compile(function, arguments, donate, out_shardings)
-        if _found.by_jax:  # XLA:CPU writes a program that it has loaded without its code
-            return program
+        kept = _compile(function, arguments, donate, out_shardings)
+        if not kept.compiled:  # XLA:CPU writes a program that it has loaded without its code
+            return kept
         try:
-            data = pickle.dumps(serialize_executable.serialize(program))
+            data = pickle.dumps(serialize_executable.serialize(kept.program))
             if jax.local_devices()[0].platform == "cpu" and sys.platform == "linux" and b"\x7fELF" not in data:
                 raise ValueError("there is no code in it")
             _write(path, data)
             _delete_unused(self._directory)
         except Exception as error:
+            if self._must_keep:
+                raise ConfigError(f"a compiled program cannot be kept in {self._directory}: {error}") from error
             log.warning("a compiled program is not kept: %s", error)
-        return program
+        return kept
 
 
-def _compile(
-    function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None, out_shardings: Any
-) -> jax.stages.Compiled:
+def _compile(function: Callable[..., Any], arguments: tuple[Any, ...], donate: int | None, out_shardings: Any) -> Kept:
+    _found.by_jax = False
     # A new function each time: JAX would answer with a program that this process has loaded for the same one.
     donated = () if donate is None else donate
     lowered = jax.jit(partial(function), donate_argnums=donated, out_shardings=out_shardings).lower(*arguments)
-    return lowered.compile(compiler_options=_compiler_options())
+    return Kept(lowered.compile(compiler_options=_compiler_options()), compiled=not _found.by_jax)
 
 
 def _compiler_options() -> dict[str, bool] | None:
@@ -191,18 +224,31 @@ def _use_jax_cache(directory: str) -> None:
     compilation_cache.reset_cache()  # a process that has compiled before would go on with the old directory
 
 
-def _surroundings() -> object:
-    """What the machine code of a program depends on besides the program."""
+def surroundings() -> dict[str, object]:
+    """What the machine code of a program depends on besides the program, by names for people."""
     device = jax.local_devices()[0]
-    settings = {k: v for k, v in jax.config.values.items() if "cache" not in k}
-    flags = {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    found = (jax.__version__, device.client.platform_version, device.device_kind, native.loaded())
-    return _code(), _host(), found, flags, settings
+    settings = {k: repr(v) for k, v in jax.config.values.items() if "cache" not in k}
+    flags = {k: os.environ.get(k, "") for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "compiler": device.client.platform_version,
+        **_host(device.platform),
+        "C++ kernels": native.loaded(),
+        "jaxserve's code": _code(),
+        **flags,
+        **settings,
+    }
 
 
 @cache
-def _host() -> object:
-    return platform.machine(), platform.python_version(), sorted(cpu_flags())
+def _host(platform_name: str) -> dict[str, object]:
+    found: dict[str, object] = {"machine": platform.machine(), "Python": platform.python_version()}
+    if platform_name == "cpu":  # elsewhere no code of a program runs on the processor
+        found["processor's features"] = " ".join(sorted(cpu_flags()))
+    return found
 
 
 @cache
@@ -225,6 +271,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _delete_unused(directory: Path) -> None:
+    if (directory.parent / MANIFEST).exists():
+        return
     oldest = time.time() - UNUSED_DAYS * 86400
     for path in directory.iterdir():
         if path.stat().st_mtime < oldest:

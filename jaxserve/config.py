@@ -138,10 +138,11 @@ class DeviceOptions:
     """Pages in the KV cache of a replica; a page holds block_size tokens, of a model that has layers with and without
     sliding windows those of one group of layers. Default: what the memory budget leaves after weights and workspace; on
     CPU no more than a sequence of the longest context, or 512 tokens of each of max_num_seqs, take."""
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8_e4m3", "float8_e4m3fn"] = "auto"
     """Type of the KV cache. auto: that of the activations; on CPU float16, unless the weights are float32. Another one
     than the activations' needs the CPU's kernels. int8: bytes, with one scale a token, head, and of K and V; half the
-    memory of 16 bits, for a little accuracy, on any device."""
+    memory of 16 bits, for a little accuracy, on any device. fp8_e4m3 (or float8_e4m3fn): floats of 8 bits without
+    scales, less accurate; not with the CPU's kernels."""
     memory_utilization: float | None = None
     """Share of the device's memory that may be used. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"
@@ -151,13 +152,23 @@ class DeviceOptions:
     smallest two, which serve a lone user fast; the others follow in the background. lazy: the largest, which sizes the
     memory; each other one is compiled when it is first needed."""
     compile_cache_dir: str | None = None
-    """Where compiled steps are kept between runs. Default: $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
+    """Where compiled steps are kept between runs: a folder, perhaps one that `jaxserve compile` has filled. Default:
+    $XDG_CACHE_HOME/jaxserve/xla; '' turns it off."""
+
+    @property
+    def kv_dtype(self) -> str:
+        """kv_cache_dtype as JAX calls it, or auto."""
+        return "float8_e4m3fn" if self.kv_cache_dtype == "fp8_e4m3" else self.kv_cache_dtype
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
             MeshShape.parse(self.mesh)
         _at_least("block_size", self.block_size, 1)
         _at_least("num_kv_pages", self.num_kv_pages, 1)
+        if "://" in (self.compile_cache_dir or ""):
+            raise ConfigError(
+                f"compile_cache_dir {self.compile_cache_dir} is a url; give a folder: mount the bucket, or copy it"
+            )
         if self.memory_utilization is not None and not 0 < self.memory_utilization <= 1:
             raise ConfigError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
 

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxserve import quant
 from jaxserve.errors import ConfigError
+from jaxserve.formats import Format
 from jaxserve.model_code import brief, place
+from jaxserve.native import blocks
 from jaxserve.native.linear import PANEL
 from jaxserve.spec import Model, ModelConfig, Params, ParamSpec
 
@@ -132,12 +135,20 @@ def specs_of(model: Model, config: Any) -> Any:
     return specs
 
 
-def packed(spec: ParamSpec, stored: tuple[int, ...], kind: Any, dtype: Any) -> quant.Packed:
-    """The shapes of a matrix that is stored as [outputs, inputs], or of a stack, when the CPU's kernels have it."""
-    count = (len(spec.names),) if spec.spread else ()
-    panels = jax.ShapeDtypeStruct((*count, -(-stored[0] // PANEL), math.prod(stored[1:]), PANEL), kind)
-    shapes: Any = panels  # a tree of them is a tree of arrays to whoever traces
-    return quant.Packed(shapes, spec.shape, stored[0], np.dtype(dtype), stacked=spec.spread)
+def packed(spec: ParamSpec, stored: tuple[int, ...], kind: DTypeLike | Format, dtype: Any) -> quant.Packed:
+    """The shapes of a matrix that is stored as [outputs, inputs], or of a stack, when the CPU's kernels have it.
+
+    `kind`: the type of its numbers, or their block format.
+    """
+    count, outputs, depth = (len(spec.names),) if spec.spread else (), stored[0], math.prod(stored[1:])
+    format = kind if isinstance(kind, Format) else None
+    if isinstance(kind, Format):
+        own: tuple[int, ...] = (blocks.panel_bytes(kind, outputs, depth),)
+        kind = np.uint8
+    else:
+        own = (-(-outputs // PANEL), depth, PANEL)
+    panels: Any = jax.ShapeDtypeStruct((*count, *own), kind)  # a tree of them is a tree of arrays to whoever traces
+    return quant.Packed(panels, spec.shape, outputs, np.dtype(dtype), format, stacked=spec.spread)
 
 
 class _Misfit(Exception):

@@ -56,8 +56,8 @@ class Engine:
     """A loaded model and its step loop. `submit`, `abort`, `switch` and `stop` may be called from any thread.
 
     `deliver` is called by the loop's thread with the deltas of each step. Of several replicas it is number `index`, on
-    the devices of `mesh`; where that spans several hosts, `followers` are the others. Raises ConfigError or
-    CheckpointError.
+    the devices of `mesh`; where that spans several hosts, `followers` are the others. With `ahead` it is only compiled,
+    and cannot run. Raises ConfigError or CheckpointError.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ class Engine:
         index: int = 0,
         weights_version: int = 0,
         followers: Followers | None = None,
+        ahead: bool = False,
     ):
         self.metrics = EngineMetrics(model_name, engine=str(index))
-        self.runner = Runner(options, path, self.metrics, progress, mesh, followers)
+        self.runner = Runner(options, path, self.metrics, progress, mesh, followers, ahead=ahead)
         self._followers = followers
         self.info: EngineInfo = msgspec.structs.replace(self.runner.info, weights_version=weights_version)
         schedule, causal = options.schedule, self.runner.model.causal

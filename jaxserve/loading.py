@@ -26,9 +26,9 @@ from jaxserve.request import EmbeddingInfo, TapInfo
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.taps import find_taps
-from jaxserve.weights import Checkpoint, open_checkpoint
+from jaxserve.weights import Checkpoint, open_checkpoint, open_header
 from jaxserve.weights.headless import as_stored
-from jaxserve.weights.load import load_params
+from jaxserve.weights.load import check_params, load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
 type Progress = Callable[[str], None]
@@ -94,7 +94,7 @@ def choose(
     dtype = jnp.dtype(dtype_for(options.dtype, platform))
     name, reason, kernel = attention.choose(
         device.attention, platform, progress, devices=mesh.size, causal=model.causal, block_size=device.block_size,
-        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype, head_dim=config.head_dim,
+        kv_dtype=dtype if device.kv_dtype == "auto" else device.kv_dtype, head_dim=config.head_dim,
         capability=capability,
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
@@ -108,13 +108,16 @@ def load_model(
     progress: Progress,
     mesh: Mesh | None = None,
     capture: Sequence[str] = (),
+    *,
+    ahead: bool = False,
 ) -> Loaded:
     """The model at `path`, a checkpoint directory or GGUF file, on `mesh`, or on that of the options.
 
-    `capture`: patterns of inner values that its steps are to bring back. Sets up the compile cache, too. Raises
-    ConfigError for options that the model or the machine does not serve, CheckpointError for damaged weights.
+    `capture`: patterns of inner values that its steps are to bring back. Sets up the compile cache, too. With `ahead`
+    it is to be compiled only: no weight is read, and programs that cannot be kept are an error. Raises ConfigError for
+    options that the model or the machine does not serve, CheckpointError for damaged weights.
     """
-    checkpoint, model, config = open_model(path, options.model_code)
+    checkpoint, model, config = open_model(path, options.model_code, ahead=ahead)
     shape = MeshShape.parse(device.mesh or "1")
     mesh = mesh or _only_mesh(shape)
     place = mesh.devices.flat[0]
@@ -125,16 +128,20 @@ def load_model(
     config, partition, dtype = chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")
-    programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress)
+    programs = CompileCache(device.compile_cache_dir, whole=ours, progress=progress, must_keep=ahead)
 
     packs = chosen.attention == "cpu"
     if options.model_code is not None:
         progress(f"model code: {options.model_code}")
-        trace(model, config, dtype, stored_shapes(checkpoint, dtype, packs))
+        trace(model, config, dtype, stored_shapes(checkpoint, options, dtype, packs))
     taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
     pack = packer(options, dtype, packs)
     if pack is None:
         _check_fit(partition, model.param_specs(config), dtype, device, shape)
+    if ahead:
+        shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
+        kv_dtype = kv_dtype_for(options, device, chosen.attention, shapes, dtype)
+        return Loaded(**vars(chosen), params=shapes, kv_dtype=kv_dtype, programs=programs, taps=taps)
     start, size = time.perf_counter(), 0
 
     def report(done: int, total: int) -> None:
@@ -153,12 +160,12 @@ def load_model(
     return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs, taps=taps)
 
 
-def open_model(path: Path, code: str | None) -> tuple[Checkpoint, Model, Any]:
+def open_model(path: Path, code: str | None, *, ahead: bool = False) -> tuple[Checkpoint, Model, Any]:
     """The checkpoint at `path`, its model, which is that of the file `code` if there is one, and the model's config.
 
-    Raises as open_checkpoint and find_model.
+    With `ahead` it may lack weights. Raises as open_checkpoint and find_model.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_header(path) if ahead else open_checkpoint(path)
     if code is None:
         return checkpoint, *find_model(checkpoint.config)
     model = load_model_code(code)
@@ -264,18 +271,54 @@ def memory_share(options: DeviceOptions, platform: str) -> float:
     return options.memory_utilization or (0.5 if platform == "cpu" else 0.9)
 
 
-def stored_shapes(checkpoint: Checkpoint, dtype: np.dtype, packs: bool) -> Callable[[ParamSpec], Any]:
-    """The shapes of the leaves that `load_params` will make."""
+def stored_shapes(
+    checkpoint: Checkpoint, options: ModelOptions, dtype: np.dtype, packs: bool
+) -> Callable[[ParamSpec], Any]:
+    """The shapes of the leaves that `load_params` will make; `packs`: matrices are laid out for the CPU's kernels."""
 
     def leaf(spec: ParamSpec) -> Any:
         first = spec.names[0]
         stored = checkpoint.shape(first) if spec.matrix and packs and first in checkpoint.names() else ()
-        if len(stored) == 2:
-            outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
-            return packed(spec, (outputs, stored[1]), dtype, dtype)
-        return jax.ShapeDtypeStruct(spec.shape, dtype)
+        if len(stored) != 2:
+            return jax.ShapeDtypeStruct(spec.shape, dtype)
+        outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
+        blocks = checkpoint.blocks(first)
+        format = None if blocks is None else blocks.format
+        if options.quantization is not None and not spec.precise and format is None:
+            format = quant.format_for(options.quantization.upper(), stored[1], vocabulary=spec.axes[0] == "vocab")
+        plain = checkpoint.dtype(first) if options.dtype == "auto" else dtype
+        return packed(spec, (outputs, stored[1]), format or plain, dtype)
 
     return leaf
+
+
+def _param_shapes(
+    model: Model,
+    config: Any,
+    checkpoint: Checkpoint,
+    partition: Partition,
+    options: ModelOptions,
+    dtype: np.dtype,
+    *,
+    packs: bool,
+) -> Params:
+    """What `place_params` would make, as shapes with the places where they lie."""
+    if not checkpoint.names() and packs:
+        raise ConfigError(
+            f"{checkpoint.path} holds no weights, and the CPU's kernels multiply them in the types that they are "
+            "stored in; give the whole checkpoint (its headers are read), or --attention reference"
+        )
+    if checkpoint.names():
+        check_params(model, config, checkpoint)
+    if not packs:
+        return jax.tree.map(lambda spec: partition.leaf(spec, dtype), model.param_specs(config), is_leaf=_is_spec)
+    shapes = jax.tree.map(stored_shapes(checkpoint, options, dtype, packs), model.param_specs(config), is_leaf=_is_spec)
+    place = partition.everywhere
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, ParamSpec)
 
 
 def packer(options: ModelOptions, dtype: np.dtype, available: bool) -> Packer | None:
@@ -304,17 +347,17 @@ def kv_dtype_for(
     options: ModelOptions, device: DeviceOptions, kernel: str, params: Params, dtype: np.dtype
 ) -> np.dtype:
     """The KV cache's type, `dtype` being the activations'. Raises ConfigError for one that the kernel does not read."""
-    wanted = device.kv_cache_dtype
+    wanted = device.kv_dtype
     if wanted == "auto":
         packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=_is_packed) if _is_packed(leaf)]
-        wide = sum(leaf.panels.nbytes for leaf in packed if leaf.panels.dtype == jnp.float32)
+        wide = bytes_per_device([leaf.panels for leaf in packed if leaf.panels.dtype == jnp.float32])
         # More than the routers, which are float32 in quantised files too.
-        plain = options.dtype != "auto" or 2 * wide >= sum(leaf.panels.nbytes for leaf in packed)
+        plain = options.dtype != "auto" or 2 * wide >= bytes_per_device([leaf.panels for leaf in packed])
         return dtype if plain else np.dtype(np.float16)
-    if wanted == "int8":
-        if kernel not in attention.READS_INT8:
+    if jnp.dtype(wanted).itemsize == 1:
+        if not attention.reads(kernel, wanted):
             raise ConfigError(
-                f"kv_cache_dtype int8 is not served by the attention kernel {kernel!r}; "
+                f"kv_cache_dtype {wanted} is not served by the attention kernel {kernel!r}; "
                 f"give --attention reference, or --kv-cache-dtype {dtype.name}"
             )
     elif jnp.dtype(wanted) != dtype and kernel != "cpu":

@@ -133,7 +133,13 @@ class EngineMetrics:
             "jaxserve_weights_version", "How often weights or model code were switched since the engine's first start"
         )
         self._compiles = Counter(
-            "jaxserve_xla_compiles", "Step compilations by phase", (*labels, "phase"), registry=self.registry
+            "jaxserve_xla_compiles", "Programs compiled by phase", (*labels, "phase"), registry=self.registry
+        )
+        self._loads = Counter(
+            "jaxserve_xla_loads",
+            "Programs taken from the compile cache by phase",
+            (*labels, "phase"),
+            registry=self.registry,
         )
         self._compile_seconds = Counter(
             "jaxserve_xla_compile_seconds", "Time spent compiling by phase", (*labels, "phase"), registry=self.registry
@@ -153,6 +159,7 @@ class EngineMetrics:
         self._values = values
         for phase in ("warmup", "serving", "update"):  # a series that is there and 0 can be alerted on
             self._compiles.labels(*values, phase)
+            self._loads.labels(*values, phase)
             self._compile_seconds.labels(*values, phase)
 
     def watch(
@@ -170,7 +177,11 @@ class EngineMetrics:
         self._waiting_capacity.set_function(lambda: waiting() - deferred())
         self._kv_usage.set_function(kv_usage)
 
-    def compiled(self, phase: str, seconds: float) -> None:
+    def program(self, phase: str, seconds: float, *, compiled: bool) -> None:
+        """Counts a program that was made ready: compiled, or loaded."""
+        if not compiled:
+            self._loads.labels(*self._values, phase).inc()
+            return
         self._compiles.labels(*self._values, phase).inc()
         self._compile_seconds.labels(*self._values, phase).inc(seconds)
 

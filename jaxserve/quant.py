@@ -70,18 +70,22 @@ def stack(matrices: Iterable[Packed], count: int) -> Packed:
 
 
 def quantised(w: np.ndarray, format: str, *, vocabulary: bool) -> np.ndarray | Blocks:
-    """A plain matrix w [N, K] in a block format; `vocabulary`: it is the embedding or the output.
+    """A plain matrix w [N, K] in a block format, that of `format_for`; where that is none w stays as it is."""
+    found = format_for(format, w.shape[1], vocabulary=vocabulary)
+    return w if found is None else Blocks(found, quantise(found, w.astype(np.float32)))
+
+
+def format_for(format: str, depth: int, *, vocabulary: bool) -> Format | None:
+    """What becomes of rows of `depth` plain numbers by a format's name; `vocabulary`: the embedding or the output.
 
     As in llama.cpp's mixes, a vocabulary's matrix is never below Q6_K. Where blocks do not fill the rows a format with
-    smaller ones stands in, or w stays as it is.
+    smaller ones stands in, or none.
     """
     if vocabulary and format != "Q8_0":
         format = "Q6_K"
-    if w.shape[1] % FORMATS[format].block:
+    if depth % FORMATS[format].block:
         format = SMALLER_BLOCKS.get(format, format)
-    if w.shape[1] % FORMATS[format].block:
-        return w
-    return Blocks(FORMATS[format], quantise(FORMATS[format], w.astype(np.float32)))
+    return None if depth % FORMATS[format].block else FORMATS[format]
 
 
 def linear(x: Float[Array, "T ..."], w: Weight, *, out: int = 1) -> Float[Array, "T ..."]:

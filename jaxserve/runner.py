@@ -3,6 +3,7 @@
 launch(plan) -> Launched   returns at once; Launched.result() waits for the sampled tokens
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import batch, captured
+from jaxserve import baked, batch, captured
 from jaxserve.batch import Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
@@ -150,9 +151,14 @@ class Runner:
         progress: Progress,
         mesh: Mesh | None = None,
         hosts: Hosts | None = None,
+        *,
+        ahead: bool = False,
     ):
+        """With `ahead` there are no weights: everything is compiled and kept, and nothing can be launched."""
         self._hosts = hosts
-        loaded = self._loaded = load_model(options.model, options.device, path, progress, mesh, options.capture)
+        loaded = self._loaded = load_model(
+            options.model, options.device, path, progress, mesh, options.capture, ahead=ahead
+        )
         self._options, self._path, self._reread = options.model, path, True
         self.model, self.config = loaded.model, loaded.config
         self._metrics = metrics
@@ -168,7 +174,7 @@ class Runner:
         self.programs = _programs(loaded)
         weights = bytes_per_device(self._params)
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing, self._ahead = False, ahead
         sizing = Sizing(
             self.programs,
             options,
@@ -228,6 +234,24 @@ class Runner:
             f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
             f"+ workspace {needed / gib:.2f} = {(weights + kv + slots + needed) / gib:.2f} GiB"
         )
+        baked.report(self._cache.directory, self.made_for())
+
+    def made_for(self) -> dict[str, object]:
+        """What the programs depend on besides the machine and the code, in figures for people and digests."""
+        loaded, sizes = self._loaded, asdict(self.sizes)
+        weights = jax.tree.map(lambda a: (a.shape, str(a.dtype)), self.programs.params)
+        return {
+            "architecture": self.model.name,
+            "the model's config": _digest(loaded.config),
+            "the weights' shapes and formats": _digest(weights),
+            "mesh": self.info.mesh,
+            "dtype": loaded.dtype.name,
+            "kv_cache_dtype": loaded.kv_dtype.name,
+            "attention": loaded.attention,
+            "block_size": sizes.pop("page_size"),
+            "num_kv_pages": sizes.pop("num_pages"),
+            **sizes,
+        }
 
     def launch(self, plan: Plan) -> tuple[Launched | Pooled, int]:
         """Starts a plan's step or steps and returns them with their padding tokens. They run in launch order."""
@@ -303,10 +327,7 @@ class Runner:
             self._pool.shutdown(wait=True)  # so that no step of the old code comes later
 
         def compile_one(shape: Shape) -> jax.stages.Compiled:
-            start = time.perf_counter()
-            compiled = self._get(programs.step(shape, sizes))
-            self._metrics.compiled("update", time.perf_counter() - start)
-            return compiled
+            return self._get(programs.step(shape, sizes), "update")
 
         shapes = list(self._compiled)
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="compile", initializer=give_way) as pool:
@@ -328,22 +349,19 @@ class Runner:
             )
             self._metrics.device_bytes(self.info.device_bytes)
 
-    def _get(self, program: Program) -> jax.stages.Compiled:
+    def _get(self, program: Program, phase: str = "warmup") -> jax.stages.Compiled:
         what, function, arguments, donate, results = program
-        return self._cache.get(what, function, *arguments, donate=donate, out_shardings=results)
-
-    def _compile(self, shape: Shape, sizes: Sizes) -> jax.stages.Compiled:
-        return self._get(self.programs.step(shape, sizes))
-
-    def _timed_compile(self, shape: Shape, sizes: Sizes, phase: str) -> jax.stages.Compiled:
         start = time.perf_counter()
-        compiled = self._compile(shape, sizes)
+        kept = self._cache.find(what, function, *arguments, donate=donate, out_shardings=results)
         give_back()
-        self._metrics.compiled(phase, time.perf_counter() - start)
-        return compiled
+        self._metrics.program(phase, time.perf_counter() - start, compiled=kept.compiled)
+        return kept.program
+
+    def _compile(self, shape: Shape, sizes: Sizes, phase: str = "warmup") -> jax.stages.Compiled:
+        return self._get(self.programs.step(shape, sizes), phase)
 
     def _compile_now(self, shape: Shape) -> jax.stages.Compiled:
-        self._compiled[shape] = self._timed_compile(shape, self.sizes, "serving")
+        self._compiled[shape] = self._compile(shape, self.sizes, "serving")
         return self._compiled[shape]
 
     def _fit(self, sizing: Sizing, progress: Progress) -> tuple[Sizes, dict[Shape, jax.stages.Compiled], int]:
@@ -351,11 +369,11 @@ class Runner:
         and its workspace."""
         trial = sizing.trial()
         progress("compiling the largest step")
-        compiled = self._timed_compile(sizing.largest, trial, "warmup")
+        compiled = self._compile(sizing.largest, trial)
         needed = workspace_of(compiled) + sizing.captured
         found = sizing.fitted(needed)
         if found.num_pages != trial.num_pages:
-            compiled = self._timed_compile(sizing.largest, found, "warmup")
+            compiled = self._compile(sizing.largest, found)
         if found.max_model_len < sizing.length:
             progress(
                 f"max_model_len lowered from {sizing.length} to {found.max_model_len}: that is what the KV cache holds"
@@ -367,7 +385,8 @@ class Runner:
         free = device_memory(self._device, self._sharers)
         if free is None or self._device.platform != "cpu":
             return free
-        return free + weights * len(self.programs.partition.mesh.local_devices) // self._sharers
+        here = 0 if self._ahead else len(self.programs.partition.mesh.local_devices)
+        return free + weights * here // self._sharers
 
     def _least_of_hosts(self, pages: int) -> int:
         """Hosts have memory of their own, and programs of one size."""
@@ -396,7 +415,7 @@ class Runner:
         if self._closing or not threading.main_thread().is_alive():  # the interpreter waits for this thread to end
             return
         try:
-            compiled = self._timed_compile(shape, self.sizes, "warmup")
+            compiled = self._compile(shape, self.sizes)
         except Exception:
             log.exception("compiling %s failed; larger steps go on serving what it was meant for", shape)
             raise
@@ -427,6 +446,10 @@ def _programs(loaded: Loaded) -> Programs:
     return Programs(
         loaded.model, loaded.config, loaded.partition, loaded.kernel, loaded.kv_dtype, shapes, pooling, loaded.taps
     )
+
+
+def _digest(found: object) -> str:
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
 def _num_params(loaded: Loaded) -> int:

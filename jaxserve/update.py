@@ -81,7 +81,7 @@ def edited(served: Loaded, options: ModelOptions, path: Path, workspace: int, *,
     config = limited(config, options, served.embedding)
     partition = Partition(served.partition.mesh, model, config)
     packs = served.attention == "cpu"
-    trace(model, config, served.dtype, stored_shapes(checkpoint, served.dtype, packs))
+    trace(model, config, served.dtype, stored_shapes(checkpoint, options, served.dtype, packs))
     was = jax.tree.flatten(specs_of(served.model, served.config), is_leaf=_is_spec)
     if jax.tree.flatten(specs_of(model, config), is_leaf=_is_spec) == was:
         params = served.params

@@ -22,12 +22,20 @@ from running_engine import Running, request
 from safetensors.numpy import load_file, save_file
 from toy_model import write_checkpoint
 
-from jaxserve import models
+from jaxserve import cli, models
 from jaxserve.batch import Shape
 from jaxserve.captured import values
 from jaxserve.client import EngineState
+from jaxserve.client.replicas import open_engine
 from jaxserve.compile_cache import CompileCache
-from jaxserve.config import DeviceOptions, EngineOptions, MeshShape, ModelOptions, ScheduleOptions
+from jaxserve.config import (
+    DeviceOptions,
+    EngineOptions,
+    MeshShape,
+    ModelOptions,
+    ScheduleOptions,
+    engine_options_of,
+)
 from jaxserve.conformance_mesh import check_divided
 from jaxserve.embedding import finished
 from jaxserve.errors import CheckpointError, ConfigError
@@ -440,6 +448,23 @@ def test_programs_of_meshes_are_not_taken_for_each_other(tmp_path):
         assert len(made) == len(cases), times
 
 
+def test_what_was_compiled_ahead_is_what_every_replica_starts_with(family, tmp_path):
+    """From config.json alone."""
+    path, alone = family("llama2"), tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text((path / "config.json").read_text())
+    out = str(tmp_path / "out")
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "num_kv_pages": 32, "block_size": 4, "mesh": "2x2"}
+    flags = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert cli.call(["compile", str(alone), out, *flags]) == 0
+    options = engine_options_of(str(path), sizes | {"warmup": "full", "compile_cache_dir": out})
+    engine = open_engine(options, path, model_name="test", deliver=lambda deltas: None)
+    text = engine.metrics.text().decode()
+    assert len(re.findall(r'jaxserve_xla_compiles_total{.*phase="warmup".*} 0.0', text)) == 2
+    loads = [float(n) for n in re.findall(r'jaxserve_xla_loads_total{.*phase="warmup".*} (\S+)', text)]
+    assert sum(loads) == len(list((tmp_path / "out" / "programs").iterdir())) and loads[0] == loads[1] > 3
+
+
 def test_every_replica_gets_other_weights_divided_as_the_first_ones(family, tmp_path):
     """From a checkpoint, and from a tree."""
     path = family("llama2")
@@ -469,7 +494,7 @@ def test_every_replica_gets_other_weights_divided_as_the_first_ones(family, tmp_
         assert engine.thread.info.weights_version == 4
         text = engine.thread.metrics_text().decode()
         assert len(re.findall(r"jaxserve_weights_version{.*} 4.0", text)) == 2
-        assert len(re.findall(r'jaxserve_xla_compiles_total{.*phase="serving".*} 0.0', text)) == 2
+        assert len(re.findall(r'jaxserve_xla_(?:compiles|loads)_total{.*phase="serving".*} 0.0', text)) == 4
 
 
 ALONE_ONLY = {

@@ -79,6 +79,10 @@ class Running:
         registry = self.engine.metrics.registry
         return registry.get_sample_value(name, {"model_name": "test", "engine": "0", **labels}) or 0.0
 
+    def programs(self, phase) -> float:
+        """How many were made ready, compiled or loaded."""
+        return sum(self.metric(f"jaxserve_xla_{how}_total", phase=phase) for how in ("compiles", "loads"))
+
     def wait_idle(self):
         """Until nothing is running or waiting, and nothing is held."""
         for _ in range(1000):

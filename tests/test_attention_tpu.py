@@ -101,7 +101,10 @@ def interpreted():
     return {run["name"]: run for run in runs}
 
 
-@pytest.mark.parametrize("name", ["decode", "decode, copies at once", "mixed", "mixed, copies at once"])
+SOUND = ["decode", "decode, copies at once", "mixed", "mixed, copies at once", "int8", "int8, copies at once"]
+
+
+@pytest.mark.parametrize("name", SOUND)
 def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted, name):
     run = interpreted[name]
     assert run["raised"] is None and run["error"] < 2e-5, run
@@ -110,6 +113,8 @@ def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted, name)
 
 def test_the_interpreter_finds_planted_bugs(interpreted):
     assert not interpreted["no wait"]["finite"], "what was never fetched is NaN"
+    assert not interpreted["int8, no wait for scales"]["finite"], "their copies are waited for by themselves"
+    assert interpreted["int8, buffer filled while read"]["race"]
     assert interpreted["no wait, copies at once"]["left"]
     assert interpreted["buffer filled while read"]["race"]
     assert "out-of-bounds" in interpreted["page of nobody"]["raised"].lower()
@@ -169,6 +174,7 @@ def test_the_page_size_is_worked_out_by_platform():
 
     assert size(None, "cpu", "cpu") == 16 and size(None, "reference", "gpu") == 64 and size(None, "tpu", "tpu") == 64
     assert size(None, "tpu", "tpu", length=131072) == 256, "until the page table fits"
+    assert size(None, "tpu", "tpu", dtype="int8") == 128 and size(None, "cpu", "cpu", dtype="int8") == 16
     assert size(4, "cpu", "cpu") == 4 and size(48, "tpu", "tpu") == 48
     with pytest.raises(ConfigError, match=r"block_size 8: .*--block-size.* multiple of 16"):
         size(8, "tpu", "tpu")
@@ -177,8 +183,9 @@ def test_the_page_size_is_worked_out_by_platform():
 
 
 def test_the_kernel_is_chosen_on_tpu_only():
-    name, reason, kernel = attention.choose("auto", "tpu")
-    assert (name, reason, kernel) == ("tpu", "auto on tpu", tpu.ragged_paged_attention)
+    for what in ({}, dict(kv_dtype="int8"), dict(kv_dtype=FLOAT8), dict(causal=False)):
+        name, reason, kernel = attention.choose("auto", "tpu", **what)
+        assert (name, reason, kernel) == ("tpu", "auto on tpu", tpu.ragged_paged_attention)
     with pytest.raises(ConfigError, match="attention='tpu' does not run on cpu; use auto"):
         attention.choose("tpu", "cpu")
 
@@ -186,7 +193,7 @@ def test_the_kernel_is_chosen_on_tpu_only():
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        (dict(kv_dtype="int8"), "does not read a cache of int8"),
+        (dict(kv_dtype="int8", block_size=64), "pages of 64 tokens of int8 .* multiple of 128"),
         (dict(block_size=1), "pages of 1 tokens .* multiple of 16"),
     ],
 )

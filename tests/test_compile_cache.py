@@ -2,6 +2,7 @@
 
 import os
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from jaxserve import compile_cache
 from jaxserve.compile_cache import CompileCache
+from jaxserve.errors import ConfigError
 
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
 
@@ -83,6 +85,29 @@ def test_a_directory_that_cannot_be_written_costs_no_start(tmp_path, triple, cap
     (tmp_path / "programs").write_text("a file in the way")
     assert runs(triple.by(CompileCache(str(tmp_path), whole=True))) and triple.made == 1
     assert "not kept" in caplog.text
+    with pytest.raises(ConfigError, match=f"cannot be kept in {tmp_path / 'programs'}"):
+        triple.by(CompileCache(str(tmp_path), whole=True, must_keep=True))
+
+
+def test_of_a_folder_that_was_filled_on_purpose_nothing_goes(tmp_path, triple):
+    """And where it cannot be written it is read all the same."""
+    cache = CompileCache(str(tmp_path), whole=True)
+    triple.by(cache)
+    (tmp_path / compile_cache.MANIFEST).write_text("{}")
+    (old,) = (tmp_path / "programs").iterdir()
+    os.utime(old, (0, 0))
+    triple.by(cache, "other")
+    assert old.exists()
+    with mock.patch.object(os, "utime", side_effect=OSError(30, "Read-only file system")):
+        assert runs(triple.by(cache)) and triple.made == 2
+
+
+def test_whether_a_program_was_compiled_is_told(tmp_path, triple):
+    def find(directory):
+        return CompileCache(str(directory), whole=True).find("triple", triple, {"x": SHAPE}, donate=0).compiled
+
+    assert find(tmp_path / "a") and not find(tmp_path / "a") and find(tmp_path / "b")
+    assert CompileCache("", whole=True).find("triple", triple, {"x": SHAPE}, donate=0).compiled
 
 
 def test_programs_that_nobody_loads_go(tmp_path, triple):

@@ -171,8 +171,8 @@ def test_a_crowd_is_everyone_alone(toy, monkeypatch, seqs, pages):
         assert crowd.metric("vllm:num_preemptions_total") > 0
         assert crowd.metric("vllm:num_preemptions_total") == crowd.metric("vllm:request_num_preemptions_sum")
         assert crowd.metric("vllm:prefix_cache_hits_total") > 0
-        assert crowd.metric("jaxserve_xla_compiles_total", phase="serving") == 0
-        assert crowd.metric("jaxserve_xla_compiles_total", phase="warmup") == len(crowd.engine.runner.shapes)
+        assert crowd.programs("serving") == 0
+        assert crowd.programs("warmup") == len(crowd.engine.runner.shapes) + 2, "the state and its binding, too"
         alone = {}
         for name in requests:
             alone |= crowd.run({name: requests[name]})
@@ -186,7 +186,7 @@ def test_a_crowd_is_everyone_alone(toy, monkeypatch, seqs, pages):
 def test_other_warm_ups_give_the_same_tokens(toy, warmup):
     with Running(toy, pages=64, length=64, warmup=warmup) as running:
         assert running.one(range(20), max_tokens=5).tokens == [20, 21, 22, 23, 24]
-        serving = running.metric("jaxserve_xla_compiles_total", phase="serving")
+        serving = running.programs("serving")
         assert (serving == 0) == (warmup == "min")
 
 

@@ -17,7 +17,7 @@ RANKS = {
     "fingerprint": 0,
     "spec": 1, "native": 1, "gguf": 1, "embedding": 1, "captured": 1,
     "quant": 2, "compile_cache": 2, "model_code": 2, "taps": 2,
-    "layers": 3, "sharding": 3, "dry_run": 3, "hosts": 3,
+    "layers": 3, "sharding": 3, "dry_run": 3, "baked": 3, "hosts": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
     "embedded": 4, "lookahead": 4, "packing": 4, "pooling": 4,
     "plans": 5, "loading": 5, "perplexity": 5, "logits_file": 5, "random_weights": 5,

@@ -176,8 +176,10 @@ def test_parity_with_soft_cap_and_sinks(body, window, caps):
         assert np.abs(out - np.asarray(plain(*args)[0])).max() > 1e-3, "it made no difference"
 
 
-@pytest.mark.parametrize("body", COMPILED)
-@pytest.mark.parametrize(("page", "head_dim"), [(PAGE, 12), (16, 16)])
+@pytest.mark.parametrize(
+    ("body", "page", "head_dim"),
+    [*((body, page, head_dim) for body in COMPILED for page, head_dim in ((PAGE, 12), (16, 16))), ("tpu", PAGE, 12)],
+)
 def test_parity_where_every_token_sees_its_whole_sequence(body, page, head_dim):
     kernel = body_of(body)
     rng = np.random.default_rng(21)

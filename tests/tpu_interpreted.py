@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from test_int8_cache import int8_batch
 from test_kernels import oracle, random_batch
 
 from kernels_pallas.ragged_paged_attention import tpu
@@ -41,19 +42,35 @@ class FillsWhatIsRead(NeverWaits):
         self._copy.start()
 
 
+class NeverWaitsForScales(NeverWaits):
+    """Of a cache of bytes the bytes alone are waited for."""
+
+    def __init__(self, source, to, semaphore):
+        super().__init__(source, to, semaphore)
+        self._wanted = to.dtype == jnp.int8
+
+    def wait(self):
+        if self._wanted:
+            self._copy.wait()
+
+
 BUGS = {
     "none": contextlib.nullcontext,
     "no wait": lambda: mock.patch.object(pltpu, "make_async_copy", NeverWaits),
     "buffer filled while read": lambda: mock.patch.object(pltpu, "make_async_copy", FillsWhatIsRead),
+    "no wait for scales": lambda: mock.patch.object(pltpu, "make_async_copy", NeverWaitsForScales),
     "page of nobody": contextlib.nullcontext,
 }
+
+batch_of_floats = partial(random_batch, np.random.default_rng(0))
+batch_of_bytes = partial(int8_batch, 0, body="tpu")
 
 DECODE = dict(q_lens=[1, 1, 1], pasts=[3, 25, 0], tokens=3, seqs_total=3)
 MIXED = dict(q_lens=[1, 1, 7, 12], pasts=[9, 1, 6, 0], tokens=24, seqs_total=5)
 
 
-def run(name, case, bug="none", window=None, **interpreter):
-    args, kv = random_batch(np.random.default_rng(0), heads=2, kv_heads=1, head_dim=8, pages=100, **case)
+def run(name, case, bug="none", window=None, batch=batch_of_floats, **interpreter):
+    args, kv = batch(heads=2, kv_heads=1, head_dim=8, pages=100, **case)
     args[5] = args[5][:, :9]
     table = args[5]
     if bug == "page of nobody":
@@ -65,7 +82,7 @@ def run(name, case, bug="none", window=None, **interpreter):
         try:
             interpret = pltpu.InterpretParams(**interpreter)
             out, _ = kernel(*args[:5], table, *args[6:], scale=0.3, window=window, interpret=interpret)
-            want = oracle(args, kv, 0.3, window)
+            want = oracle([*args[:3], 0, *args[4:]], kv, 0.3, window)
             error = float(np.abs(np.asarray(out, np.float32)[: len(want)] - want).max())
             jax.effects_barrier()  # what it says at the end
         except Exception as e:  # whatever the interpreter raises is what is asked for
@@ -90,3 +107,8 @@ if __name__ == "__main__":
     run("no wait, copies at once", DECODE, "no wait", dma_execution_mode="eager")
     run("buffer filled while read", DECODE, "buffer filled while read", **at_once)
     run("page of nobody", DECODE, "page of nobody")
+    of_bytes = dict(batch=batch_of_bytes)
+    run("int8", MIXED, **of_bytes)
+    run("int8, copies at once", DECODE, window=5, **of_bytes, **at_once)
+    run("int8, no wait for scales", DECODE, "no wait for scales", **of_bytes)
+    run("int8, buffer filled while read", DECODE, "buffer filled while read", **of_bytes, **at_once)

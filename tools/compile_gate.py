@@ -222,6 +222,7 @@ class Heads:
     devices: int = 4
     window: int | None = None
     soft_cap: float | None = None
+    causal: bool = True
 
 
 HEADS = {
@@ -230,6 +231,7 @@ HEADS = {
     "gemma2-9b": Heads(16, 8, 256, window=4096, soft_cap=50.0),
     "llama3-8b-on-1": Heads(32, 8, 128, devices=1),
     "phi3-mini-on-1": Heads(32, 32, 96, devices=1),
+    "bge-base-on-1": Heads(12, 12, 64, devices=1, causal=False),
 }
 
 
@@ -238,10 +240,13 @@ def gates() -> list[Gate]:
     import gates_step
 
     found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
-    found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:]]
+    found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:5]]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
     found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
     found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only
+    found += [partial(attention, chip, "llama3-8b", page=128, dtype="int8") for chip in TOPOLOGIES]
+    found += [partial(attention, "v6e", "phi3-mini-on-1", page=128, dtype="int8")]
+    found += [partial(attention, "v5e", "bge-base-on-1")]
     return [*(gate() for gate in found), *(Gate(*fields) for fields in (*gates_gpu.gates(), *gates_step.gates()))]
 
 
@@ -259,6 +264,7 @@ def attention(
         from jax.experimental import topologies
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+        from kernels_pallas.ragged_paged_attention.contract import Int8Cache
         from kernels_pallas.ragged_paged_attention.tpu import ragged_paged_attention
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
@@ -268,20 +274,27 @@ def attention(
         page_bytes = page * row * jnp.dtype(dtype).itemsize // heads.devices
         pages = 256 * 2**20 // page_bytes
         by_head, by_lane, whole = PartitionSpec(None, "model"), PartitionSpec(None, None, "model"), PartitionSpec()
-        specs = (by_head, by_head, by_head, by_lane, whole, whole, whole, whole)
+        cache_spec: Any = by_lane
+        cache: Any = jax.ShapeDtypeStruct((pages, page, row), dtype)
+        if dtype == "int8":
+            page_bytes += page * heads.kv * 2 * 4 // heads.devices
+            cache_spec = Int8Cache(by_lane, by_head)  # type: ignore[arg-type]
+            cache = Int8Cache(cache, jax.ShapeDtypeStruct((pages, heads.kv * 2, page), jnp.float32))  # type: ignore[arg-type]
+        specs = (by_head, by_head, by_head, cache_spec, whole, whole, whole, whole)
         shapes = [
-            ((tokens, heads.query, heads.dim), activations),
-            *[((tokens, heads.kv, heads.dim), activations)] * 2,
-            ((pages, page, row), dtype),
-            *[(shape, jnp.int32) for shape in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
+            jax.ShapeDtypeStruct((tokens, heads.query, heads.dim), activations),
+            *[jax.ShapeDtypeStruct((tokens, heads.kv, heads.dim), activations)] * 2,
+            cache,
+            *[jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
         ]
-        arguments = [
-            jax.ShapeDtypeStruct(shape, of, sharding=NamedSharding(mesh, spec))
-            for (shape, of), spec in zip(shapes, specs, strict=True)
-        ]
-        options = dict(scale=heads.dim**-0.5, window=heads.window, soft_cap=heads.soft_cap)
+        arguments = jax.tree.map(
+            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+            shapes,
+            list(specs),
+        )
+        options = dict(scale=heads.dim**-0.5, window=heads.window, soft_cap=heads.soft_cap, causal=heads.causal)
         step = partial(ragged_paged_attention, **options)
-        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_head, by_lane), check_vma=False)
+        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_head, cache_spec), check_vma=False)
         return jax.jit(sharded, donate_argnums=3).lower(*arguments), pages * page_bytes
 
     return Gate(f"{chip}/{model}/{dtype}/page{page}/{kind}", lower)

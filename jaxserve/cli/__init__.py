@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "run:run",
     "generate": "generate:generate",
     "batch": "batch:batch",
+    "compile": "compile:compile_model",
     "convert": "convert:convert",
     "quantize": "quantize:quantize",
     "show": "show:show",

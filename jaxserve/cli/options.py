@@ -155,7 +155,7 @@ def read_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCol
     if argument is None or not argument.tokens:
         return
     path = Path(argument.tokens[-1].value)
-    here = {name.removeprefix("--").replace("-", "_") for a in arguments for name in a.names}
+    here = {name.removeprefix("--").replace("-", "_") for a in arguments if a.parse for name in a.names}
     values = {key: value for key, value in flatten(path, here).items() if key in here}
     Dict(values, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 

@@ -35,8 +35,9 @@ def open_engine(
     weights_version: int = 0,
     lost: Callable[[JaxserveError], None] = lambda error: None,
     again: bool = False,
+    ahead: bool = False,
 ) -> "Engine | Replicas":
-    """The engine that the options ask for. Raises ConfigError or CheckpointError.
+    """The engine that the options ask for; `ahead`: only compiled. Raises ConfigError or CheckpointError.
 
     Of several hosts, `lost` and `again` are as Leader has them.
     """
@@ -50,7 +51,13 @@ def open_engine(
             return engine
     kind = Engine if MeshShape.parse(options.device.mesh or "1").data == 1 else Replicas
     return kind(
-        options, path, model_name=model_name, deliver=deliver, progress=progress, weights_version=weights_version
+        options,
+        path,
+        model_name=model_name,
+        deliver=deliver,
+        progress=progress,
+        weights_version=weights_version,
+        ahead=ahead,
     )
 
 
@@ -69,6 +76,7 @@ class Replicas:
         deliver: Callable[[list[Delta]], None],
         progress: Progress = lambda message: None,
         weights_version: int = 0,
+        ahead: bool = False,
     ):
         shape = MeshShape.parse(options.device.mesh or "1")
         self._deliver = deliver
@@ -83,6 +91,7 @@ class Replicas:
                 mesh=mesh,
                 index=index,
                 weights_version=weights_version,
+                ahead=ahead,
             )
 
         first, *others = meshes(shape, jax.local_devices())

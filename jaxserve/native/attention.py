@@ -31,6 +31,8 @@ def ragged_paged_attention(
     its own sequence alone, bit for bit.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    if not isinstance(cache, Int8Cache) and cache.dtype.itemsize == 1:
+        raise ValueError(f"the CPU's kernel does not read a cache of {cache.dtype}; use the reference, or an Int8Cache")
     none = jnp.zeros(0, jnp.float32)
     held, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, none)
     call = jax.ffi.ffi_call(

@@ -19,11 +19,9 @@ def pack(format: Format, rows: np.ndarray, depth: int) -> np.ndarray:
     """
     outputs, code, row_bytes = rows.shape[0], ctypes.c_int64(format.code), format.row_bytes(depth)
     assert format.quantised and rows.dtype == np.uint8 and rows.shape[1] == row_bytes, f"{format.name} {rows.shape}"
-    rows, library = np.ascontiguousarray(rows), native.handlers()
-    library.jaxserve_panels_size.restype = ctypes.c_int64
-    nbytes = library.jaxserve_panels_size(code, ctypes.c_int64(outputs), ctypes.c_int64(depth))
-    panels = aligned((nbytes,), np.dtype(np.uint8))
-    library.jaxserve_pack_blocks(
+    rows = np.ascontiguousarray(rows)
+    panels = aligned((panel_bytes(format, outputs, depth),), np.dtype(np.uint8))
+    native.handlers().jaxserve_pack_blocks(
         code,
         ctypes.c_void_p(rows.ctypes.data),
         ctypes.c_int64(outputs),
@@ -32,6 +30,16 @@ def pack(format: Format, rows: np.ndarray, depth: int) -> np.ndarray:
         ctypes.c_void_p(panels.ctypes.data),
     )
     return panels
+
+
+def panel_bytes(format: Format, outputs: int, depth: int) -> int:
+    """Bytes of the panels of weights [outputs, depth]."""
+    library = native.handlers()
+    library.jaxserve_panels_size.restype = ctypes.c_int64
+    size: int = library.jaxserve_panels_size(
+        ctypes.c_int64(format.code), ctypes.c_int64(outputs), ctypes.c_int64(depth)
+    )
+    return size
 
 
 def linear(

@@ -70,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from jaxserve.weights.text_part import text_part
 
         return with_head_names(text_part(checkpoint))
-    held = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
+    held = _weight_files(path)
     raise ConfigError(
         f"{path} holds no {safetensors.SINGLE}, no {safetensors.INDEX}, no GGUF file and no Orbax {ORBAX_PARAMS}/"
         + (f"; it holds {', '.join(held[:5])}, which this version does not read" if held else "")
@@ -82,12 +82,27 @@ def open_config(path: Path) -> dict[str, Any]:
 
     `path` may also be the config.json. Raises ConfigError and CheckpointError.
     """
-    folder = path.is_dir()
-    if find_gguf(path) or (folder and (any(path.glob("*.safetensors")) or (path / ORBAX_PARAMS).is_dir())):
-        return open_checkpoint(path).config
+    if path.is_dir() or find_gguf(path) is not None:
+        return open_header(path).config
     from jaxserve.weights.text_part import text_config
 
-    return text_config(_read_config(path / CONFIG if folder else path), path)
+    return text_config(_read_config(path), path)
+
+
+def open_header(path: Path) -> Checkpoint:
+    """As `open_checkpoint`, where no tensor will be read: a directory may hold config.json and no weights."""
+    without = path.is_dir() and not _weight_files(path) and not (path / ORBAX_PARAMS).is_dir()
+    if not without or find_gguf(path) is not None:
+        return open_checkpoint(path)
+    from jaxserve.weights.no_tensors import NoTensors  # which need this module
+    from jaxserve.weights.text_part import text_part
+
+    return text_part(NoTensors(path, _read_config(path / CONFIG)))
+
+
+def _weight_files(path: Path) -> list[str]:
+    """What looks like weights, in formats that are read or not."""
+    return sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt"))
 
 
 def _open_directory(path: Path, config: dict[str, Any]) -> Checkpoint | None:

@@ -26,7 +26,8 @@ Positions may be counted from any multiple of `aligned(page)` before which no to
 from kv_lens, and the page table begun so much later, no bit of a result changes.
 
 A cache of bytes is an Int8Cache: rows as above, and a scale for each token and head of K and of V. What a token sees of
-itself and of its past are the rounded numbers, so they do not depend on how a prompt was cut.
+itself and of its past are the rounded numbers, so they do not depend on how a prompt was cut. A cache of float8_e4m3fn,
+which has no infinity, keeps what is beyond its range as its largest number, 448; see `narrowed`.
 """
 
 import math
@@ -36,6 +37,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
 KV_BLOCK = 128
@@ -82,6 +84,16 @@ def quantised(x: Float[Array, "*rows H"]) -> tuple[Int8[Array, "*rows H"], Float
     values = jnp.round(jnp.where(some, x * inverse, 0.0)).astype(jnp.int8)
     scale = jnp.where(finite, jnp.where(some, most * (1.0 / 127.0), 0.0), jnp.nan)
     return values, scale[..., 0]
+
+
+def narrowed(x: Float[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows"]:
+    """x as a cache of floats keeps it. In E4M3 (OCP 8-bit Floating Point Specification, 2023) a cast makes NaN of what
+    is beyond +-448; here it becomes that. A NaN stays one.
+    """
+    if jnp.dtype(dtype).itemsize == 1:
+        most = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
 
 
 class RaggedPagedAttention(Protocol):
@@ -160,11 +172,11 @@ PAGE_TABLE_ENTRIES = 250_000
 
 def validate_for_tpu(page: int, dtype: np.dtype, seqs: int, pages: int) -> None:
     """What the TPU's memories ask of pages of `page` tokens and a page table [seqs, pages]. Raises ValueError."""
-    rows = 32 // dtype.itemsize
+    rows = 128 if dtype == np.int8 else 32 // dtype.itemsize  # an Int8Cache has the scales of a page side by side
     if page % rows:
         raise ValueError(
             f"pages of {page} tokens of {dtype.name} are not whole tiles of a TPU's memory; give a page size "
-            f"(--block-size) that is a multiple of {rows}, best 64 or 128"
+            f"(--block-size) that is a multiple of {rows}{', best 64 or 128' if rows < 128 else ''}"
         )
     if seqs * pages > PAGE_TABLE_ENTRIES:
         raise ValueError(

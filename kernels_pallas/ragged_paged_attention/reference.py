@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import KV_BLOCK, Cache, Int8Cache, quantised, validate
+from kernels_pallas.ragged_paged_attention.contract import KV_BLOCK, Cache, Int8Cache, narrowed, quantised, validate
 
 DECODE_TILE = 8
 """Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
@@ -122,10 +122,10 @@ def write(
 
     def scatter(rows: jax.Array, new: jax.Array) -> jax.Array:
         flat = rows.reshape(-1, rows.shape[2])
-        return flat.at[row].set(new.reshape(len(new), -1).astype(rows.dtype), mode="drop").reshape(rows.shape)
+        return flat.at[row].set(new.reshape(len(new), -1), mode="drop").reshape(rows.shape)
 
     if not isinstance(cache, Int8Cache):
-        return scatter(cache, new)
+        return scatter(cache, narrowed(new, cache.dtype))
     values, scales = quantised(new)
     scales = scales.reshape(len(scales), -1)  # [T, K*2]
     return Int8Cache(
@@ -169,8 +169,9 @@ def _attend_tile(
         if window is not None:
             written &= at[None, :] > first[:, None] - window  # before that the pages may be another's
         kv = jnp.where(written[None, :, None, :, None], kv, jnp.zeros((), kv.dtype))
-        if isinstance(cache, Int8Cache):
+        if held.dtype.itemsize == 1:
             kv = kv.astype(dtype)  # exactly
+        if isinstance(cache, Int8Cache):
             scales = jnp.take(cache.scales, ids, axis=0, mode="clip").reshape(seqs, pages, kv_heads, 2, page)
             scales = scales.transpose(3, 0, 2, 1, 4).reshape(2, seqs, kv_heads, 1, block)  # [2, A, K, 1, C]
             scales = jnp.where(written[None, :, None, None, :], scales, 0.0)

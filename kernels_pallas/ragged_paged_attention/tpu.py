@@ -57,24 +57,21 @@ def ragged_paged_attention(
     tuning/tpu.json; `interpret` runs the kernel on a CPU.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
-    if not causal:
-        raise ValueError("the TPU's kernel is causal; use the reference")
-    if isinstance(cache, Int8Cache):
-        raise ValueError("the TPU's kernel does not read an Int8Cache; use the reference")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a number above 0; found {scale}")
     (tokens, heads, _), kv_heads, page = q.shape, k.shape[1], cache.shape[1]
     seqs, pages = page_table.shape
+    kept = (cache.values if isinstance(cache, Int8Cache) else cache).dtype
     if not interpret:
-        validate_for_tpu(page, cache.dtype, seqs, pages)
+        validate_for_tpu(page, kept, seqs, pages)
     decodes, total = distribution[0], distribution[2]
     if decode is None or prefill is None:
-        tuned = blocks_for(chip or _chip(), cache.dtype.name, heads, kv_heads, q.shape[2], page)
+        tuned = blocks_for(chip or _chip(), kept.name, heads, kv_heads, q.shape[2], page)
         decode, prefill = decode or tuned[0], prefill or tuned[1]
     cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, total, interpret=interpret)
     attend = partial(
         _attend, cache=cache, kv_lens=kv_lens, cu_q_lens=cu_q_lens, page_table=page_table, kv_heads=kv_heads,
-        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, interpret=interpret,
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, causal=causal, interpret=interpret,
     )  # fmt: skip
     every = jnp.arange(seqs, dtype=jnp.int32)
     t = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
@@ -173,7 +170,7 @@ def _attend(
     block_of: Int[Array, " I"],
     count: Int[Array, ""],
     blocks: Blocks,
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     kv_lens: Int[Array, " S"],
     cu_q_lens: Int[Array, " S1"],
     page_table: Int[Array, "S B"],
@@ -182,11 +179,13 @@ def _attend(
     window: int | None,
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
+    causal: bool,
     interpret: Interpret,
 ) -> Float[Array, "T N H"]:
     """The first `count` shares; rows of tokens in none of them are whatever the memory held."""
     (tokens, heads, head_dim), dtype = q.shape, q.dtype
     groups, (_, page, row) = heads // kv_heads, cache.shape
+    held = [cache.values, cache.scales] if isinstance(cache, Int8Cache) else [cache]
     queries, pages, buffers = blocks.queries, min(blocks.pages, page_table.shape[1]), blocks.buffers
     keys, values = _windows(kv_heads, head_dim, 0), _windows(kv_heads, head_dim, 1)
     width = max(w.size for w in values)
@@ -205,8 +204,11 @@ def _attend(
 
     # The scores of a step stay as the matrix unit gives them; what they are to be multiplied by waits for the exponent.
     unit = (soft_cap or scale) * math.log2(math.e)
-    inputs: list[jax.Array] = [q, cache]
-    in_specs = [specs[0], pl.BlockSpec(memory_space=pltpu.HBM)]
+    inputs: list[jax.Array] = [q, *held]
+    in_specs = [specs[0], *[pl.BlockSpec(memory_space=pltpu.HBM)] * len(held)]
+    fetched = [pltpu.VMEM((buffers, pages * page, row), held[0].dtype)]
+    if len(held) > 1:  # scales lie along the scores, pages end to end
+        fetched.append(pltpu.VMEM((buffers, 2 * kv_heads, pages * page), jnp.float32))
     if sinks is not None:
         own = jnp.asarray(sinks, jnp.float32).reshape(kv_heads, groups, 1, 1) / (soft_cap or scale)
         own = jnp.broadcast_to(own, (kv_heads, groups, queries, LANES)).reshape(kv_heads, rows, LANES)
@@ -214,8 +216,8 @@ def _attend(
         in_specs.append(pl.BlockSpec((kv_heads, rows, LANES), lambda i, *_: (0, 0, 0)))
     body = partial(
         _body, page=page, pages=pages, buffers=buffers, queries=queries, keys=keys, values=values, head_dim=head_dim,
-        table_width=page_table.shape[1], window=window, unit=unit, sinks=sinks is not None,
-        cap=None if soft_cap is None else scale / soft_cap,
+        table_width=page_table.shape[1], window=window, unit=unit, sinks=sinks is not None, arrays=len(held),
+        causal=causal, cap=None if soft_cap is None else scale / soft_cap,
     )  # fmt: skip
     out = pl.pallas_call(
         body,
@@ -225,8 +227,8 @@ def _attend(
             in_specs=in_specs,
             out_specs=specs[1],
             scratch_shapes=[
-                pltpu.VMEM((buffers, pages * page, row), cache.dtype),
-                pltpu.SemaphoreType.DMA((buffers,)),
+                *fetched,
+                pltpu.SemaphoreType.DMA((len(held), buffers)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
@@ -265,12 +267,14 @@ NEXT_SHARE, NEXT_PAGE, FILL, DRAIN = range(4)
 
 def _body(
     count: Any, seq_of: Any, block_of: Any, kv_lens: Any, cu_q_lens: Any, page_table: Any,
-    q: Any, cache: Any, *rest: Any,
+    q: Any, *rest: Any,
     page: int, pages: int, buffers: int, queries: int, keys: list[Window], values: list[Window], head_dim: int,
-    table_width: int, window: int | None, unit: float, cap: float | None, sinks: bool,
+    table_width: int, window: int | None, unit: float, cap: float | None, sinks: bool, arrays: int, causal: bool,
 ) -> None:  # fmt: skip
-    """One share. Fetches run ahead of it, into the shares that follow."""
-    sink, (out, buffer, arrived, cursor, best, norm, acc) = rest[0] if sinks else None, rest[int(sinks) :]
+    """One share. Fetches run ahead of it, into the shares that follow. The cache is of `arrays`: of two its scales."""
+    cache, (sink, rest) = rest[:arrays], (rest[arrays] if sinks else None, rest[arrays + sinks :])
+    out, fetched, (arrived, cursor, best, norm, acc) = rest[0], rest[1 : 1 + arrays], rest[1 + arrays :]
+    buffer, scales = fetched[0], fetched[1] if arrays > 1 else None
     kv_heads, rows, width = acc.shape
     groups = rows // queries
     q_width = q.shape[-1] if queries == 1 else q.shape[-1] // (kv_heads * groups)
@@ -283,12 +287,16 @@ def _body(
         shift = kv_lens[s] - end  # of a position over its token
         first = jnp.maximum(start, block_of[i] * queries) + shift
         last = jnp.minimum(end, block_of[i] * queries + queries) - 1 + shift
+        if not causal:  # every query sees what the sequence's last one does
+            first = last = kv_lens[s] - 1
         low = 0 if window is None else jnp.maximum(first - window + 1, 0) // page
         return Span(s, first, last, jnp.int32(low), lax.div(last, page) + 1)
 
-    def copy(seq: jax.Array, first: jax.Array, slot: jax.Array, j: Any) -> Any:
-        source = cache.at[page_table[seq * table_width + first + j]]
-        return pltpu.make_async_copy(source, buffer.at[slot, pl.ds(j * page, page)], arrived.at[slot])
+    def copies(seq: jax.Array, first: jax.Array, slot: jax.Array, j: Any) -> list[Any]:
+        number, at = page_table[seq * table_width + first + j], j * page
+        tokens = pl.ds(at if isinstance(at, int) else _lane(at, page), page)
+        to = [buffer.at[slot, tokens], *([scales.at[slot, :, tokens]] if scales is not None else [])]
+        return [pltpu.make_async_copy(cache[n].at[number], to[n], arrived.at[n, slot]) for n in range(arrays)]
 
     def fetch() -> None:
         """Starts the next copies of all shares' sequence, if any are left."""
@@ -303,11 +311,15 @@ def _body(
             @pl.when(left >= pages)  # no loop: issuing copies is what the scalar unit is slow at
             def _() -> None:
                 for j in range(pages):
-                    copy(at.seq, first, slot, j).start()
+                    for copy in copies(at.seq, first, slot, j):
+                        copy.start()
 
             @pl.when(left < pages)
             def _() -> None:
-                pl.loop(0, left)(lambda j: copy(at.seq, first, slot, j).start())
+                @pl.loop(0, left)
+                def _(j: jax.Array) -> None:
+                    for copy in copies(at.seq, first, slot, j):
+                        copy.start()
 
             done = first + pages >= at.end_page
             cursor[NEXT_SHARE] = i + done.astype(jnp.int32)
@@ -337,21 +349,30 @@ def _body(
             seen, there = None, None
             if edge:
                 position = at.first
-                if queries > 1:  # row g * Q + t is token t of the block; other sequences' are dropped at the end
+                # Row g * Q + t is token t of the block; other sequences' are dropped at the end.
+                if queries > 1 and causal:
                     t = lax.broadcasted_iota(jnp.int32, (rows, length), 0) & (queries - 1)
                     position = kv_lens[at.seq] - cu_q_lens[at.seq + 1] + block_of[share] * queries + t  # [R, C]
                 kv = start + lax.broadcasted_iota(jnp.int32, (rows, length), 1)
                 seen = kv <= position
                 if window is not None:
                     seen &= kv > position - window
-                there = start + lax.broadcasted_iota(jnp.int32, (length, width), 0) <= at.last  # [C, W]
+                # [C, W], or of what lies along the scores [1, C]
+                shape, axis = ((length, width), 0) if scales is None else ((1, length), 1)
+                there = start + lax.broadcasted_iota(jnp.int32, shape, axis) <= at.last
 
             def head(h: jax.Array, key: Window, value: Window) -> None:
                 k = buffer[slot, :, pl.ds(key.start, key.size)].astype(q.dtype)  # [C, W]
                 v = buffer[slot, :, pl.ds(value.start, value.size)]
+                v_scale = None if scales is None else scales[slot, pl.ds(2 * h + 1, 1), :]  # [1, C]
                 if there is not None:  # what was not fetched may be NaN, and 0 * NaN is NaN
-                    v = jnp.where(there[:, : value.size], v.astype(jnp.float32), 0.0)
+                    if v_scale is None:
+                        v = jnp.where(there[:, : value.size], v.astype(jnp.float32), 0.0)
+                    else:
+                        v_scale = jnp.where(there, v_scale, 0.0)
                 score = _product(_queries(q, h, key.size, queries, groups, q_width), k, 1)  # [R, C]
+                if scales is not None:
+                    score = score * scales[slot, pl.ds(2 * h, 1), :]
                 if cap is not None:
                     score = jnp.tanh(score * cap)
                 if seen is not None:
@@ -362,6 +383,8 @@ def _body(
                 fade = jnp.exp2((old - new) * unit)
                 best[h] = new
                 norm[h] = norm[h] * fade + jnp.sum(weight, axis=1, keepdims=True)
+                if v_scale is not None:
+                    weight = weight * v_scale
                 lanes = pl.ds(0, value.size)
                 new_values = _product(weight.astype(q.dtype), v.astype(q.dtype), 0)  # [R, W]
                 acc[h, :, lanes] = acc[h, :, lanes] * fade[:, :1] + new_values
@@ -376,11 +399,15 @@ def _body(
 
             @pl.when(left >= pages)
             def _() -> None:  # for as many bytes as all of the pages have
-                pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
+                for n, array in enumerate(fetched):
+                    pltpu.make_async_copy(array.at[slot], array.at[slot], arrived.at[n, slot]).wait()
 
             @pl.when(left < pages)
             def _() -> None:
-                pl.loop(0, left)(lambda j: copy(at.seq, first, slot, j).wait())
+                @pl.loop(0, left)
+                def _(j: jax.Array) -> None:
+                    for copy in copies(at.seq, first, slot, j):
+                        copy.wait()
 
             start = first * page
             whole = start + length <= at.first + 1

@@ -7,6 +7,7 @@ T tokens, S sequences, B pages a sequence, K kv heads, H head_dim, I tiles that 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,25 +15,54 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, narrowed, quantised
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 
 
 def write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    cache: Float[Array, "P page row"],
+    cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
     cu_q_lens: Int[Array, " S1"],
     total: Int[Array, ""],
     *,
     interpret: bool | pltpu.InterpretParams,
-) -> Float[Array, "P page row"]:
+) -> Cache:
     """The cache with k and v in it; rows of no sequence are dropped."""
-    tokens, seqs, (_, page, row) = k.shape[0], kv_lens.shape[0], cache.shape
-    rows = math.gcd(page, 32 // cache.dtype.itemsize)
+    tokens, (_, page, row) = k.shape[0], cache.shape
+    new = jnp.stack([k, v], axis=2)  # [T, K, 2, H]: k0|v0|k1|v1|...
+    put = partial(
+        _put, kv_lens=kv_lens, page_table=page_table, cu_q_lens=cu_q_lens, total=total, page=page, interpret=interpret
+    )
+    if not isinstance(cache, Int8Cache):
+        rows = math.gcd(page, 32 // cache.dtype.itemsize)
+        return put(narrowed(new, cache.dtype).reshape(tokens, row), cache, rows=rows, axis=0)
+    values, scales = quantised(new)
+    return Int8Cache(
+        put(values.reshape(tokens, row), cache.values, rows=math.gcd(page, 32), axis=0),
+        put(scales.reshape(tokens, -1).T, cache.scales, rows=page, axis=1),
+    )
+
+
+def _put(
+    new: Shaped[Array, "T row"] | Shaped[Array, "row T"],
+    cache: Shaped[Array, "P page row"] | Shaped[Array, "P row page"],
+    *,
+    kv_lens: Int[Array, " S"],
+    page_table: Int[Array, "S B"],
+    cu_q_lens: Int[Array, " S1"],
+    total: Int[Array, ""],
+    page: int,
+    rows: int,
+    axis: int,
+    interpret: bool | pltpu.InterpretParams,
+) -> Shaped[Array, "P ..."]:
+    """Writes tokens that lie along `axis` of `new` and of a page, in tiles of `rows` of them."""
+    tokens, seqs, row = new.shape[axis], kv_lens.shape[0], new.shape[1 - axis]
     used = (jnp.arange(seqs, dtype=jnp.int32) < total) & (cu_q_lens[1:] > cu_q_lens[:-1])
     shift = kv_lens - cu_q_lens[1:]  # of a position over its token
     start = cu_q_lens[:-1] + shift
@@ -42,6 +72,8 @@ def write(
     high = jnp.where(count > 0, kv_lens[s] - tile * rows, 0)  # rows [low, high) of the tile are new
     page_of = page_table[s, jnp.minimum(tile * rows // page, page_table.shape[1] - 1)]
     token = jnp.clip(tile * rows - shift[s], -rows, tokens - 1)  # of the tile's first row, if it were of this step
+    # What is moved and chosen must be of 32 bits.
+    wide = jnp.int32 if jnp.issubdtype(cache.dtype, jnp.integer) else jnp.float32
 
     def body(
         count: Any,
@@ -56,21 +88,26 @@ def write(
         out: Any,
     ) -> None:
         i = pl.program_id(0)
-        both = jnp.concatenate([new[...].astype(jnp.float32), following[...].astype(jnp.float32)])  # [2 * R, row]
-        own = pltpu.roll(both, lax.rem(2 * rows - lax.rem(token[i] + rows, rows), 2 * rows), 0)[:rows]
-        r = lax.broadcasted_iota(jnp.int32, (rows, row), 0)
+        both = jnp.concatenate([new[...].astype(wide), following[...].astype(wide)], axis=axis)  # 2 * R tokens
+        moved = pltpu.roll(both, lax.rem(2 * rows - lax.rem(token[i] + rows, rows), 2 * rows), axis)
+        own = lax.slice_in_dim(moved, 0, rows, axis=axis)
+        r = lax.broadcasted_iota(jnp.int32, own.shape, axis)
         written = (r >= low[i]) & (r < high[i])
-        out[...] = jnp.where(written, own, old[...].astype(jnp.float32)).astype(out.dtype)
+        out[...] = jnp.where(written, own, old[...].astype(wide)).astype(out.dtype)
 
     # Tokens lie as they come: a tile's rows are found in the block of R where they begin and in the next.
-    new = jnp.stack([k, v], axis=2).reshape(tokens, row).astype(cache.dtype)  # [T, k0|v0|k1|v1|...]
-    new = jnp.pad(new, ((rows, -tokens % rows + rows), (0, 0)))
-    tiles = page // rows
+    ends = [(0, 0), (0, 0)]
+    ends[axis] = (rows, -tokens % rows + rows)
+    new = jnp.pad(new, ends)
+
+    def at(index: Any) -> tuple[Any, Any]:
+        return (index, 0) if axis == 0 else (0, index)
+
+    tiles, block = page // rows, (rows, row) if axis == 0 else (row, rows)
     in_new = [
-        pl.BlockSpec((rows, row), lambda i, n, p, tile, t, *_, j=j: (lax.div(t[i] + rows, rows) + j, 0))
-        for j in range(2)
+        pl.BlockSpec(block, lambda i, n, p, tile, t, *_, j=j: at(lax.div(t[i] + rows, rows) + j)) for j in range(2)
     ]
-    in_cache = pl.BlockSpec((None, rows, row), lambda i, n, page_of, tile, *_: (page_of[i], lax.rem(tile[i], tiles), 0))
+    in_cache = pl.BlockSpec((None, *block), lambda i, n, page_of, tile, *_: (page_of[i], *at(lax.rem(tile[i], tiles))))
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -80,5 +117,5 @@ def write(
         input_output_aliases={8: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
-        name="jaxserve_cache_write",
+        name=f"jaxserve_{'cache' if axis == 0 else 'scale'}_write",
     )(count.reshape(1), page_of, tile, token, low, high, new, new, cache)
