@@ -88,8 +88,8 @@ class Sizing:
         if self.captured > MOST_CAPTURED:
             raise ConfigError(
                 f"capture: {len(taps)} values are {values / 2**10:.1f} KiB a token, in a step of {self.largest.tokens} "
-                f"tokens {self.captured / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} MiB may be; capture fewer, or "
-                "lower --max-num-batched-tokens and --max-num-seqs"
+                f"tokens {self.captured / 2**20:.0f} MiB, and {MOST_CAPTURED / 2**20:.0f} MiB may be; capture fewer, "
+                "or lower --max-num-batched-tokens and --max-num-seqs"
             )
         self.page = attention.page_size(
             options.device.block_size, kernel, platform, programs.dtype, self.largest.seqs, length
