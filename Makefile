@@ -3,7 +3,7 @@
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
 # make test-ray   jobs and replicas on a Ray of two workers, and configs/k8s against Kubernetes' schemas
-# make compile-gate   the TPU kernel through the real TPU compiler, on no TPU
+# make compile-gate   the kernels through the real TPU and CUDA compilers, on neither
 
 VENV ?= .venv
 ARGS ?=

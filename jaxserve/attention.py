@@ -19,16 +19,18 @@ from kernels_pallas.ragged_paged_attention.contract import (
     Cache,
     Int8Cache,
     RaggedPagedAttention,
+    validate_for_gpu,
     validate_for_tpu,
 )
 
 KERNELS = {
     "reference": "kernels_pallas.ragged_paged_attention.reference",
     "cpu": "jaxserve.native.attention",
+    "gpu": "kernels_pallas.ragged_paged_attention.gpu",
     "tpu": "kernels_pallas.ragged_paged_attention.tpu",
 }
 """Bodies by name. A platform's own body goes here and into PLATFORM."""
-PLATFORM = {"cpu": "cpu", "gpu": "reference", "tpu": "tpu"}
+PLATFORM = {"cpu": "cpu", "gpu": "gpu", "tpu": "tpu"}
 PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
 """Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
 kernel issues a copy a page: for two heads of a device pages of 16 cost half as much again as the computing, of 64 a
@@ -46,8 +48,13 @@ def choose(
     causal: bool = True,
     kv_dtype: DTypeLike = jnp.bfloat16,
     block_size: int | None = None,
+    head_dim: int | None = None,
+    capability: str | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
-    """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had."""
+    """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had.
+
+    `capability` is a GPU's compute capability, for instance "9.0".
+    """
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
@@ -77,6 +84,14 @@ def choose(
             if name != "auto":
                 raise ConfigError(f"attention='tpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the TPU's own kernel, but {error}"
+    if chosen == "gpu":
+        try:
+            validate_for_gpu(block_size or PAGE_SIZE["gpu"], jnp.dtype(kv_dtype), head_dim or 0, capability)
+            return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
+        except (ValueError, ImportError) as error:  # of Pallas' GPU backends, which come and go with JAX
+            if name != "auto":
+                raise ConfigError(f"attention='gpu': {error}") from error
+            chosen, reason = "reference", f"slower by far than the GPU's own kernels, but {error}"
     return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
 
 

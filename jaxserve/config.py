@@ -299,6 +299,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not all(isinstance(pattern, str) and pattern for pattern in self.capture):
             raise ConfigError(f"capture must be names of values, with * for any text, got {self.capture!r}")
+        if self.capture and self.place is not None:
+            raise ConfigError("capture is served on one host only; leave it out, or the other hosts")
 
 
 def cache_home() -> Path | None:

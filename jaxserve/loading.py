@@ -77,9 +77,11 @@ def choose(
     config: Any,
     mesh: Mesh,
     platform: str,
+    capability: str | None,
     progress: Progress,
 ) -> Chosen:
-    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described.
+    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described, GPUs of a
+    compute `capability`.
 
     Raises ConfigError for options that the model or the platform does not serve.
     """
@@ -91,7 +93,8 @@ def choose(
     dtype = jnp.dtype(dtype_for(options.dtype, platform))
     name, reason, kernel = attention.choose(
         device.attention, platform, progress, devices=mesh.size, causal=model.causal, block_size=device.block_size,
-        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype,
+        kv_dtype=dtype if device.kv_cache_dtype == "auto" else device.kv_cache_dtype, head_dim=config.head_dim,
+        capability=capability,
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
     return Chosen(model, config, partition, dtype, name, kernel, embedding)
@@ -113,8 +116,9 @@ def load_model(
     checkpoint, model, config = open_model(path, options.model_code)
     shape = MeshShape.parse(device.mesh or "1")
     mesh = mesh or _only_mesh(shape)
-    platform = mesh.devices.flat[0].platform
-    chosen = choose(options, device, path, checkpoint.config, model, config, mesh, platform, progress)
+    place = mesh.devices.flat[0]
+    capability = getattr(place, "compute_capability", None)
+    chosen = choose(options, device, path, checkpoint.config, model, config, mesh, place.platform, capability, progress)
     config, partition, dtype = chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")

@@ -77,10 +77,11 @@ def expected(name: str, row: int, prompt: str, length: int, index: int = 0, choi
 # --- what is in the files --------------------------------------------------------------------------------------------
 
 
-def test_a_row_for_every_token_that_the_model_has_read(batch, tmp_path) -> None:
+def test_a_row_for_every_token_that_the_model_has_read(batch, tmp_path, capsys) -> None:
     rows = [text_row("a", n=2), "{", text_row("b", ["xy", "uvw"], max_tokens=2), text_row("c", "z", max_tokens=1)]
     write(tmp_path / "in.jsonl", *rows)
     assert batch() == 3
+    assert "without prefix cache, one decode step a launch" in capsys.readouterr().err
     found = table(tmp_path / "out.jsonl")
     want = [*expected("a", 0, "ab", 3), *expected("a", 0, "ab", 3, choice=1), *expected("b", 2, "xy", 2)]
     want += [*expected("b", 2, "uvw", 2, index=1), *expected("c", 3, "z", 1)]

@@ -95,6 +95,28 @@ def test_the_kernel_compiles_for_tpu(name):
     assert found["bundles"]["attention_decode"] > 100 and not found["problems"]
 
 
+def test_registers_are_read_from_what_ptxas_says(gate, tmp_path):
+    said = """ptxas info    : Compiling entry function 'jaxserve_attention_decode_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 174 registers, used 2 barriers, 1 bytes smem
+"""
+    (tmp_path / "one.ptxas").write_text(said)
+    (tmp_path / "two.ptxas").write_text(said.replace("jaxserve_attention_decode", "another"))
+    assert list(gate.gates_gpu.registers(tmp_path)) == [("attention_decode", 174, 12)]
+
+
+def test_the_kernel_compiles_for_gpu():
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("JAX's CUDA compiler is not installed; `make compile-gate` runs the gate where it is")
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--json", "--only", "h100/llama3-8b/bfloat16/page64/decode-1"],
+        env=dict(os.environ), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    (found,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert found["registers"]["attention_decode"] > 100 and not found["problems"]
+
+
 # --- whole steps ----------------------------------------------------------------------------------------------------
 
 

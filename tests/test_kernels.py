@@ -14,17 +14,20 @@ from jaxserve import attention, native
 from jaxserve.native.build import BuildError, find_compiler
 from kernels_pallas.ragged_paged_attention.contract import Int8Cache, aligned, quantised
 from kernels_pallas.ragged_paged_attention.tuning import Blocks
+from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks
 
 PAGE = 4
 BODIES = sorted(attention.KERNELS)
-COMPILED = [body for body in BODIES if body != "tpu"]
-"""The TPU's is interpreted here and takes seconds to compile; tests/test_attention_tpu.py has more of it."""
+COMPILED = [body for body in BODIES if body not in ("gpu", "tpu")]
+"""The TPU's and the GPU's are interpreted here and take seconds to compile; tests/test_attention_tpu.py and
+test_attention_gpu.py have more of them."""
 
 
 def combinations(*axes, interpreted):
-    """(body, value of each axis) for every combination; for the interpreted body those of these numbers only."""
-    found = [(body, i, values) for body in BODIES for i, values in enumerate(product(*axes))]
-    return [(body, *values) for body, i, values in found if body in COMPILED or i in interpreted]
+    """(body, value of each axis) for every combination; for interpreted bodies those of these numbers only: for the
+    GPU's the first."""
+    some = dict.fromkeys(COMPILED, range(10**6)) | {"tpu": interpreted, "gpu": interpreted[:1]}
+    return [(body, *values) for body in BODIES for i, values in enumerate(product(*axes)) if i in some[body]]
 
 
 def body_of(name):
@@ -38,6 +41,9 @@ def body_of(name):
     if name == "tpu":
         kernel = import_module(attention.KERNELS[name]).ragged_paged_attention
         return partial(kernel, interpret=True, decode=Blocks(1, 4, 2), prefill=Blocks(16, 3, 3))
+    if name == "gpu":
+        kernel = import_module(attention.KERNELS[name]).ragged_paged_attention
+        return partial(kernel, interpret=True, decode=GpuBlocks(32, 2, 1), prefill=GpuBlocks(64, 2))
     return import_module(attention.KERNELS[name]).ragged_paged_attention
 
 

@@ -15,6 +15,7 @@ from test_models import GOLDENS, load
 from toy_model import VOCAB, write_checkpoint
 
 from jaxserve import LLM, attention, captured, models, sizing
+from jaxserve.config import EngineOptions, HostPlace
 from jaxserve.errors import ConfigError, PromptTooLong
 from jaxserve.hub import resolve_model
 from jaxserve.models import find_model, llama
@@ -347,3 +348,5 @@ def test_what_is_refused_at_the_start(monkeypatch):
         LLM(str(ROOT / "tests" / "goldens" / "embeddings" / "bert"), capture="hidden")
     with pytest.raises(ConfigError, match=r"capture must be names of values.*got \('hidden', 3\)"):
         LLM(capture=["hidden", 3])
+    with pytest.raises(ConfigError, match="capture is served on one host only"):
+        EngineOptions(capture=("hidden",), place=HostPlace(index=0, count=2, coordinator="a", port=1, secret="s"))

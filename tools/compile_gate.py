@@ -1,13 +1,14 @@
-"""Compiles for TPU ahead of time, with the real compiler and no TPU, and holds what comes out to stored limits.
+"""Compiles for TPU and GPU ahead of time, with the real compilers and neither, and holds what comes out to limits.
 
-    tools/compile_gate                    every gate, in an environment of its own that has libtpu
+    tools/compile_gate                    every gate, in an environment of its own that has libtpu and JAX's CUDA plugin
     tools/compile_gate --only v5e         those whose name holds "v5e"
     tools/compile_gate --update           store what is found as the new limits
 
 A gate is a program that keeps a KV cache. Each must compile, update its cache in place, make no copy of it on the way,
-and need no more memory, no more instructions (VLIW bundles, each one cycle of issue) and no more spilled registers
-than tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right.
-Those of the attention kernel are below, those of whole steps in gates_step.py.
+and need no more memory, no more instructions (of a TPU's kernels: VLIW bundles, each one cycle of issue), no more
+registers (of a GPU's) and no more spills than tools/compile_gate.json says. That is what can be known without the
+hardware: not speed, and not that it is right. Those of GPUs are in gates_gpu.py, those of whole steps for TPU in
+gates_step.py.
 """
 
 import argparse
@@ -26,6 +27,10 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import gates_gpu  # noqa: E402
+import gates_step  # noqa: E402
+
 LIMITS = Path(__file__).with_suffix(".json")
 SLACK = 1.03
 """Limits are what was found, and this much more: another version of the compiler schedules a little differently."""
@@ -58,7 +63,10 @@ class Found:
     """By kernel: all of its instructions."""
     inner: dict[str, list[int]] = field(default_factory=dict)
     """By kernel: its two longest stretches without a branch, which are its computing on whole and on cut kv blocks."""
+    registers: dict[str, int] = field(default_factory=dict)
+    """By kernel for GPU: of each thread."""
     spills: dict[str, int] = field(default_factory=dict)
+    """By kernel: instructions for TPU, bytes of a thread for GPU."""
     others: dict[str, float] = field(default_factory=dict)
     """What else is held to limits, by name."""
     problems: list[str] = field(default_factory=list)
@@ -68,6 +76,8 @@ class Found:
         found: dict[str, float] = {"temp_bytes": self.temp_bytes} | self.others
         for kernel in self.bundles:
             found[f"{kernel}.bundles"], found[f"{kernel}.spills"] = self.bundles[kernel], self.spills[kernel]
+        for kernel in self.registers:
+            found[f"{kernel}.registers"], found[f"{kernel}.spills"] = self.registers[kernel], self.spills[kernel]
         return found
 
 
@@ -87,12 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
         prepare(dump, listings=any(gate.look is None for gate in chosen))
         if not options.json:
             print(
-                f"{versions()}\n{'gate':<34} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
+                f"{versions()}\n{'gate':<46} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
             )
         for gate in chosen:
             found = measure(gate, dump)
             if options.update and not found.problems:
-                stored = known_limits() | {gate.name: found.limits()}  # another process may have stored some, too
+                # Another process may have stored some, too.
+                stored = known_limits()
+                stored[gate.name] = stored.get(gate.name, {}) | found.limits()
                 LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
             found.problems += over(found.limits(), stored.get(gate.name))
             failed += bool(found.problems)
@@ -108,7 +120,7 @@ def prepare(dump: Path, *, listings: bool) -> None:
     listings to `dump`."""
     from jaxserve.planning.topology import environment
 
-    os.environ.update(environment(dump))
+    os.environ.update(environment(dump), MOSAIC_GPU_DUMP_TO=str(dump))
     if listings:
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -132,8 +144,10 @@ def line(name: str, found: Found) -> str:
         f"{kernel}: {found.bundles[kernel]} ({', '.join(map(str, found.inner[kernel]))}), {found.spills[kernel]}"
         for kernel in sorted(found.bundles)
     )
+    registers = (f"{kernel}: {used} registers, {found.spills[kernel]}" for kernel, used in found.registers.items())
     others = (f"{what} {value:.0f}" for what, value in found.others.items())
-    return f"{name:<34} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {'; '.join([*kernels, *others])}"
+    what = "; ".join([*kernels, *registers, *others])
+    return f"{name:<46} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {what}"
 
 
 def measure(gate: Gate, dump: Path) -> Found:
@@ -161,6 +175,8 @@ def measure(gate: Gate, dump: Path) -> Found:
         if kernel and "schedule-analysis" not in path.name:
             name, listing = kernel[1], path.read_text(errors="replace")
             found.bundles[name], found.inner[name], found.spills[name] = schedule(listing)
+    for kernel, used, spilled in gates_gpu.registers(dump):
+        found.registers[kernel], found.spills[kernel] = used, spilled
     return found
 
 
@@ -220,14 +236,12 @@ HEADS = {
 
 def gates() -> list[Gate]:
     """Every gate, those of the attention kernel first."""
-    import gates_step
-
     found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
     found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:]]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
     found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
     found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only
-    return [*(gate() for gate in found), *(Gate(*fields) for fields in gates_step.gates())]
+    return [*(gate() for gate in found), *(Gate(*fields) for m in (gates_gpu, gates_step) for fields in m.gates())]
 
 
 def attention(

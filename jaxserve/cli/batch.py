@@ -98,6 +98,8 @@ def batch(
     settings = replace(cli.engine_options(model, models, schedule, device), capture=capture)
     if capture and engine == "ray":
         raise ConfigError("--capture is served with --engine local only; leave one of the two out")
+    if capture:
+        print("capturing: every position is computed, without prefix cache, one decode step a launch", file=sys.stderr)
     name = cli.model_name(model, served_model_name)
     given = {f.name: getattr(sampling, f.name) for f in fields(sampling) if f.name != "seed"}
     job = BatchOptions(

@@ -139,6 +139,7 @@ def devices(models: cli.Models, options: DeviceOptions, problems: list[str]) -> 
         name, reason, _ = choose(
             options.attention, kind, print, devices=shape.per_replica, block_size=options.block_size,
             kv_dtype=dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype,
+            capability=getattr(found[0], "compute_capability", None),
         )  # fmt: skip
         yield "attention", f"{name} ({reason})"
     except ConfigError as e:

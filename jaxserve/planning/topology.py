@@ -56,6 +56,12 @@ class Topology:
         """Machines that they are in."""
         return 1 if self.count <= self.chip.alone else -(-self.count // self.chip.host)
 
+    @property
+    def capability(self) -> str | None:
+        """A GPU's compute capability."""
+        gpu = _GPUS.get(self.chip.name)
+        return None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}"
+
     def devices(self) -> "list[jax.Device]":
         """As JAX describes them. Raises ConfigError where their compiler is not installed, or does not take them."""
         check_compiler(self)

@@ -172,3 +172,22 @@ def validate_for_tpu(page: int, dtype: np.dtype, seqs: int, pages: int) -> None:
             f"memory holds {PAGE_TABLE_ENTRIES}; raise the page size (--block-size), or lower --max-model-len or "
             "--max-num-seqs"
         )
+
+
+def validate_for_gpu(page: int, dtype: np.dtype, head_dim: int, capability: str | None) -> None:
+    """What the GPU's kernels ask of the chip, by its compute capability, and of pages of `page` tokens.
+
+    Raises ValueError.
+    """
+    major = (capability or "").partition(".")[0]
+    if not major.isdigit() or int(major) < 8:
+        raise ValueError(f"it needs NVIDIA's compute capability 8.0 or above; the device has {capability or 'none'}")
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"it does not read a cache of {dtype.name} (--kv-cache-dtype)")
+    if head_dim > 256:
+        raise ValueError(f"its memory holds heads of up to 256 numbers; the model's have {head_dim}")
+    if page < 16 or page & (page - 1):
+        raise ValueError(
+            f"it does not read pages of {page} tokens; give a page size (--block-size) that is a power of two, at "
+            "least 16, best 64"
+        )

@@ -39,7 +39,7 @@ def ragged_paged_attention(
     tokens, heads, head_dim = q.shape
     seqs, page = kv_lens.shape[0], cache.shape[1]
     decodes, total = distribution[0], distribution[2]
-    cache = _write(k, v, cache, kv_lens, page_table, cu_q_lens, total)
+    cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, total)
 
     pages = max(1, KV_BLOCK // page)
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))  # whole blocks
@@ -99,7 +99,7 @@ def ragged_paged_attention(
     return out[:tokens], cache
 
 
-def _write(
+def write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     cache: Cache,

@@ -21,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate, validate_for_tpu
-from kernels_pallas.ragged_paged_attention.tpu_write import pieces, write
+from kernels_pallas.ragged_paged_attention.pieces import pieces
+from kernels_pallas.ragged_paged_attention.tpu_write import write
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
 
 LANES = 128

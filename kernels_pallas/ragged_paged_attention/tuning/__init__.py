@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernel: from tpu.json where there is an entry, else by a rule that fits every chip."""
+"""Block sizes of the TPU's kernel: from tpu.json where there is an entry, else by a rule that fits every chip."""
 
 import json
 import logging
@@ -36,20 +36,26 @@ def blocks_for(
     An entry serves where all that it names agrees, and the first such entry is taken.
     """
     asked = dict(chip=chip, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page)
-    for number, entry in enumerate(_entries()):
-        if all(asked[name] == value for name, value in entry.items() if name in asked):
-            found = Blocks(queries=1, **entry["decode"]), Blocks(**entry["prefill"])
-            source = f"entry {number} of tpu.json"
-            break
+    entry, source = entry_for("tpu.json", asked)
+    if entry is not None:
+        found = Blocks(queries=1, **entry["decode"]), Blocks(**entry["prefill"])
     else:
-        found, source = _by_rule(dtype, heads, kv_heads, head_dim, page), "by rule, no entry in tpu.json"
+        found = _by_rule(dtype, heads, kv_heads, head_dim, page)
     log.info("attention blocks for %s: decode %s, prefill %s (%s)", asked, *map(tuple, found), source)
     return found
 
 
+def entry_for(file: str, asked: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The first entry of a file of this directory that fits what is asked, if any does; and in words which it is."""
+    for number, entry in enumerate(_entries(file)):
+        if all(asked[name] == value for name, value in entry.items() if name in asked):
+            return entry, f"entry {number} of {file}"
+    return None, f"by rule, no entry in {file}"
+
+
 @cache
-def _entries() -> list[dict[str, Any]]:
-    return json.loads((Path(__file__).parent / "tpu.json").read_text())["entries"]
+def _entries(file: str) -> list[dict[str, Any]]:
+    return json.loads((Path(__file__).parent / file).read_text())["entries"]
 
 
 def _by_rule(dtype: str, heads: int, kv_heads: int, head_dim: int, page: int) -> tuple[Blocks, Blocks]:

@@ -1,0 +1,63 @@
+"""Block sizes of the GPU's kernels: from gpu.json where there is an entry, else by a rule that fits every chip."""
+
+from functools import cache
+from typing import NamedTuple
+
+from kernels_pallas.ragged_paged_attention.tuning import entry_for, log
+
+ROWS = 64
+"""Rows of queries in shared memory, whatever a share has."""
+SHARED_BYTES = ((228 << 9) - (1 << 10), 227 << 10)
+"""Shared memory of a block of threads on Hopper: of each of two on a multiprocessor, and of one alone."""
+OWN_BYTES = 512
+"""Of it, for barriers."""
+
+
+class GpuBlocks(NamedTuple):
+    """How a kernel cuts its work."""
+
+    positions: int
+    """kv tokens computed with at once: on Hopper a multiple of 64, in Triton a power of two."""
+    buffers: int
+    """Blocks of them in shared memory: one is computed with while the others are on their way. At least 2."""
+    least: int = 4
+    """Blocks that a share of a sequence's kv tokens has at least."""
+    waves: int = 4
+    """Shares a multiprocessor that sequences are cut for, where they are fewer."""
+
+    def splits(self, shares: int, cores: int) -> int:
+        """Parts to cut each sequence's kv tokens into, with `shares` of them if none is cut. A power of two: what a
+        sequence's sum is rounded to changes with it."""
+        return 1 << max(0, min(cores * self.waves // shares, 64).bit_length() - 1)
+
+
+@cache  # one line in the log for each choice
+def blocks_for(
+    chip: str, hopper: bool, dtype: str, heads: int, kv_heads: int, head_dim: int, page: int
+) -> tuple[GpuBlocks, GpuBlocks]:
+    """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton.
+
+    An entry serves where all that it names agrees, and the first such entry is taken.
+    """
+    asked = dict(chip=chip, hopper=hopper, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page)
+    entry, source = entry_for("gpu.json", asked)
+    if entry is not None:
+        found = GpuBlocks(**entry["decode"]), GpuBlocks(**entry["prefill"])
+    elif not hopper:  # which keeps them in registers
+        found = (GpuBlocks(64 if head_dim <= 128 and dtype != "float32" else 32, 2),) * 2
+    else:
+        result = ROWS * head_dim * 4  # of a part of a sequence, in float32
+        found = _by_rule(head_dim, result), _by_rule(head_dim, 0)
+    log.info("attention blocks for %s: decode %s, prefill %s (%s)", asked, *map(tuple, found), source)
+    return found
+
+
+def _by_rule(head_dim: int, result: int) -> GpuBlocks:
+    """As many buffers as leave room for a second block of threads, if that is two; else all that fit one."""
+    positions = 64
+    queries, block = ROWS * head_dim * 2, positions * head_dim * 4
+    for shared in SHARED_BYTES:
+        buffers = min(4, (shared - OWN_BYTES - queries - result) // block)
+        if buffers >= 2:
+            return GpuBlocks(positions, buffers)
+    raise ValueError(f"no blocks fit a head_dim of {head_dim}")
