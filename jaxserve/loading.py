@@ -77,12 +77,11 @@ def choose(
     config: Any,
     mesh: Mesh,
     platform: str,
+    capability: str | None,
     progress: Progress,
-    capability: str | None = None,
 ) -> Chosen:
-    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described.
-
-    `capability` is a GPU's compute capability.
+    """A model of a config.json `hf`, which lies at `path`, on `mesh`, whose devices may be only described, GPUs of a
+    compute `capability`.
 
     Raises ConfigError for options that the model or the platform does not serve.
     """
@@ -121,10 +120,8 @@ def load_model(
     shape = MeshShape.parse(device.mesh or "1")
     mesh = mesh or _only_mesh(shape)
     place = mesh.devices.flat[0]
-    chosen = choose(
-        options, device, path, checkpoint.config, model, config, mesh, place.platform, progress,
-        capability=getattr(place, "compute_capability", None),
-    )  # fmt: skip
+    capability = getattr(place, "compute_capability", None)
+    chosen = choose(options, device, path, checkpoint.config, model, config, mesh, place.platform, capability, progress)
     config, partition, dtype = chosen.config, chosen.partition, chosen.dtype
     # What else than its config the programs of a foreign model file depend on, nobody knows.
     ours = options.model_code is None and model.forward.__module__.startswith("jaxserve.")

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gates_gpu  # noqa: E402
+import gates_step  # noqa: E402
 
 LIMITS = Path(__file__).with_suffix(".json")
 SLACK = 1.03
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         for gate in chosen:
             found = measure(gate, dump)
             if options.update and not found.problems:
-                # Another process may have stored some, too; and not every compiler is there each time.
+                # Another process may have stored some, too.
                 stored = known_limits()
                 stored[gate.name] = stored.get(gate.name, {}) | found.limits()
                 LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
@@ -237,8 +238,6 @@ HEADS = {
 
 def gates() -> list[Gate]:
     """Every gate, those of the attention kernel first."""
-    import gates_step
-
     found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
     found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:5]]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
@@ -247,7 +246,7 @@ def gates() -> list[Gate]:
     found += [partial(attention, chip, "llama3-8b", page=128, dtype="int8") for chip in TOPOLOGIES]
     found += [partial(attention, "v6e", "phi3-mini-on-1", page=128, dtype="int8")]
     found += [partial(attention, "v5e", "bge-base-on-1")]
-    return [*(gate() for gate in found), *(Gate(*fields) for fields in (*gates_gpu.gates(), *gates_step.gates()))]
+    return [*(gate() for gate in found), *(Gate(*fields) for m in (gates_gpu, gates_step) for fields in m.gates())]
 
 
 def attention(

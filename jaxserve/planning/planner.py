@@ -109,8 +109,9 @@ class Draft:
         model, device, platform = options.model, options.device, topology.chip.platform
         if platform == "cpu":  # one CPU has kernels for weights as they are stored, a mesh of them plain XLA
             device = replace(device, attention="reference")
-        found = find_model(hf, model.model_code)
-        chosen = choose(model, device, path, hf, *found, mesh, platform, progress, capability=topology.capability)
+        chosen = choose(
+            model, device, path, hf, *find_model(hf, model.model_code), mesh, platform, topology.capability, progress
+        )
         packer(model, chosen.dtype, available=False)  # refuses what only these kernels serve
         if model.model_code is not None:
             trace(chosen.model, chosen.config, chosen.dtype)

@@ -67,7 +67,9 @@ def compile_step(programs: Programs, shape: Shape, sizes: Sizes) -> Step:
     the compiler finds no memory for."""
     start = time.perf_counter()
     try:
-        compiled = programs.step(shape, sizes).lower().compile()
+        with programs.partition.tracing():  # which kernels of our own are lowered in, too
+            lowered = programs.step(shape, sizes).lower()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -60,7 +60,7 @@ class Topology:
     def capability(self) -> str | None:
         """A GPU's compute capability."""
         gpu = _GPUS.get(self.chip.name)
-        return None if gpu is None else ".".join(map(str, gpu.capability))
+        return None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}"
 
     def devices(self) -> "list[jax.Device]":
         """As JAX describes them. Raises ConfigError where their compiler is not installed, or does not take them."""
