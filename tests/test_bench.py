@@ -98,7 +98,7 @@ def test_engine_counters_are_read_from_the_metrics() -> None:
     metrics.padding_tokens.inc(25)
     for _ in range(4):
         metrics.host_gap.observe(0.0005)
-    metrics.compiled("warmup", 1.0)
+    metrics.program("warmup", 1.0, compiled=True)
     table = asyncio.run(bench.engine_counters(engine)).table(before)
     found = [line.rsplit(maxsplit=1)[-1] for line in table.splitlines()[1:]]
     assert found == ["4", "500.00", "25.00", "0"]

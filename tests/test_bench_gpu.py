@@ -24,6 +24,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_the_dry_run_measures_everything(tmp_path):
     done = run("--dry-run", "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stderr[-4000:]

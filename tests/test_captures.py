@@ -331,6 +331,7 @@ def test_pyarrow_is_asked_for_before_the_model_is_loaded(batch, tmp_path, monkey
 # --- with a real engine ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_job_of_the_embedded_model(tmp_path) -> None:
     small = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "num_kv_pages": 64}
     options = small | {"warmup": "lazy", "capture": ["layers.3.mlp", "hidden"]}

@@ -71,7 +71,8 @@ def test_what_is_kept_is_within_half_a_step_and_never_spoils_a_neighbour():
 @pytest.mark.parametrize(
     ("body", "page", "case"),
     [
-        *((body, page, case) for body in COMPILED for page in (PAGE, 16) for case in range(len(HEADS))),
+        *((body, PAGE, case) for body in COMPILED for case in range(len(HEADS))),
+        *(pytest.param(body, 16, case, marks=pytest.mark.slow) for body in COMPILED for case in range(len(HEADS))),
         ("tpu", PAGE, 1), ("tpu", 16, 2), ("tpu", PAGE, 3),
     ],
 )  # fmt: skip

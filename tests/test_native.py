@@ -18,7 +18,7 @@ from jaxserve.native.attention import ragged_paged_attention
 from jaxserve.native.norm import rms_norm
 
 FUZZ = Path(__file__).parent / "native_fuzz.py"
-CASES = 15
+CASES = 10
 
 LIMIT_S = 800
 pytestmark = pytest.mark.timeout(900)  # each library is as much work as an installation
@@ -150,7 +150,7 @@ def test_sanitizers_find_nothing(compiler, tmp_path):
     # The C++ runtime has to be there before the sanitizer looks for its exceptions.
     stdcxx = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
     options = "detect_leaks=0,allocator_may_return_null=1"
-    fuzz(library, 1, cases=20, LD_PRELOAD=f"{runtime} {stdcxx}", ASAN_OPTIONS=options)
+    fuzz(library, 1, cases=12, LD_PRELOAD=f"{runtime} {stdcxx}", ASAN_OPTIONS=options)
 
 
 def step(lens, new, *, pages=8, page=4):

@@ -56,6 +56,7 @@ def test_the_kernels_are_named_with_their_calls(runner) -> None:
         ("embed", "jaxserve_embed"): 1,
         ("attention", "jaxserve_ragged_paged_attention"): LAYERS,
         ("norm", "jaxserve_rms_norm"): 2 * LAYERS + 1,
+        ("rope", "jaxserve_rotate"): 2 * LAYERS,
         ("sample", "jaxserve_sample"): 1,
     }
     lines = found.table().splitlines()

@@ -24,10 +24,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(900)  # half a hundred engines
-def test_on_eight_devices():
-    """Everything in eight_devices.py, in a process that has them."""
+def test_on_eight_devices(pytestconfig):
+    """What eight_devices.py has, in a process that has them; slow tests where this one runs beside such."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "eight_devices.py")]
+    command += ["-m", pytestconfig.option.markexpr]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, cwd=HERE.parent, capture_output=True, text=True
     )

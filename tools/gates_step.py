@@ -16,7 +16,7 @@ from typing import Any
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 NAMES = ("llama-3.1-8b", "qwen3-0.6b", "mixtral-8x7b")
-PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8"}
+PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8"}
 """By topology its mesh: all chips together, and once two replicas."""
 TOKENS = {"decode": 64, "mixed": 512}
 """Of a step of 64 sequences."""

@@ -23,6 +23,7 @@ _C = grpc.StatusCode
 STATUS: dict[type[errors.JaxserveError], Status] = {
     errors.JaxserveError: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
     errors.ConfigError: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
+    errors.NoRoom: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
     errors.CheckpointError: Status(500, _C.INTERNAL, _SERVER, "internal_error"),
     errors.RequestError: Status(400, _C.INVALID_ARGUMENT, _BAD, None),
     errors.InvalidParameter: Status(400, _C.INVALID_ARGUMENT, _BAD, "invalid_value"),
