@@ -26,7 +26,7 @@ os.environ.update(
 )
 
 
-LONGEST = ("test_sharding.py", "test_native.py", "test_two_hosts.py", "test_models.py")
+LONGEST = ("test_native.py", "test_models.py", "test_sharding.py", "test_two_hosts.py")
 """Files that take minutes."""
 
 
