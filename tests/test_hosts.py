@@ -229,8 +229,9 @@ def test_but_not_while_it_compiles_and_says_so():
     clock.watch.begun(1, 1)
     clock.watch.heard(2, "compiling")
     assert clock.run(60) == ""
-    clock.watch.begun(2, 1)
     clock.watch.heard(2, "")
+    assert clock.run(5) == "", "it has as long as ever from then on"
+    clock.watch.begun(2, 1)
     clock.watch.announced(2)
     clock.watch.begun(1, 2)
     assert clock.run(6) == "host 2 (two) has not confirmed step 2 for 6 s"

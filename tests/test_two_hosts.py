@@ -29,7 +29,7 @@ SIZES = (
     "--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--block-size", "4", "--decode-steps", "2",
     "--max-model-len", "64", "--attention", "reference", "--warmup", "lazy",
 )  # fmt: skip
-TIMEOUT_S = 6
+TIMEOUT_S = 10
 REQUESTS = [
     dict(prompt=[5, 9, 300, 41], max_tokens=6, temperature=0),
     dict(prompt=[7, 9, 300, 41], max_tokens=6, temperature=0.9, top_p=0.95, seed=7),

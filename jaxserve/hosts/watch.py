@@ -10,7 +10,7 @@ class _Host:
     name: str
     heard: float
     progressed: float
-    """When it last began or finished a launch."""
+    """When it last began or finished a launch, or what took its time."""
     to_begin: deque[tuple[int, float]] = field(default_factory=deque)
     """Numbers of launches, and when they were announced."""
     to_finish: dict[int, tuple[float, bytes]] = field(default_factory=dict)
@@ -49,6 +49,8 @@ class Watch:
         host = self._hosts[index]
         host.heard = self._now
         if doing is not None:
+            if host.doing and not doing:
+                host.progressed = self._now
             host.doing = doing
 
     def announced(self, number: int) -> None:
