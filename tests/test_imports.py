@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "errors": -1,
     "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0, "page_groups": 0,
-    "fingerprint": 0,
+    "fingerprint": 0, "gpu_memory": 0,
     "spec": 1, "native": 1, "gguf": 1, "embedding": 1, "captured": 1,
     "quant": 2, "compile_cache": 2, "model_code": 2, "taps": 2,
     "layers": 3, "sharding": 3, "dry_run": 3, "baked": 3, "hosts": 3,
@@ -39,7 +39,7 @@ RANKS = {
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
-    "errors", "request", "metrics", "host_memory", "config", "tokenizer", "chat", "hub", "page_groups", "pages",
+    "errors", "request", "metrics", "host_memory", "gpu_memory", "config", "tokenizer", "chat", "hub", "page_groups", "pages",
     "lookahead", "packing", "plans", "scheduler", "embedding", "captured", "perplexity", "logits_file", "client",
     "client.remote", "client.routing", "client.supervise", "fingerprint", "hosts.leader", "hosts.follower",
     "hosts.places", "text", "score", "server", "batch_job", "ray", "cli", "cli.plan",

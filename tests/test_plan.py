@@ -142,7 +142,7 @@ def test_smaller_changes_come_first(path, where, mesh, given, cure):
 
 def test_the_advised_context_is_the_longest_that_fits():
     def with_context(length):
-        return planned(LLAMA_8B, "v5e:2x2", "1x2", made_up(workspace=0), max_model_len=length, max_num_seqs=8)
+        return planned(LLAMA_8B, "v5e:2x2", "1x2", made_up(workspace=GIB), max_model_len=length, max_num_seqs=8)
 
     length = int(with_context(131072).cure.removeprefix("--max-model-len "))
     assert with_context(length).fits and not with_context(length + 256).fits

@@ -97,8 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tool", choices=["memcheck", "racecheck", "synccheck", "initcheck"], default="memcheck")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on CPU; its figures mean nothing")
     options = parser.parse_args(arguments)
+    from jaxserve.gpu_memory import pool_variables
+
     scale = DRY if options.dry_run else REAL
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {'' if scale.dry else COMMAND_BUFFERS}".strip()
+    os.environ.update(pool_variables())  # as a server's engine has it
     if scale.dry:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if options.part == "sanitize":

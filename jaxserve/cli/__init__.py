@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from jaxserve import __version__
 from jaxserve.cli import options
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError
+from jaxserve.gpu_memory import pool_variables
 
 USAGE = 2
 FAILURE = 1
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     `batch` also exits with 3: done, and some rows have an error for an answer.
     """
+    os.environ.update(pool_variables())  # the process is ours, and in most commands the engine's
     sys.exit(call(sys.argv[1:] if argv is None else argv))
 
 

@@ -16,6 +16,7 @@ from jaxserve.client import EngineState, EngineStatus, wire
 from jaxserve.client.streams import Streams
 from jaxserve.config import EngineOptions
 from jaxserve.errors import EngineStopped, JaxserveError
+from jaxserve.gpu_memory import pool_variables
 from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
 
 log = logging.getLogger("jaxserve.engine")
@@ -177,6 +178,7 @@ class RemoteEngine:
                 "-m",
                 "jaxserve.client.host",
                 stdin=asyncio.subprocess.PIPE,
+                env=os.environ | pool_variables(),
                 start_new_session=True,  # a terminal's Ctrl-C is for the front end to act on
             )
             try:

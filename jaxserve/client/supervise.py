@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import msgspec
 from jaxserve.client import wire
 from jaxserve.client.remote import FIRST_BACK_OFF_S, HEALTHY_AFTER_S, LAST_BACK_OFF_S
 from jaxserve.config import EngineOptions
+from jaxserve.gpu_memory import pool_variables
 from jaxserve.hosts import DONE, GAVE_UP, REFUSED
 
 log = logging.getLogger("jaxserve.hosts")
@@ -55,6 +57,7 @@ async def _run_once(options: EngineOptions, path: Path, signals: "asyncio.Queue[
         "-m",
         "jaxserve.client.follower",
         stdin=asyncio.subprocess.PIPE,  # stays open: when it closes, so has this process
+        env=os.environ | pool_variables(),
         start_new_session=True,  # a terminal's Ctrl-C is for this process to act on
     )
     try:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxserve.gpu_memory import POOL
+
 GIB = 2**30
 
 
@@ -13,7 +15,7 @@ class Chip:
     name: str
     platform: Literal["tpu", "gpu", "cpu"]
     memory: int
-    """Bytes that programs may have: of a TPU what its compiler grants them, of a GPU the share that JAX takes."""
+    """Bytes that programs may have: of a TPU what its compiler grants them, of a GPU the share that JAX takes in our processes."""
     bandwidth: float
     """Bytes a second between that memory and the chip."""
     bf16: float
@@ -39,15 +41,13 @@ class Chip:
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS = ("1", "2", "4", "8")
-_GPU_SHARE = 0.75
-"""Of a GPU's memory JAX gives its programs so much, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 _TPU_DOCS = "https://cloud.google.com/tpu/docs"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 
 
 def _gpu(name: str, memory: float, bandwidth: float, bf16: float, page: str) -> Chip:
     """By the data sheet of the SXM form; its figures "with sparsity" are halved."""
-    usable = int(memory * _GPU_SHARE)
+    usable = int(memory * POOL)
     return Chip(
         name, "gpu", usable, bandwidth, bf16, bf16 / 2, 2 * bf16, _GPUS, host=8, alone=8, source=f"{_NVIDIA}/{page}/"
     )

@@ -33,6 +33,8 @@ USERS = (1, 16, 64)
 """Whose speed is estimated, besides as many as there may be."""
 CONTEXT = 1024
 """Tokens that each of them has in the KV cache."""
+GUESSED_WORKSPACE = 2**30
+"""Bytes that a step is taken to need where none could be compiled."""
 MOST_UTILIZATION = 0.95
 """What is still advised as --memory-utilization: the rest is the programs' code and what the runtime takes."""
 
@@ -181,7 +183,8 @@ def plan(
         sizes = found
     except NoRoom as error:
         problem = error.message
-        cure = smallest_change(options, path, hf, draft, max((step.workspace for step in steps), default=0))
+        workspace = max((step.workspace for step in steps), default=GUESSED_WORKSPACE)
+        cure = smallest_change(options, path, hf, draft, workspace)
     device_bytes = _device_bytes(draft, steps, sizes)
     excess = sum(device_bytes.values()) - topology.chip.memory
     if sizes is not None and excess > 0:
@@ -234,7 +237,7 @@ def every_mesh(topology: Topology) -> list[MeshShape]:
 def smallest_change(options: EngineOptions, path: Path, hf: dict[str, Any], draft: Draft, workspace: int) -> str | None:
     """In words the first of some changes, the smallest first, with which the sizes fit; None if none of them helps.
 
-    By arithmetic: `workspace` is what is known of a step's, 0 where none could be compiled.
+    By arithmetic: a step is taken to need `workspace` bytes everywhere.
     """
     topology, shape, device = draft.topology, draft.shape, options.device
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxserve.config import EngineOptions, MeshShape, RayOptions, parse_resources
 from jaxserve.errors import ConfigError
+from jaxserve.gpu_memory import pool_variables
 
 NEEDS = "Ray is not installed: pip install 'jaxserve[ray]'"
 ACCELERATORS = ("GPU", "TPU")
@@ -90,7 +91,12 @@ def remote_args(resources: Mapping[str, float]) -> dict[str, Any]:
 
 
 def confine(threads: int | None) -> None:
-    """Keeps JAX in this process to CPU and to so many threads; None leaves it alone. To be called before JAX starts."""
-    if threads is not None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ["NPROC"] = str(threads)  # what XLA sizes its thread pools by
+    """Keeps JAX in this process to CPU and to so many threads; None is for one with accelerators of its own.
+
+    To be called before JAX starts.
+    """
+    if threads is None:
+        os.environ.update(pool_variables())
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["NPROC"] = str(threads)  # what XLA sizes its thread pools by
