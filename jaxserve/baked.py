@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,26 +45,25 @@ def _warn(message: str) -> None:
     log.warning(message)
 
 
-def report(directory: str, made_for: Mapping[str, object]) -> None:
-    """Logs what `differences` finds."""
-    found = differences(directory, made_for)
+def report(directory: str, made_for: Callable[[], Mapping[str, object]]) -> None:
+    """Logs what `differences` finds in the directory of a compile cache; '' is none. Others than filled ones are none
+    of its business, and nothing is worked out for them."""
+    path = Path(directory, MANIFEST)
+    if not directory or not path.exists():
+        return
+    found = differences(path, made_for())
     if found:
         _warn(f"what this start needs is not all in {directory} and is compiled: {'; '.join(found)}")
 
 
-def differences(directory: str, made_for: Mapping[str, object]) -> list[str]:
-    """What of this start the programs in `directory` were not made for; nothing where no manifest says, or for ''.
+def differences(path: Path, made_for: Mapping[str, object]) -> list[str]:
+    """What of this start the programs beside the manifest `path` were not made for.
 
     Each is a sentence's part: "max_num_seqs is 64 there and 32 here".
     """
-    path = Path(directory, MANIFEST)
-    if not directory:
-        return []
     try:
         there = json.loads(path.read_bytes())
         before: dict[str, Any] = {**there["made_with"], **there["made_for"]}
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{path} cannot be read: {error}"]
     now: dict[str, Any] = json.loads(json.dumps({**surroundings(), **made_for}))  # tuples are lists there

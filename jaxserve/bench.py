@@ -13,6 +13,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.client import EngineClient
+from jaxserve.config import authority
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.request import Request, SamplingParams
 
@@ -263,6 +264,7 @@ class HttpTarget:
         self._tls = url.scheme == "https"
         self._host = url.hostname
         self._port = url.port or (443 if self._tls else 80)
+        self._authority = authority(self._host, self._port)
         self._path = url.path.rstrip("/").removesuffix("/v1")
         self._model = model
         self._api_key = api_key
@@ -316,12 +318,12 @@ class HttpTarget:
             try:
                 reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
             except OSError as error:
-                raise JaxserveError(f"cannot connect to {self._host}:{self._port}: {error}") from error
+                raise JaxserveError(f"cannot connect to {self._authority}: {error}") from error
         whole = False
         try:
             key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
             head = (
-                f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
+                f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._authority}\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{key}\r\n"
             )
             writer.write(head.encode() + body)
@@ -334,7 +336,7 @@ class HttpTarget:
                 yield part
             whole = headers.get("connection", "").lower() != "close"
         except (ConnectionError, asyncio.IncompleteReadError) as error:
-            raise JaxserveError(f"{self._host}:{self._port} closed the connection") from error
+            raise JaxserveError(f"{self._authority} closed the connection") from error
         finally:
             if whole:
                 self._idle.append((reader, writer))

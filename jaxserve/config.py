@@ -315,6 +315,11 @@ class EngineOptions:
             raise ConfigError("capture is served on one host only; leave it out, or the other hosts")
 
 
+def authority(host: str, port: int) -> str:
+    """HOST:PORT as urls and gRPC have it, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def cache_home() -> Path | None:
     """Where this user's caches of jaxserve lie; None for a user without a home, as in some containers."""
     home = os.path.expanduser("~")

@@ -70,8 +70,13 @@ def code_digest(code: str) -> str:
     return _digest(code, [path], path.parent)
 
 
-def sources_digest(code: str) -> str:
-    """The same of the file and of what it imports that lies beside it, on and on; what is installed is not in it."""
+def sources_digest(code: str | None) -> str:
+    """The same of the file and of what it imports that lies beside it, on and on; what is installed is not in it.
+
+    None is the package's own model, which its version tells: "of jaxserve".
+    """
+    if code is None:
+        return "of jaxserve"
     path, beside = _found(code)
     return _digest(code, [path, *_imported(path, beside)], beside)
 

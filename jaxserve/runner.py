@@ -234,7 +234,7 @@ class Runner:
             f"memory{each}: weights {weights / gib:.2f} + KV {kv / gib:.2f} ({pages}) + slots {slots / gib:.2f} "
             f"+ workspace {needed / gib:.2f} = {(weights + kv + slots + needed) / gib:.2f} GiB"
         )
-        baked.report(self._cache.directory, self.made_for())
+        baked.report(self._cache.directory, self.made_for)
 
     def made_for(self) -> dict[str, object]:
         """What the programs depend on besides the machine and the code, in figures for people and digests."""

@@ -1,23 +1,18 @@
 """The GPU benchmark without a GPU: its dry run, what it makes of its figures, and what it refuses."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tool_files import TOOLS, load_tool
 
-PROGRAM = Path(__file__).parent.parent / "tools" / "bench_gpu.py"
+PROGRAM = TOOLS / "bench_gpu.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_gpu", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gpu"] = module  # where its dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_gpu")
 
 
 def run(*arguments):

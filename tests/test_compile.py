@@ -14,6 +14,7 @@ import pytest
 from gguf_files import write_model
 
 from jaxserve import cli, native
+from jaxserve.baked import report
 from jaxserve.client import replicas
 from jaxserve.compile_cache import MANIFEST
 from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions
@@ -113,14 +114,24 @@ print("compiled", len(compiled), "tokens", len(tokens))
     assert 'jaxserve_xla_compiles_total{engine="0",model_name="test",phase="warmup"} 0.0' in done.stdout
 
 
+def test_nothing_is_worked_out_for_a_cache_that_was_not_filled(baked, tmp_path):
+    def asked():
+        raise AssertionError("asked")
+
+    for directory in ("", str(tmp_path)):
+        report(directory, asked)
+    with pytest.raises(AssertionError, match="asked"):
+        report(str(baked), asked)
+
+
 def test_the_command_says_how_to_serve(baked, told):
     """And the manifest says for what and with what."""
     (line,) = (line for line in told.getvalue().splitlines() if line.startswith("Serve it:"))
-    assert f"--compile-cache-dir {baked}" in line and "--max-num-seqs 1" in line
+    assert f"--compile-cache-dir={baked}" in line and "--max-num-seqs=1" in line
     manifest = json.loads((baked / MANIFEST).read_text())
     assert manifest["made_with"]["jax"] == jax.__version__ and "jaxlib" in manifest["made_with"]
     assert manifest["made_for"]["max_num_seqs"] == 1 and manifest["made_for"]["attention"] == "reference"
-    assert f"--num-kv-pages {manifest['made_for']['num_kv_pages']}" in line
+    assert f"--num-kv-pages={manifest['made_for']['num_kv_pages']}" in line
     assert manifest["options"]["block_size"] == 4 and "warmup" not in manifest["options"]
 
 

@@ -6,23 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tool_files import TOOLS, load_tool
 
-ROOT = Path(__file__).parent.parent
-PROGRAM = ROOT / "tools" / "compile_gate.py"
+PROGRAM = TOOLS / "compile_gate.py"
 
 
 @pytest.fixture(scope="module")
 def gate():
-    spec = importlib.util.spec_from_file_location("compile_gate", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compile_gate"] = module  # where its dataclasses look their types up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compile_gate")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """gRPC Score, ListModels, Tokenize and Detokenize, and the files generated from the proto."""
 
 import asyncio
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import grpc
 import pytest
 from fake_engine import EOS, VOCAB_SIZE, FakeEngine, ids_of, write_tokenizer
 from grpc_running import ids, running, score_request, until
+from tool_files import load_tool
 
 from jaxserve.request import SamplingParams
 from jaxserve.server.proto import jaxserve_v1_pb2 as pb
@@ -184,11 +184,7 @@ def test_models_and_tokens(toy: Path) -> None:
 
 def test_the_generated_files_are_what_the_proto_gives(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
-    spec = importlib.util.spec_from_file_location("gen_proto", ROOT / "tools" / "gen_proto.py")
-    assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    made = tool.generate(tmp_path)
+    made = load_tool("gen_proto").generate(tmp_path)
     assert made
     for path in made:
         committed = ROOT / path.relative_to(tmp_path)

@@ -14,8 +14,9 @@ from fake_engine import FakeEngine
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from http_harness import completion, events, in_loop, live, text_model, until
 
+from jaxserve.bench import HttpTarget
 from jaxserve.client import EngineState
-from jaxserve.config import ServerOptions
+from jaxserve.config import ServerOptions, authority
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.server import serve
 
@@ -136,6 +137,18 @@ async def test_a_port_in_use_says_the_cure() -> None:
     with pytest.raises(ConfigError, match="--host"):
         async with live(FakeEngine(), host="192.0.2.1"):
             pass
+
+
+@in_loop
+async def test_an_ipv6_address_is_in_brackets() -> None:
+    """Where the server says it is, and where a client says it goes."""
+    assert authority("::1", 80) == "[::1]:80" and authority("host", 80) == "host:80"
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6 address of its own")
+    async with live(FakeEngine(), host="::1") as url, HttpTarget(url) as target:
+        assert url.startswith("http://[::1]:") and await target.model() == "fake"
 
 
 def two_free_ports() -> int:

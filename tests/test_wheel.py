@@ -1,6 +1,5 @@
 """A wheel with compiled kernels: what it holds, that it serves without a compiler, and what happens if XLA refuses."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tool_files import load_tool
 
 from jaxserve.native import TARGETS, build
 
@@ -31,9 +31,7 @@ extern "C" XLA_FFI_Error* HANDLER(XLA_FFI_CallFrame* frame) {
 def wheel(compiler: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel with the library of this processor alone, which was compiled in less time than a good one."""
     pytest.importorskip("hatchling", reason="hatchling builds wheels: pip install '.[dev]'")
-    spec = importlib.util.spec_from_file_location("build_wheel", ROOT / "tools" / "build_wheel.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("build_wheel")
     folder = tmp_path_factory.mktemp("libraries")
     build.build(build.best_isa(), compiler, folder / build.file_name(build.best_isa()), ("-O1",))
     return tool.pack(folder, tmp_path_factory.mktemp("dist"))

@@ -29,8 +29,7 @@ def describe(
     sections: tuple[tuple[type, Any], ...] = ((ModelOptions, options.model), (DeviceOptions, options.device))
     for section, given in sections:
         found |= {f.name: str(getattr(given, f.name)) for f in fields(section) if f.name not in _WITHOUT_EFFECT}
-    code = options.model.model_code
-    found["model code"] = "of jaxserve" if code is None else sources_digest(code)
+    found["model code"] = sources_digest(options.model.model_code)
     return found | {name: str(value) for name, value in settings.items()}
 
 

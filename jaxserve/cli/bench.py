@@ -264,13 +264,11 @@ def startup(
 @contextlib.asynccontextmanager
 async def server_process(engine: EngineOptions) -> AsyncIterator[str]:
     """A `jaxserve serve` of its own on a free port; its URL, once it is ready. Raises EngineStopped if it ends."""
-    model = [engine.model.model] if engine.model.model is not None else []
-    flags = cli.as_flags(replace(engine.model, model=None), engine.schedule, engine.device, ServerOptions(port=0))
     # The flags say it all: what was read from variables and files is in them.
     environ = {k: v for k, v in os.environ.items() if not k.startswith(cli.ENV_PREFIX)}
     log = tempfile.TemporaryFile()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "jaxserve", "serve", *model, *flags,
+        sys.executable, "-m", *cli.serve_words(engine, ServerOptions(port=0)),
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log, env=environ,
     )  # fmt: skip
     try:

@@ -1,6 +1,5 @@
 """`jaxserve compile`: every program that a server would compile, kept in a folder for its start to load."""
 
-import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -64,19 +63,19 @@ def compile_model(
     path = resolve_model(model, models.revision)
     device = replace(device, compile_cache_dir=str(directory.resolve()))
     options = cli.engine_options(model, models, schedule, device)
-    given = dict(_given(options))
     begun = time.monotonic()
     with reporting() as report:
         opened = open_engine(
             options, path, model_name=cli.model_name(model), deliver=lambda deltas: None, progress=report, ahead=True
         )
     engine = opened.engines[0] if isinstance(opened, Replicas) else opened
-    made_for = engine.runner.made_for()
-    write_manifest(directory, made_for, given)
+    write_manifest(directory, engine.runner.made_for(), dict(_given(options)))
     files = [p.stat().st_size for p in directory.rglob("*") if p.is_file()]
     print(f"wrote {out}: {len(files)} files, {sum(files) / 1e6:.1f} MB, in {time.monotonic() - begun:.1f} s")
-    pages: dict[str, Any] = {"num_kv_pages": made_for["num_kv_pages"]}
-    print(f"Serve it:  {_serve_command(model, given | pages, out)}")
+    served = replace(
+        options.device, warmup=DeviceOptions.warmup, compile_cache_dir=out, num_kv_pages=engine.info.num_pages
+    )
+    print(f"Serve it:  {shlex.join(cli.serve_words(replace(options, device=served)))}")
     return 0
 
 
@@ -87,11 +86,3 @@ def _given(options: EngineOptions) -> Iterator[tuple[str, Any]]:
         for name in (f.name for f in fields(default) if f.name not in ("model", "warmup", "compile_cache_dir")):
             if getattr(now, name) != getattr(default, name):
                 yield name, getattr(now, name)
-
-
-def _serve_command(model: str | None, given: dict[str, Any], out: str) -> str:
-    words = ["jaxserve", "serve", *([model] if model else [])]
-    for name, value in given.items():
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join([*words, "--compile-cache-dir", os.fspath(out)])

@@ -7,7 +7,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -206,6 +206,13 @@ def unknown_variables(options: Iterable[str], environ: Iterable[str] | None = No
 def _suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def serve_words(engine: EngineOptions, *more: object) -> list[str]:
+    """`jaxserve serve` with the options of an engine, and those of `more` sections."""
+    model = [] if engine.model.model is None else [engine.model.model]
+    flags = as_flags(replace(engine.model, model=None), engine.schedule, engine.device, *more)
+    return ["jaxserve", "serve", *model, *flags]
 
 
 def as_flags(*sections: object) -> list[str]:

@@ -107,10 +107,8 @@ def _reports(engine: EngineOptions, where: list[Topology], sweep: bool, context:
 
 def _command(engine: EngineOptions, path: Path) -> str:
     """What to start; MODEL stands for the checkpoint where only a config.json was given."""
-    name = "MODEL" if path.suffix == ".json" else engine.model.model
-    model = replace(engine.model, model=None)
-    flags = cli.as_flags(model, engine.schedule, engine.device)
-    return shlex.join(["jaxserve", "serve", *([name] if name else []), *flags])
+    model = replace(engine.model, model="MODEL") if path.suffix == ".json" else engine.model
+    return shlex.join(cli.serve_words(replace(engine, model=model)))
 
 
 def lines(report: "Report") -> Iterator[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.batch import Shape
-from jaxserve.config import EngineOptions, HostPlace, MeshShape
+from jaxserve.config import EngineOptions, HostPlace, MeshShape, authority
 from jaxserve.errors import ConfigError, EngineStopped, JaxserveError
 from jaxserve.hosts.identity import describe
 from jaxserve.hosts.leader import Leader, listen_at
@@ -76,9 +76,8 @@ def spanning_mesh(options: EngineOptions, port: int) -> Mesh:
     place = options.place
     assert place is not None and options.device.mesh is not None
     host = "127.0.0.1" if place.index == 0 else place.coordinator
-    host = f"[{host}]" if ":" in host else host
     jax.distributed.initialize(
-        f"{host}:{port}",
+        authority(host, port),
         num_processes=place.count,
         process_id=place.index,
         cluster_detection_method="deactivate",  # it would give each process on Slurm one device

@@ -14,7 +14,7 @@ from typing import NoReturn
 import grpc
 import msgspec
 
-from jaxserve.config import HostPlace
+from jaxserve.config import HostPlace, authority
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError
 from jaxserve.hosts import DONE, GAVE_UP, LOST, REFUSED
 from jaxserve.hosts import messages as m
@@ -40,7 +40,7 @@ class Follower:
 
     def __init__(self, place: HostPlace, identity: Mapping[str, str], end: Callable[[str, int], None] = end_process):
         self._place, self._identity, self._end = place, identity, end
-        self._leader = f"{place.coordinator}:{place.port}"
+        self._leader = authority(place.coordinator, place.port)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[m.Welcome | m.Agreed] = queue.SimpleQueue()
         self._steps: queue.SimpleQueue[m.Step] = queue.SimpleQueue()
@@ -48,13 +48,12 @@ class Follower:
         self._watch: Watch | None = None
         self._begun, self._doing = 0, ""
         self._shapes: Callable[[], list[tuple[int, int]]] = list
-        host = f"[{place.coordinator}]" if ":" in place.coordinator else place.coordinator
         again = (
             ("grpc.enable_http_proxy", 0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         )
-        self._channel = grpc.insecure_channel(f"{host}:{place.port}", options=(*m.OPTIONS, *again))
+        self._channel = grpc.insecure_channel(self._leader, options=(*m.OPTIONS, *again))
 
     def join(self) -> None:
         """Joins, once there is a leader. Raises ConfigError if refused."""

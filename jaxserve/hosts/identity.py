@@ -23,8 +23,7 @@ def describe(options: EngineOptions, path: Path, environ: Mapping[str, str] = os
     found = {"hosts": str(options.place.count), "machine": platform.machine(), "jaxserve": code_version()}
     found |= {name: _version(name) for name in _PACKAGES}
     found["checkpoint"] = checkpoint_digest(path)
-    code = options.model.model_code
-    found["model code"] = "of jaxserve" if code is None else sources_digest(code)
+    found["model code"] = sources_digest(options.model.model_code)
     sections: tuple[tuple[type, Any], ...] = (
         (ModelOptions, options.model),
         (ScheduleOptions, options.schedule),

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import uvicorn
 
 from jaxserve.client import EngineClient
-from jaxserve.config import ServerOptions
+from jaxserve.config import ServerOptions, authority
 from jaxserve.errors import ConfigError
 from jaxserve.metrics import FrontMetrics
 from jaxserve.server.grpc import GrpcServer, start_grpc
@@ -49,8 +49,7 @@ async def serve(
                 running.push_async_callback(grpc_server.stop)
             await running.enter_async_context(_http_server(app, listener))
             running.push_async_callback(client.stop)  # before the servers: answers under way end with an error
-            shown = f"[{host}]" if ":" in host else host
-            on_started(f"http://{shown}:{port}", None if grpc_server is None else grpc_server.address)
+            on_started(f"http://{authority(host, port)}", None if grpc_server is None else grpc_server.address)
             await _first_of(signals.get(), _start_failure(client))
             app.draining = True
             _log.info("draining for up to %g s; a second signal ends it", options.shutdown_timeout)
@@ -107,7 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
             cure = "ports below 1024 need privileges; give another --port"
         else:
             cure = "is another server running? give another --port, 0 for a free one"
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}): {cure}") from error
+        raise ConfigError(f"cannot listen on {authority(host, port)} ({error.strerror}): {cure}") from error
 
 
 async def _start_grpc(

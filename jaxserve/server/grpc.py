@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.client import EngineClient, EngineState
+from jaxserve.config import authority
 from jaxserve.errors import ConfigError, DeadlineExceeded, InvalidParameter, JaxserveError, ModelNotFound
 from jaxserve.request import MAX_TOP_LOGPROBS, SamplingParams
 from jaxserve.server.proto import jaxserve_v1_pb2 as pb
@@ -82,17 +83,16 @@ async def start_grpc(
     pb_grpc.add_JaxserveServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(follower.servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    shown_host = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{shown_host}:{port}")
+        bound = server.add_insecure_port(authority(host, port))
     except RuntimeError as error:
         raise ConfigError(
-            f"gRPC cannot listen on {shown_host}:{port} (port in use, or not an address of this machine); "
+            f"gRPC cannot listen on {authority(host, port)} (port in use, or not an address of this machine); "
             "give another --grpc-port, 0 for a free one, -1 for no gRPC"
         ) from error
     await follower.start()
     await server.start()
-    return GrpcServer(server, servicer, follower, f"{shown_host}:{bound}")
+    return GrpcServer(server, servicer, follower, authority(host, bound))
 
 
 class HealthFollower:
