@@ -77,7 +77,7 @@ def check_models(paths: Sequence[Path], ctx_size: int, code: str | None = None) 
 
 
 class Evaluator:
-    """`models`: the one to score, and where it is to be compared the reference. For one thread.
+    """`models`: the one to score, and where it is to be compared the reference, on the same devices. For one thread.
 
     `base`: the reference is not a model but distributions of a file. `saves`: the distributions are wanted, too.
     """
@@ -95,11 +95,21 @@ class Evaluator:
         self._params = [m.params for m in models]
         self._caches = []
         for m in models:
-            shapes = attention.cache_shapes(m.model.cache_spec(m.config), pages, page_size, m.kv_dtype)
-            self._caches.append(jax.tree.map(partial(jnp.zeros_like, device=m.device), shapes))
+            spec = m.model.cache_spec(m.partition.config)
+            shapes = m.partition.cache(attention.cache_shapes(spec, pages, page_size, m.kv_dtype))
+            self._caches.append(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), shapes))
+        everywhere = models[0].partition.everywhere
+        # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
+        self._wait = models[0].device.platform == "cpu" and models[0].partition.mesh.size > 1
         programs = next((m.programs for m in models if not m.programs.whole), models[0].programs)
-        row, scalar = jax.ShapeDtypeStruct((self._tokens,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-        given = _no_distributions(self._tokens, models[0].config.vocab, jax.ShapeDtypeStruct) if base else None
+        whole = partial(jax.ShapeDtypeStruct, sharding=everywhere)
+        row, scalar = whole((self._tokens,), jnp.int32), whole((), jnp.int32)
+        given = _no_distributions(self._tokens, models[0].config.vocab, whole) if base else None
+
+        def traced(*arguments: Any) -> tuple[list[Cache], TokenScores]:
+            with models[0].partition.tracing():
+                return _step(models, pages, saves, *arguments)
+
         self._step = programs.get(
             (
                 "evaluate",
@@ -108,9 +118,10 @@ class Evaluator:
                 saves,
                 jax.tree.structure(self._params),
             ),
-            partial(_step, models, pages, saves),
+            traced,
             *(self._params, self._caches, row, row, scalar, scalar, given),
             donate=1,
+            out_shardings=(jax.tree.map(lambda a: a.sharding, self._caches), everywhere),
         )
 
     def score(self, chunk: Int[np.ndarray, " ctx"], first: int | None = None) -> Scores:
@@ -147,6 +158,8 @@ class Evaluator:
                 np.int32(end),
                 given,
             )
+            if self._wait:
+                jax.block_until_ready(found)
             parts.append(found)
         found = jax.tree.map(lambda *a: np.concatenate(a)[first:count], *parts)
         logprobs = [found.logprob, found.reference_logprob] if self._compares else [found.logprob]
@@ -182,9 +195,10 @@ def _step(
     hidden, written = [], []
     for m, weights, cache in zip(models, params, caches, strict=True):
         distribution = jnp.array([0, 0, 1], jnp.int32)
-        layers = m.model.cache_spec(m.config).layers
-        attend = attention.bind(m.kernel, PageGroups.single(layers), [end[None]], [one], queries, distribution)
-        x, cache = m.model.forward(weights, m.config, tokens, positions, cache, attend)
+        config, kernel = m.partition.config, m.partition.over_heads(m.kernel)
+        groups = PageGroups.single(m.model.cache_spec(config).layers)
+        attend = attention.bind(kernel, groups, [end[None]], [one], queries, distribution)
+        x, cache = m.model.forward(weights, config, tokens, positions, cache, attend)
         hidden.append(x)
         written.append(cache)
 
@@ -193,7 +207,7 @@ def _step(
         wanted = cut(targets)
 
         def compute() -> TokenScores:
-            logits = [m.model.logits(w, m.config, cut(x)) for m, w, x in zip(models, params, hidden, strict=True)]
+            logits = [_logits(m, w, cut(x)) for m, w, x in zip(models, params, hidden, strict=True)]
             if base is not None:
                 found = scores_by_file(logits[0], jax.tree.map(cut, base), wanted)
             else:
@@ -208,6 +222,12 @@ def _step(
     none = _no_distributions(size, models[0].config.vocab, jnp.zeros) if saves else None
     nothing = TokenScores(zeros, zeros, zeros, jnp.zeros((size,), jnp.bool_), none)
     return written, jax.lax.fori_loop(0, size // ROWS, block, nothing)
+
+
+def _logits(m: Loaded, weights: Any, hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+    """Of all words, on every device: each is a part of every distribution."""
+    logits = m.partition.by_token(m.model.logits(weights, m.partition.config, hidden))
+    return m.partition.whole(logits)[:, : m.config.vocab]
 
 
 def token_scores(

@@ -39,6 +39,8 @@ from jaxserve.config import (
 from jaxserve.conformance_mesh import check_divided
 from jaxserve.embedding import finished
 from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve.evaluate import Evaluator
+from jaxserve.loading import load_model
 from jaxserve.metrics import EngineMetrics
 from jaxserve.model_code import load_model_code
 from jaxserve.models import find_model
@@ -272,6 +274,23 @@ def test_embeddings_of_a_divided_model_are_the_same(name, kind, mesh):
             deltas |= {int(d.request_id): finished(d.embedding, info) for d in engine._deltas.get(timeout=120)}
     found = np.stack([deltas[i] for i in range(len(deltas))])
     np.testing.assert_allclose(found, golden[kind], atol=1e-5)
+
+
+def test_a_text_is_scored_as_on_one_device(family):
+    """Beside a reference, with heads and a vocabulary that are filled up."""
+    paths = [family("llama2"), family("llama2", layers=2)]
+    chunk = np.random.default_rng(0).integers(0, 163, 70).astype(np.int32)
+
+    def scored(mesh):
+        device = DeviceOptions(mesh=mesh, attention="reference")
+        models = [load_model(ModelOptions(), device, path, lambda message: None) for path in paths]
+        return Evaluator(models, len(chunk)).score(chunk)
+
+    one, three = scored(None), scored("1x3")
+    assert one.kl.mean() > 1e-3 and len(one.nll) == 34
+    for name in ("nll", "reference_nll", "kl"):
+        np.testing.assert_allclose(getattr(three, name), getattr(one, name), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(three.same_top, one.same_top)
 
 
 def test_memory_is_told_by_device_and_in_sum(four):

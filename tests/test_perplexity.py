@@ -502,6 +502,8 @@ def test_bad_input_is_told_with_the_cure(capsys, tmp_path, text):
         capsys, EMBEDDED, text, "-c=64", "--kl-divergence", str(GOLDENS / "llama2")
     )
     assert "--max-model-len" in refused(capsys, EMBEDDED, text, "--max-model-len=64")
+    assert "this runs one replica only; give 1x1" in refused(capsys, EMBEDDED, text, "-c=64", "--mesh=2x1")
+    assert "mesh 1x64 needs 64 devices, found " in refused(capsys, EMBEDDED, text, "-c=64", "--mesh=1x64")
 
 
 def test_a_reference_of_other_words_is_refused(capsys, tmp_path, text):

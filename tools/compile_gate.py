@@ -57,8 +57,10 @@ class Found:
     """What the compiler made of a gate's program."""
 
     seconds: float
-    temp_bytes: int
-    code_bytes: int
+    cpu_seconds: float
+    """Of all cores: what the other one says as well, where other work is beside it."""
+    temp_bytes: int = 0
+    code_bytes: int = 0
     bundles: dict[str, int] = field(default_factory=dict)
     """By kernel: all of its instructions."""
     inner: dict[str, list[int]] = field(default_factory=dict)
@@ -87,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="store what is found as the new limits")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each gate, not a table")
     options = parser.parse_args(arguments)
+    start = time.perf_counter()
     chosen = [gate for gate in gates() if options.only in gate.name]
     if not chosen:
         parser.error(f"no gate has {options.only!r} in its name; there are {', '.join(g.name for g in gates())}")
@@ -97,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         prepare(dump, listings=any(gate.look is None for gate in chosen))
         if not options.json:
             print(
-                f"{versions()}\n{'gate':<46} {'s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut blocks), spills"
+                f"{versions()}\n{'gate':<46} {'s':>5} {'cpu s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut "
+                "blocks), spills"
             )
         for gate in chosen:
             found = measure(gate, dump)
@@ -112,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
             for problem in found.problems:
                 print(f"    {problem}", file=sys.stderr)
             sys.stdout.flush()
+    if not options.json:
+        print(f"{len(chosen)} gates, {failed} of them failed; {time.perf_counter() - start:.0f} s, {cpu():.0f} s of cores")
     return 1 if failed else 0
 
 
@@ -125,6 +131,11 @@ def prepare(dump: Path, *, listings: bool) -> None:
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
         )
+
+
+def cpu() -> float:
+    """Seconds of all cores that this process and those it has waited for have had so far."""
+    return sum(os.times()[:4])
 
 
 def known_limits() -> dict[str, dict[str, float]]:
@@ -147,21 +158,27 @@ def line(name: str, found: Found) -> str:
     registers = (f"{kernel}: {used} registers, {found.spills[kernel]}" for kernel, used in found.registers.items())
     others = (f"{what} {value:.0f}" for what, value in found.others.items())
     what = "; ".join([*kernels, *registers, *others])
-    return f"{name:<46} {found.seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {what}"
+    return f"{name:<46} {found.seconds:5.1f} {found.cpu_seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {what}"
 
 
 def measure(gate: Gate, dump: Path) -> Found:
     """Compiles one gate. What is wrong with it is among the problems; nothing is raised for that."""
     for old in dump.iterdir():
         old.unlink()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), cpu()
     try:
         lowered, cache = gate.lower()
         compiled = lowered.compile()
     except Exception as error:  # whatever the compiler refuses it with
-        return Found(time.perf_counter() - start, 0, 0, problems=[f"does not compile: {error}"[:2000]])
+        problems = [f"does not compile: {error}"[:2000]]
+        return Found(time.perf_counter() - start, cpu() - start_cpu, problems=problems)
     memory = compiled.memory_analysis()
-    found = Found(time.perf_counter() - start, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes)
+    found = Found(
+        time.perf_counter() - start,
+        cpu() - start_cpu,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+    )
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
     copied = copies(compiled.as_text(), cache // 8)

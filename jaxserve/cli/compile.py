@@ -2,15 +2,14 @@
 
 import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.progress import reporting
-from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions
+from jaxserve.config import DeviceOptions, ModelOptions, ScheduleOptions
 from jaxserve.errors import ConfigError
 from jaxserve.hub import resolve_model
 
@@ -69,20 +68,11 @@ def compile_model(
             options, path, model_name=cli.model_name(model), deliver=lambda deltas: None, progress=report, ahead=True
         )
     engine = opened.engines[0] if isinstance(opened, Replicas) else opened
-    write_manifest(directory, engine.runner.made_for(), dict(_given(options)))
+    served = replace(options.device, warmup=DeviceOptions.warmup, compile_cache_dir=None)
+    given = cli.given(replace(options.model, model=None), options.schedule, served)
+    write_manifest(directory, engine.runner.made_for(), dict(given))
     files = [p.stat().st_size for p in directory.rglob("*") if p.is_file()]
     print(f"wrote {out}: {len(files)} files, {sum(files) / 1e6:.1f} MB, in {time.monotonic() - begun:.1f} s")
-    served = replace(
-        options.device, warmup=DeviceOptions.warmup, compile_cache_dir=out, num_kv_pages=engine.info.num_pages
-    )
+    served = replace(served, compile_cache_dir=out, num_kv_pages=engine.info.num_pages)
     print(f"Serve it:  {shlex.join(cli.serve_words(replace(options, device=served)))}")
     return 0
-
-
-def _given(options: EngineOptions) -> Iterator[tuple[str, Any]]:
-    """What is not as it would be by itself."""
-    for section in ("model", "schedule", "device"):
-        now, default = getattr(options, section), getattr(EngineOptions(), section)
-        for name in (f.name for f in fields(default) if f.name not in ("model", "warmup", "compile_cache_dir")):
-            if getattr(now, name) != getattr(default, name):
-                yield name, getattr(now, name)

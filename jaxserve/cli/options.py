@@ -6,7 +6,7 @@ A flag wins over a variable, a variable over the file, the file over the default
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -218,14 +218,18 @@ def serve_words(engine: EngineOptions, *more: object) -> list[str]:
 def as_flags(*sections: object) -> list[str]:
     """The flags that give another jaxserve process these options."""
     flags: list[str] = []
+    for name, value in given(*sections):
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag}={value}")  # one word: it may be empty, or begin with a dash
+    return flags
+
+
+def given(*sections: object) -> Iterator[tuple[str, Any]]:
+    """Names and values of what is not as it would be by itself."""
     for section in sections:
         for f in fields(section):  # type: ignore[arg-type]
-            value = getattr(section, f.name)
-            flag = "--" + f.name.replace("_", "-")
-            if value == f.default:
-                continue
-            if isinstance(value, bool):
-                flags.append(flag if value else "--no-" + flag.removeprefix("--"))
-            else:
-                flags.append(f"{flag}={value}")
-    return flags
+            if (value := getattr(section, f.name)) != f.default:
+                yield f.name, value

@@ -41,7 +41,6 @@ class ModelFlags(cli.ModelFlags):
 class DeviceFlags(DeviceOptions):
     """DeviceOptions without what only a server needs."""
 
-    mesh: Annotated[str | None, Parameter(parse=False)] = None
     block_size: Annotated[int | None, Parameter(parse=False)] = None
     num_kv_pages: Annotated[int | None, Parameter(parse=False)] = None
     memory_utilization: Annotated[float | None, Parameter(parse=False)] = None
