@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,9 +74,8 @@ def test_every_engine_process_is_told(environ, start, given):
 def test_a_command_and_a_worker_on_ray_tell_their_own_process(environ, given):
     for name, value in given.items():
         environ.setenv(name, value)
-    environ.setattr(sys, "argv", ["jaxserve", "version"])
     with pytest.raises(SystemExit):
-        cli.main()
+        cli.main(["version"])
     assert os.environ.get(NEW) == (None if given else str(POOL))
     environ.delenv(NEW, raising=False)
     confine(None)
