@@ -144,7 +144,7 @@ class DeviceOptions:
     memory of 16 bits, for a little accuracy, on any device. fp8_e4m3 (or float8_e4m3fn): floats of 8 bits without
     scales, less accurate; not with the CPU's kernels."""
     memory_utilization: float | None = None
-    """Share of the device's memory that may be used; of a GPU, of what JAX sets aside: 0.92 of it, unless
+    """Share of the device's memory that may be used; of a GPU, of what JAX sets aside: 0.88 of it, unless
     XLA_CLIENT_MEM_FRACTION says otherwise. Default: 0.9 on TPU and GPU, 0.5 of the free memory on CPU."""
     attention: str = "auto"
     """Attention kernel by name; auto chooses by platform and says which. On CPU `reference` is XLA for products too."""

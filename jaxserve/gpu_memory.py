@@ -3,9 +3,13 @@
 import os
 from collections.abc import Mapping
 
-POOL = 0.92
-"""The share that an engine's process gets, where JAX by itself would take 0.75. Arrays and programs live in it; CUDA's
-context, NCCL's buffers and captured graphs take theirs from the rest."""
+POOL = 0.88
+"""The share that an engine's process gets, where JAX by itself would take 0.75. Arrays and what steps compute in come
+from it, CUDA's context, NCCL's buffers and captured graphs from the rest.
+
+An engine fills 0.9 of it by default, 0.792 of the GPU: where a program's arguments are more than 0.8, XLA takes it that
+nothing is left to compute in, reports an error for each program, and schedules for the least memory (its
+gpu_hlo_schedule.cc). No JAX option tells it otherwise."""
 
 _NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """The second is the older name. JAX refuses both together, and takes '' for not set."""

@@ -39,8 +39,9 @@ RANKS = {
 
 # What the front-end process loads; it must not pay for JAX.
 JAX_FREE = [
-    "errors", "request", "metrics", "host_memory", "gpu_memory", "config", "tokenizer", "chat", "hub", "page_groups", "pages",
-    "lookahead", "packing", "plans", "scheduler", "embedding", "captured", "perplexity", "logits_file", "client",
+    "errors", "request", "metrics", "host_memory", "gpu_memory", "config", "tokenizer", "chat", "hub", "page_groups",
+    "pages", "lookahead", "packing", "plans", "scheduler", "embedding", "captured", "perplexity", "logits_file",
+    "client",
     "client.remote", "client.routing", "client.supervise", "fingerprint", "hosts.leader", "hosts.follower",
     "hosts.places", "text", "score", "server", "batch_job", "ray", "cli", "cli.plan",
     "planning.topology",

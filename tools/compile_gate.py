@@ -85,14 +85,15 @@ class Found:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="gates whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="gates whose name holds one of these")
     parser.add_argument("--update", action="store_true", help="store what is found as the new limits")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each gate, not a table")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    chosen = [gate for gate in gates() if options.only in gate.name]
+    chosen = [gate for gate in gates() if any(text in gate.name for text in options.only)]
     if not chosen:
-        parser.error(f"no gate has {options.only!r} in its name; there are {', '.join(g.name for g in gates())}")
+        asked = " or ".join(options.only)
+        parser.error(f"no gate has {asked} in its name; there are {', '.join(g.name for g in gates())}")
     stored = known_limits()
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -117,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"    {problem}", file=sys.stderr)
             sys.stdout.flush()
     if not options.json:
-        print(f"{len(chosen)} gates, {failed} of them failed; {time.perf_counter() - start:.0f} s, {cpu():.0f} s of cores")
+        print(
+            f"{len(chosen)} gates, {failed} of them failed; {time.perf_counter() - start:.0f} s, {cpu():.0f} s of cores"
+        )
     return 1 if failed else 0
 
 

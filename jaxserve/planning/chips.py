@@ -15,7 +15,7 @@ class Chip:
     name: str
     platform: Literal["tpu", "gpu", "cpu"]
     memory: int
-    """Bytes that programs may have: of a TPU what its compiler grants them, of a GPU the share that JAX takes in our processes."""
+    """Bytes that programs may have: of a TPU what its compiler grants them, of a GPU what JAX takes in an engine's."""
     bandwidth: float
     """Bytes a second between that memory and the chip."""
     bf16: float
