@@ -20,9 +20,14 @@ PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8
 """By topology its mesh: all chips together, and once two replicas."""
 SHAPES = {"decode": (64, 64), "mixed": (512, 64), "mixed-8": (512, 8)}
 """Tokens and sequences of each kind of step."""
-WHOLE = ("llama-3.1-8b", "v5e:2x4")
-"""Where the mixed step is that of 64 sequences, whose sampling is compiled for 4, 16 and 64 rows, and takes as long as
-five steps that decode. Elsewhere it has 8, and what prompts change is all there."""
+MIXED = {
+    ("llama-3.1-8b", "v5e:2x4"): "mixed",
+    ("qwen3-0.6b", "v5p:2x2x2"): "mixed-8",
+    ("mixtral-8x7b", "v6e:2x4"): "mixed-8",
+    ("llama-3.1-8b", "h100:8"): "mixed-8",
+}
+"""Where a step with prompts is compiled, too, which costs most: each model and each topology once. With 8 sequences
+sampling is compiled for one number of rows instead of three, and all that prompts change is there."""
 LAYERS = 2
 CACHE_BYTES = 256 * 2**20
 """Of each device: more than any on-chip memory holds."""
@@ -33,7 +38,7 @@ MESSAGES = {"all-reduce": 2}
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
     every = [(name, topology) for name in NAMES for topology in PLACES]
-    return [step(*at, "decode") for at in every] + [step(*at, "mixed" if at == WHOLE else "mixed-8") for at in every]
+    return [step(*at, "decode") for at in every] + [step(*at, kind) for at, kind in MIXED.items()]
 
 
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
