@@ -46,8 +46,7 @@ def _warn(message: str) -> None:
 
 
 def report(directory: str, made_for: Callable[[], Mapping[str, object]]) -> None:
-    """Logs what `differences` finds in the directory of a compile cache; '' is none. Others than filled ones are none
-    of its business, and nothing is worked out for them."""
+    """Logs what `differences` finds in a directory that was filled ahead. For any other nothing is worked out."""
     path = Path(directory, MANIFEST)
     if not directory or not path.exists():
         return

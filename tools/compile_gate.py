@@ -58,7 +58,7 @@ class Found:
 
     seconds: float
     cpu_seconds: float
-    """Of all cores: what the other one says as well, where other work is beside it."""
+    """Of all cores; other work on the machine adds little to it."""
     temp_bytes: int = 0
     code_bytes: int = 0
     bundles: dict[str, int] = field(default_factory=dict)
