@@ -86,9 +86,9 @@ class Rope:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    original_positions: int = 8192
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    original_positions: int = 8192
     divisors: tuple[float, ...] = ()
     magnitude: float = 1.0
     dims: int | None = None

@@ -77,4 +77,5 @@ def _by_rule(
         count = max(1, min(tokens, fitting) // page)
         return 1 << (count.bit_length() - 1)
 
-    return Blocks(1, pages(512), 3), Blocks(queries, pages(512), 2)
+    many = queries * heads // kv_heads > 1024  # rows of scores, of which a fetch has as many columns as tokens
+    return Blocks(1, pages(512), 3), Blocks(queries, pages(512), 2, 32 << 20 if many else None)
