@@ -102,7 +102,7 @@ class Config:
             experts=experts,
             experts_used=used,
             groups=_groups(hf, experts, used),
-            experts_scale=hf.get("routed_scaling_factor", 1.0),
+            experts_scale=float(hf.get("routed_scaling_factor", 1.0)),
             vocab=hf["vocab_size"],
             max_positions=hf.get("max_position_embeddings", 2048),
             rope=rope,
