@@ -66,7 +66,7 @@ FAMILIES = {
     "olmo2": ("1x2",),
     "mixtral": ("expert=5", "1x3"),
     "qwen3_moe": ("expert=2,model=2", "1x3"),
-    "deepseek_v2": ("expert=2,model=2", "1x3"),
+    "deepseek_v2": ("1x3",),
 }
 PROMPTS = [(3, 5, 7, 9, 11, 2, 4), (8, 1, 6)]
 

@@ -13,8 +13,10 @@ import pytest
 from test_kernels import PAGE, body_of, oracle, random_batch
 
 from jaxserve import attention
+from jaxserve.config import DeviceOptions, ModelOptions
 from jaxserve.dry_run import trace
 from jaxserve.errors import ConfigError
+from jaxserve.loading import load_model
 from jaxserve.models import find_model
 from kernels_pallas.ragged_paged_attention import tpu
 from kernels_pallas.ragged_paged_attention.contract import Int8Cache, latent_row
@@ -92,8 +94,8 @@ def test_types(body, queries, kept):
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(want)], want, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("options", [{}, dict(soft_cap=0.7, sinks=np.linspace(-6, 9, 4).astype(np.float32))])
-def test_the_reference_agrees_with_dense(options):
+def test_the_reference_agrees_with_dense():
+    options = dict(soft_cap=0.7, sinks=np.linspace(-6, 9, 4).astype(np.float32))
     args, _ = latent_batch(
         np.random.default_rng(12), heads=4, head_dim=24, q_lens=[100], pasts=[0], tokens=100, seqs_total=1
     )
@@ -103,8 +105,7 @@ def test_the_reference_agrees_with_dense(options):
     np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("q_lens", [[1], [1, 1, 9]], ids=str)
+@pytest.mark.parametrize(("dtype", "q_lens"), [("float32", [1]), ("float16", [1, 1, 9])], ids=str)
 def test_the_cache_is_updated_in_place(dtype, q_lens):
     """The donated cache is the result, and what the step needs besides does not grow with it."""
 
@@ -170,6 +171,18 @@ def test_blocks_by_rule_fit_the_smallest_chip(heads):
                 assert fetched <= 6 << 20 or blocks.pages == 1
     decode, _ = blocks_for("a chip of tomorrow", "bfloat16", 16, 1, 576, 64, 512)
     assert decode.pages == 8
+
+
+def test_int8_is_refused_before_a_weight_is_read(compiler):
+    def loaded(kind):
+        device = DeviceOptions(kv_cache_dtype=kind, compile_cache_dir="")
+        return load_model(ModelOptions(), device, ROOT / "tests/goldens/deepseek_v2_lite", said.append)
+
+    said = []
+    with pytest.raises(ConfigError, match="int8 is not served with latent attention"):
+        loaded("int8")
+    assert not any("weights" in message for message in said)
+    assert loaded("auto").kv_dtype == np.float16, "as of other checkpoints of 16 bits"
 
 
 # --- a model's cache ------------------------------------------------------------------------------------------------
