@@ -57,23 +57,29 @@ def choose(
     kv_dtype: DTypeLike = jnp.bfloat16,
     block_size: int | None = None,
     head_dim: int | None = None,
+    latent: bool = False,
     capability: str | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
     """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had.
 
-    `capability` is a GPU's compute capability, for instance "9.0".
+    `latent`: the model's cache is of latents. `capability` is a GPU's compute capability, for instance "9.0".
     """
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
+    if latent and jnp.dtype(kv_dtype) == jnp.int8:
+        raise ConfigError(
+            "kv_cache_dtype int8 is not served with latent attention (MLA); leave it out, or on TPU give float8_e4m3fn"
+        )
     reason = f"auto on {platform}" if name == "auto" else "asked for by name"
     if chosen in PLATFORM and platform != chosen:
         raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
         if devices == 1 and jnp.dtype(kv_dtype) == jnp.float8_e4m3fn:
+            int8 = "" if latent else "--kv-cache-dtype int8, which takes as much memory, or "
             raise ConfigError(
-                "kv_cache_dtype float8_e4m3fn is not read by the CPU's kernels; give --kv-cache-dtype int8, which "
-                "takes as much memory, or --attention reference, which is slower by far"
+                f"kv_cache_dtype float8_e4m3fn is not read by the CPU's kernels; give {int8}--attention reference, "
+                "which is slower by far"
             )
         if devices > 1:
             if name != "auto":
@@ -86,6 +92,8 @@ def choose(
             if name != "auto":
                 raise ConfigError(f"attention='cpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
+        if latent and chosen == "cpu":
+            reason += "; of latents in plain XLA"
     if chosen == "tpu":
         try:
             validate_for_tpu(block_size or _usual_page("tpu", kv_dtype), jnp.dtype(kv_dtype), 0, 0)
@@ -95,6 +103,8 @@ def choose(
             chosen, reason = "reference", f"slower by far than the TPU's own kernel, but {error}"
     if chosen == "gpu":
         try:
+            if latent:
+                raise ValueError("it does not read latents")
             validate_for_gpu(block_size or PAGE_SIZE["gpu"], jnp.dtype(kv_dtype), head_dim or 0, capability)
             return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
         except (ValueError, ImportError) as error:  # of Pallas' GPU backends, which come and go with JAX
@@ -154,7 +164,7 @@ def bind(
     pages lie end to end: a reshape between the step's argument and a custom call costs XLA:CPU a copy.
     """
     kernel = jax.jit(
-        kernel, static_argnames=("scale", "window", "soft_cap", "causal")
+        kernel, static_argnames=("scale", "window", "soft_cap", "causal", "value_dim")
     )  # traced once a step, not once a layer
 
     @jax.named_scope("attention")
@@ -162,7 +172,7 @@ def bind(
         layer: int,
         q: jax.Array,
         k: jax.Array,
-        v: jax.Array,
+        v: jax.Array | None,
         cache: Cache,
         *,
         scale: float | None = None,
@@ -170,6 +180,7 @@ def bind(
         soft_cap: float | None = None,
         sinks: jax.Array | None = None,
         causal: bool = True,
+        value_dim: int | None = None,
     ) -> tuple[jax.Array, Cache]:
         group, number = _place(groups, layer, window)
         first = number * (cache.shape[0] // groups.layers)
@@ -187,6 +198,7 @@ def bind(
             soft_cap=soft_cap,
             sinks=sinks,
             causal=causal,
+            value_dim=value_dim,
         )
         return out.astype(q.dtype), cache
 
@@ -214,7 +226,7 @@ def dense(
     layer: int,
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: Cache,
     *,
     scale: float | None = None,
@@ -222,9 +234,11 @@ def dense(
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     causal: bool = True,
+    value_dim: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Attention of one whole sequence over itself, without a cache: for notebooks, and the oracle of tests."""
     tokens, heads, head_dim = q.shape
+    v = k[..., :value_dim] if v is None else v
     q = q.reshape(tokens, k.shape[1], -1, head_dim).astype(jnp.float32)  # [T, K, G, H]
     score = jnp.einsum("tkgh,ckh->kgtc", q, k.astype(jnp.float32)) * (scale or head_dim**-0.5)
     score = bounded(score, soft_cap)
@@ -238,4 +252,4 @@ def dense(
         score = jnp.concatenate([score, jnp.broadcast_to(column, (*score.shape[:3], 1))], axis=-1)
     weight = jax.nn.softmax(score, axis=-1)[..., :tokens]
     out = jnp.einsum("kgtc,ckh->tkgh", weight, v.astype(jnp.float32))
-    return out.reshape(tokens, heads, head_dim).astype(v.dtype), cache
+    return out.reshape(tokens, heads, -1).astype(v.dtype), cache

@@ -26,6 +26,7 @@ SIZES = tuple(name for name in vars(ModelConfig) if not name.startswith("_"))
 TOKENS = 13
 """T of the trace: unlike most sizes of a model, so that no axis is taken for another."""
 ROWS = 3
+_OPTIONS = ("scale", "window", "soft_cap", "sinks", "causal", "value_dim")
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,25 @@ def trace(model: Model, config: Any, dtype: Any, leaf: Callable[[ParamSpec], Any
         if number is not None and not 0 <= number < spec.layers:
             raise _Misfit(f"attend is called with layer {layer}; the config has layers 0 to {spec.layers - 1}")
         heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
-        for name, x in (("q", q), ("k", k), ("v", v)):
+        if options.get("value_dim") != spec.value_dim:
+            raise _Misfit(
+                f"{what} has value_dim={options.get('value_dim')}; the config's is {spec.value_dim}, as the cache is"
+            )
+        if spec.value_dim is not None and v is not None:
+            raise _Misfit(f"{what}: v is {_about(v)}; a latent's values are a part of k, and v is None")
+        for name, x in (("q", q), ("k", k), *([("v", v)] if spec.value_dim is None else [])):
             kind = "heads" if name == "q" else "kv_heads"
             _fits(f"{what}: {name}", x, ("T", kind, "head_dim"), (TOKENS, heads[name], config.head_dim), dtype)
         if getattr(cache, "shape", None) != state.shape:
             raise _Misfit(f"{what}: the cache is {_about(cache)}; hand on the one that came with the step")
-        if unknown := options.keys() - {"scale", "window", "soft_cap", "sinks", "causal"}:
-            raise _Misfit(f"{what} has no option {min(unknown)!r}; it has scale, window, soft_cap, sinks and causal")
+        if unknown := options.keys() - {*_OPTIONS}:
+            raise _Misfit(f"{what} has no option {min(unknown)!r}; it has {', '.join(_OPTIONS)}")
         if options.get("causal", True) is not model.causal:
             raise _Misfit(f"{what}: causal must be {model.causal}; a file of an encoder says CAUSAL = False")
         kept, window = spec.windows[number] if spec.windows and number is not None else None, options.get("window")
         if kept is not None and (window is None or window > kept):
             raise _Misfit(f"{what} has window={window}; the config's windows say {kept}, and no more tokens are kept")
-        return q, cache
+        return q[..., : spec.value_dim], cache
 
     state = jax.ShapeDtypeStruct((spec.layers, 1, spec.row), jnp.float32)
     row = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)

@@ -76,8 +76,9 @@ class Rope:
     """Rotary position embedding: the base and, for stretched contexts, how its frequencies are scaled.
 
     kind default; linear: positions divided by `factor`; llama3: Llama 3.1's smooth blend between the two, by
-    wavelength relative to the original context; longrope (Ding et al. 2024): each frequency divided by one of
-    `divisors`, and cosines and sines multiplied by `magnitude`.
+    wavelength relative to the original context; yarn (Peng et al. 2023): a blend along the dimensions, from where a
+    wavelength fits the original context `beta_fast` times to where it does `beta_slow` times; longrope (Ding et al.
+    2024): each frequency divided by one of `divisors`. Cosines and sines are multiplied by `magnitude`.
     """
 
     theta: float = 10_000.0
@@ -86,6 +87,8 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     divisors: tuple[float, ...] = ()
     magnitude: float = 1.0
     dims: int | None = None
@@ -129,6 +132,14 @@ class Rope:
             )
             kept = np.clip(kept, 0.0, 1.0)
             freqs = kept * freqs + (1 - kept) * freqs / self.factor
+        elif self.kind == "yarn":
+            low, high = (
+                dims * math.log(self.original_positions / (beta * 2 * math.pi)) / (2 * math.log(self.theta))
+                for beta in (self.beta_fast, self.beta_slow)
+            )
+            low, high = max(math.floor(low), 0), min(math.ceil(high), dims - 1)
+            divided = np.clip((np.arange(dims // 2) - low) / (high - low or 1e-3), 0.0, 1.0)
+            freqs = (1 - divided) * freqs + divided * freqs / self.factor
         elif self.kind == "longrope":
             freqs = freqs / np.asarray(self.divisors)
         return freqs.astype(np.float32)
@@ -180,15 +191,26 @@ def gelu_mlp(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"
 
 
 @jax.named_scope("moe")
-def moe(p: Mapping[str, Any], x: Float[Array, "T D"], used: int, *, renormalise: bool = True) -> Float[Array, "T D"]:
+def moe(
+    p: Mapping[str, Any],
+    x: Float[Array, "T D"],
+    used: int,
+    *,
+    renormalise: bool = True,
+    groups: tuple[int, int] | None = None,
+) -> Float[Array, "T D"]:
     """Mixture of experts (Shazeer et al. 2017) of the block's router [E, D] and gate, up [E, F, D] and down [E, D, F].
 
     Each token goes through the `used` experts whose router logits are largest, all SwiGLU, and none is dropped; their
     sum is weighted by the softmax of the logits, over those alone where `renormalise`, else over all. Routing and sum
     are float32. A token's result does not depend on the others: every sum has an order of its own.
+
+    `groups` (how many, how many of them used) limits the choice to groups of experts that lie side by side, those with
+    the largest logits (DeepSeek-AI 2024, arXiv 2405.04434).
     """
     logits = linear_f32(x, p["router"])  # [T, E]
-    best, experts = jax.lax.top_k(logits, used)  # [T, U], the largest first
+    open_to = logits if groups is None else _best_groups(logits, *groups)
+    best, experts = jax.lax.top_k(open_to, used)  # [T, U], the largest first
     powers = jnp.exp(best - best[:, :1])
     total = _sum_in_halves(powers if renormalise else jnp.exp(logits - best[:, :1]))
     weights = powers / total[:, None]  # [T, U]
@@ -201,6 +223,13 @@ def moe(p: Mapping[str, Any], x: Float[Array, "T D"], used: int, *, renormalise:
     out = grouped_linear(hidden, p["down"], sizes)[jnp.argsort(order)]  # [T * U, D], token after token
     out = out.reshape(*experts.shape, -1).astype(jnp.float32) * weights[:, :, None]
     return _sum_in_halves(out).astype(x.dtype)
+
+
+def _best_groups(logits: Float[Array, "T E"], count: int, used: int) -> Float[Array, "T E"]:
+    """Minus infinity for the experts of all but the `used` groups that have the largest logits."""
+    _, chosen = jax.lax.top_k(jnp.max(logits.reshape(len(logits), count, -1), axis=-1), used)  # [T, used]
+    open_to = jnp.any(chosen[:, :, None] == jnp.arange(count)[None, None, :], axis=1)  # [T, count]
+    return jnp.where(jnp.repeat(open_to, logits.shape[1] // count, axis=1), logits, -jnp.inf)
 
 
 def _sum_in_halves(x: Float[Array, "T N ..."]) -> Float[Array, "T ..."]:

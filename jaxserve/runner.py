@@ -317,7 +317,7 @@ class Runner:
         programs, sizes = _programs(loaded), self.sizes
         if programs.state(sizes) != self.programs.state(sizes):
             raise ConfigError(
-                "the edited code wants another KV cache: its layers, kv_heads or head_dim; restart for it"
+                "the edited code wants another KV cache: its layers, kv_heads, head_dim or value_dim; restart for it"
             )
         if programs.groups.windows != self.programs.groups.windows:
             raise ConfigError("the edited code has other sliding windows, and with them other pages; restart for it")

@@ -28,11 +28,17 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": EVERY,
     "kv_heads": EVERY,
     "ffn": EVERY,
+    "shared_ffn": EVERY,
     "vocab": EVERY,
     "experts": ("expert",),
     "expert_ffn": ("model",),
     "width": (),
     "head_dim": (),
+    "q_dim": (),
+    "v_dim": (),
+    "kv_up_dim": (),
+    "q_rank": (),
+    "kv_rank": (),
     "positions": (),
     "types": (),
 }
@@ -106,6 +112,8 @@ class Partition:
         self.mesh = mesh
         self.config = config
         """The model's, with the sizes that its weights have on the mesh."""
+        self._kv = EVERY if getattr(config, "value_dim", None) is None else None
+        """What divides keys and values; latents, which are every head's, are on every device."""
         self._places: dict[str, np.ndarray] = {}
         if mesh.size > 1:
             self._divide(model, config)
@@ -118,21 +126,24 @@ class Partition:
                 if axis not in RULES:
                     raise ConfigError(f"{spec.name}: no rule divides axis {axis!r}; known are {', '.join(RULES)}")
                 sizes[axis] = size
-        if not {"heads", "kv_heads"} <= sizes.keys():
+        needed = ("heads", "kv_heads") if self._kv else ("heads",)
+        if not {*needed} <= sizes.keys():
             raise ConfigError(
-                f"{model.name} has no weights with the axes heads and kv_heads, so its attention cannot be divided; "
-                "give it one device"
+                f"{model.name} has no weights with the axes {' and '.join(needed)}, so its attention cannot be "
+                "divided; give it one device"
             )
         if self.mesh.shape["expert"] > 1 and "experts" not in sizes:
             raise ConfigError(f"{model.name} has no experts to divide; give mesh model={self.mesh.size}")
-        heads = place_heads(sizes["heads"], sizes["kv_heads"], self.mesh.size)
+        heads = place_heads(sizes["heads"], sizes.get("kv_heads", 1), self.mesh.size)
         for axis, size in sizes.items():
             shards = self._shards(RULES[axis])
             if axis == "experts" and size % shards:
                 raise ConfigError(f"{size} experts cannot be divided over expert={shards}; give a divisor of {size}")
             places = np.arange(-(-size // shards) * shards)
             self._places[axis] = np.where(places < size, places, -1)
-        self._places |= {"heads": np.array(heads.query), "kv_heads": np.array(heads.kv)}
+        self._places["heads"] = np.array(heads.query)
+        if self._kv:
+            self._places["kv_heads"] = np.array(heads.kv)
         for spec in specs:
             for axis in spec.axes if spec.together else ():
                 copies = np.bincount(self._places[axis] + 1, minlength=sizes[axis] + 1)  # of -1, of each that there is
@@ -155,7 +166,9 @@ class Partition:
     def cache(self, shapes: Cache) -> Cache:
         """The shapes of a KV cache, and where it lies."""
         return jax.tree.map(
-            lambda a, cut: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding(cut)), shapes, _cut(shapes)
+            lambda a, cut: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding(cut)),
+            shapes,
+            self._cut(shapes),
         )
 
     def leaf(self, spec: ParamSpec, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -195,12 +208,12 @@ class Partition:
         """The kernel, run by each device on its own heads and its own part of the cache."""
         if self.mesh.size == 1:
             return kernel
-        heads = P(None, EVERY, None)
+        heads, kv_heads = P(None, EVERY, None), P(None, self._kv, None)
 
         def sharded(
             q: jax.Array,
             k: jax.Array,
-            v: jax.Array,
+            v: jax.Array | None,
             cache: Cache,
             kv_lens: jax.Array,
             page_table: jax.Array,
@@ -212,20 +225,37 @@ class Partition:
             soft_cap: float | None = None,
             sinks: jax.Array | None = None,
             causal: bool = True,
+            value_dim: int | None = None,
         ) -> tuple[jax.Array, Cache]:
-            def local(sinks: jax.Array | None, *arrays: Any) -> tuple[jax.Array, Cache]:
-                return kernel(*arrays, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, causal=causal)
+            options: dict[str, Any] = dict(
+                scale=scale, window=window, soft_cap=soft_cap, causal=causal, value_dim=value_dim
+            )
 
-            rows = _cut(cache)
+            def local(sinks: jax.Array | None, *arrays: Any) -> tuple[jax.Array, Cache]:
+                return kernel(*arrays, sinks=sinks, **options)
+
+            rows = self._cut(cache)
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(None if sinks is None else P(EVERY), heads, heads, heads, rows, P(), P(), P(), P()),
+                in_specs=(
+                    None if sinks is None else P(EVERY),
+                    heads,
+                    kv_heads,
+                    None if v is None else kv_heads,
+                    rows,
+                    *[P()] * 4,
+                ),
                 out_specs=(heads, rows),
                 check_vma=False,  # a kernel of our own does not say how its results vary
             )(sinks, q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution)
 
         return sharded
+
+    def _cut(self, cache: Cache) -> Any:
+        """How a KV cache is cut between heads: its rows [k0|v0|k1|v1|...], and of a cache of bytes the scales' axis."""
+        rows, scales = P(None, None, self._kv), P(None, self._kv, None)
+        return Int8Cache(rows, scales) if isinstance(cache, Int8Cache) else rows  # type: ignore[arg-type]
 
     def by_rows[Result](self, function: Callable[[Any, Any], Result], rows: Any, whole: Any) -> Result:
         """function(rows, whole) of arrays [S, ...] and of others: each device takes its share of the rows.
@@ -278,12 +308,6 @@ def bytes_per_device(tree: Any) -> int:
         int(np.prod(a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(tree)
     )
-
-
-def _cut(cache: Cache) -> Any:
-    """How a KV cache is cut between heads: its rows [k0|v0|k1|v1|...], and of a cache of bytes the scales' axis."""
-    rows = P(None, None, EVERY)
-    return Int8Cache(rows, P(None, EVERY, None)) if isinstance(cache, Int8Cache) else rows  # type: ignore[arg-type]
 
 
 def _block(stored: np.ndarray, places: Sequence[np.ndarray], dtype: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.errors import ConfigError
 from jaxserve.page_groups import PageGroups
-from kernels_pallas.ragged_paged_attention.contract import Cache
+from kernels_pallas.ragged_paged_attention.contract import Cache, latent_row
 
 type Params = Any
 """The tree of arrays that mirrors the tree of ParamSpecs."""
@@ -108,7 +108,7 @@ def expert_counts(hf: Mapping[str, Any]) -> tuple[int, int]:
 
     Raises ConfigError for more of the latter, or for none.
     """
-    key = next((key for key in ("num_local_experts", "num_experts") if key in hf), "num_experts")
+    key = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in hf), "num_experts")
     experts, used = hf[key], hf["num_experts_per_tok"]
     if not 0 < used <= experts:
         raise ConfigError(
@@ -150,13 +150,15 @@ def sliding_layers(hf: Mapping[str, Any], pattern: int) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The paged KV cache a model needs: one row a token and layer, `[k0|v0|k1|v1|...]`."""
+    """The paged KV cache a model needs: one row a token and layer, `[k0|v0|k1|v1|...]`, or one latent."""
 
     layers: int
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...] = ()
     """How many tokens each layer sees, the token itself included; None: all. Empty: all layers see all."""
+    value_dim: int | None = None
+    """Of latents: how many numbers of a key, the first ones, are its values; None: keys have values of their own."""
 
     def groups(self, length: int) -> PageGroups:
         """The layers by what they keep of sequences of up to `length` tokens."""
@@ -165,7 +167,7 @@ class CacheSpec:
     @property
     def row(self) -> int:
         """Elements a token and layer."""
-        return self.kv_heads * 2 * self.head_dim
+        return self.kv_heads * 2 * self.head_dim if self.value_dim is None else latent_row(self.head_dim)
 
 
 @runtime_checkable
@@ -176,6 +178,7 @@ class Attend(Protocol):
     `causal` is False, as encoders have it, to all of its sequence, which must be in this step whole.
     `scale` multiplies the scores (default head_dim ** -0.5), `soft_cap` bounds them by cap * tanh(score / cap), and
     `sinks` are logits, one a query head, that take a share of the weights and have no value.
+    Latents have one kv head and no v: their first `value_dim` numbers are their values, and the result's V is that.
     """
 
     def __call__(
@@ -183,7 +186,7 @@ class Attend(Protocol):
         layer: int,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
+        v: Float[Array, "T K H"] | None,
         cache: Cache,
         *,
         scale: float | None = None,
@@ -191,7 +194,8 @@ class Attend(Protocol):
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
         causal: bool = True,
-    ) -> tuple[Float[Array, "T N H"], Cache]: ...
+        value_dim: int | None = None,
+    ) -> tuple[Float[Array, "T N V"], Cache]: ...
 
 
 class ModelConfig(Protocol):
@@ -199,6 +203,7 @@ class ModelConfig(Protocol):
 
     One whose layers have sliding windows may say so in `windows`, a tuple of one window a layer, None for none: then
     such a layer keeps of a sequence only the pages that its window needs, and `attend` refuses a wider one.
+    One whose cache is of latents says in `value_dim` how many numbers of a key are its values; it has one kv head.
     """
 
     @property
@@ -264,8 +269,14 @@ class Model:
 
         Raises ConfigError for windows that are none.
         """
+        value_dim = getattr(config, "value_dim", None)
+        if value_dim is not None and (config.kv_heads != 1 or not 0 < value_dim <= config.head_dim):
+            raise ConfigError(
+                f"{self.name}: {type(config).__name__}.value_dim is {value_dim}, with {config.kv_heads} kv_heads of "
+                f"head_dim {config.head_dim}; a latent has one kv head, and values of 1 to head_dim numbers"
+            )
         if not self.causal:
-            return CacheSpec(1, config.kv_heads, config.head_dim)
+            return CacheSpec(1, config.kv_heads, config.head_dim, value_dim=value_dim)
         windows = tuple(getattr(config, "windows", ()))
         if windows and (
             len(windows) != config.layers or not all(w is None or (isinstance(w, int) and w >= 1) for w in windows)
@@ -274,7 +285,7 @@ class Model:
                 f"{self.name}: {type(config).__name__}.windows is {windows}; needed are {config.layers} whole numbers "
                 "above 0, or None where a layer sees everything"
             )
-        return CacheSpec(config.layers, config.kv_heads, config.head_dim, windows)
+        return CacheSpec(config.layers, config.kv_heads, config.head_dim, windows, value_dim)
 
 
 def _no_logits(params: Params, config: Any, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:

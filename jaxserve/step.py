@@ -31,7 +31,7 @@ from kernels_pallas.ragged_paged_attention.contract import Cache, RaggedPagedAtt
 class StepState:
     """What every step takes, changes in place and returns."""
 
-    cache: Cache  # [layers of a group * pages, page_size, kv_heads * 2 * head_dim]
+    cache: Cache  # [layers of a group * pages, page_size, CacheSpec.row]
     slots: SlotState
 
 

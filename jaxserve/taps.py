@@ -109,7 +109,7 @@ def _marks_of(model: Model, config: Any, dtype: Any) -> Iterator[_Mark]:
     """Every mark that a trace of the model on shapes meets, those of logits too, and what forward returns."""
 
     def attend(layer: Any, q: Any, k: Any, v: Any, cache: Any, **options: Any) -> tuple[Any, Any]:
-        return q, cache
+        return q[..., : options.get("value_dim")], cache
 
     def shape(*sizes: int, kind: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, kind)

@@ -53,7 +53,7 @@ from jaxserve.tokenizer import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 # Query and kv heads: 4 4 (and a vocabulary that is prime), 7 1, and 4 2 for all others but OLMo 2: 6 2.
-LAYERS = {"gemma2": 2, "gemma3_untied": 2, "smollm3": 3}
+LAYERS = {"gemma2": 2, "gemma3_untied": 2, "smollm3": 3, "deepseek_v2": 2}
 """Enough for one of each kind; of the others one is enough."""
 FAMILIES = {
     "llama2": ("1x2", "1x3", "1x4", "1x6"),
@@ -68,6 +68,7 @@ FAMILIES = {
     "olmo2": ("1x2",),
     "mixtral": ("expert=5", "1x3"),
     "qwen3_moe": ("expert=2,model=2", "1x3"),
+    "deepseek_v2": ("1x3",),
 }
 PROMPTS = [(3, 5, 7, 9, 11, 2, 4), (8, 1, 6)]
 

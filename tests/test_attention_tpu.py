@@ -101,7 +101,10 @@ def interpreted():
     return {run["name"]: run for run in runs}
 
 
-SOUND = ["decode", "decode, copies at once", "mixed", "mixed, copies at once", "int8", "int8, copies at once"]
+SOUND = [
+    *("decode", "decode, copies at once", "mixed", "mixed, copies at once", "int8", "int8, copies at once"),
+    "latents, copies at once",
+]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -115,6 +118,7 @@ def test_the_interpreter_finds_planted_bugs(interpreted):
     assert not interpreted["no wait"]["finite"], "what was never fetched is NaN"
     assert not interpreted["int8, no wait for scales"]["finite"], "their copies are waited for by themselves"
     assert interpreted["int8, buffer filled while read"]["race"]
+    assert interpreted["latents, buffer filled while read"]["race"]
     assert interpreted["no wait, copies at once"]["left"]
     assert interpreted["buffer filled while read"]["race"]
     assert "out-of-bounds" in interpreted["page of nobody"]["raised"].lower()

@@ -116,7 +116,10 @@ def test_axes_are_sized_by_the_config(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPTBigCodeForCausalLM"]}, "GPTBigCodeForCausalLM is not served; served are Gemma2"),
+        (
+            {"architectures": ["GPTBigCodeForCausalLM"]},
+            "GPTBigCodeForCausalLM is not served; served are DeepseekV2ForCausalLM, Gemma2",
+        ),
         ({"architectures": []}, "none in config.json"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "unquantised"),

@@ -93,13 +93,17 @@ def layer():
     return {name: rng.normal(scale=s[-1] ** -0.5, size=s).astype(np.float32) for name, s in shapes.items()}
 
 
-def one_by_one(p, x, renormalise):
+def one_by_one(p, x, renormalise, groups=None):
     """The definition, a token and an expert after the other, in float64."""
     p, out = {name: w.astype(np.float64) for name, w in p.items()}, []
     for row in x.astype(np.float64):
         logits = p["router"] @ row
         weights = np.exp(logits) / np.exp(logits).sum()
-        chosen = np.argsort(-weights, kind="stable")[:USED]
+        open_to = np.ones(len(weights), bool)
+        if groups is not None:
+            best = weights.reshape(groups[0], -1).max(axis=1)
+            open_to = np.repeat(best >= np.sort(best)[-groups[1]], len(weights) // groups[0])
+        chosen = np.argsort(-np.where(open_to, weights, -1), kind="stable")[:USED]
         if renormalise:
             weights = weights / weights[chosen].sum()
         y = np.zeros(WIDTH)
@@ -117,6 +121,22 @@ def test_a_token_goes_through_its_best_experts(renormalise):
     want = one_by_one(layer(), x, renormalise)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
     assert np.abs(want - one_by_one(layer(), x, not renormalise)).max() > 0.1
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("best", [2, 4])
+def test_experts_are_chosen_in_the_best_groups(best, renormalise):
+    """Of ten experts in groups of two."""
+    rng = np.random.default_rng(6)
+    x, p = rng.normal(size=(19, WIDTH)).astype(np.float32), dict(layer())
+    for name in ("gate", "up", "down"):
+        p[name] = np.concatenate([p[name], p[name] * 0.5])
+    p["router"] = rng.normal(scale=WIDTH**-0.5, size=(2 * EXPERTS, WIDTH)).astype(np.float32)
+    got = jax.jit(lambda p, x: moe(p, x, USED, renormalise=renormalise, groups=(EXPERTS, best)))(p, x)
+    want = one_by_one(p, x, renormalise, (EXPERTS, best))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    differs = np.abs(want - one_by_one(p, x, renormalise)).max()
+    assert (differs > 0.1) == (best < USED), "in three groups or more the three best experts always are"
 
 
 @pytest.mark.parametrize("kind", [None, "Q8_0"])
@@ -207,12 +227,14 @@ def test_experts_are_quantised_while_they_are_loaded_and_routers_are_not(kernels
     np.testing.assert_array_equal(block["down"].panels, stack(w, FORMATS["Q8_0"])[0].panels)
 
 
-@pytest.mark.parametrize("attention", ["cpu", "reference"])
-def test_the_engine_continues_as_transformers_does(request, attention):
+@pytest.mark.parametrize(
+    ("family", "attention"), [("qwen3_moe", "cpu"), ("qwen3_moe", "reference"), ("deepseek_v2", "cpu")]
+)
+def test_the_engine_continues_as_transformers_does(request, family, attention):
     """With prompts cut in pieces and several at once; `cpu` are the kernels, `reference` is XLA alone."""
     if attention == "cpu":
         request.getfixturevalue("kernels")
-    path = GOLDENS / "qwen3_moe"
+    path = GOLDENS / family
     golden = np.load(path / "golden.npz")
     with running_engine.Running(path, pages=96, budget=32, warmup="lazy", attention=attention) as engine:
         prompts = {

@@ -217,6 +217,19 @@ def test_a_mixture_reads_the_experts_that_are_chosen():
     assert most.bytes == pytest.approx(other + experts * (1 - 0.75**64) + 64 * kv)
 
 
+def test_latents_are_read_by_every_device():
+    near, far = (planned(MODELS / "deepseek-v2-lite.json", "v5e:2x4", "1x8", context=n) for n in (1024, 2048))
+    experts = 26 * 64 * 3 * 2048 * 1408 * 2 // 8
+    other = near.device_bytes["weights"] - experts - 2 * 102400 * 2048 // 8
+    assert near.decode[0].bytes == pytest.approx(other + experts * 6 / 64 + 1024 * 27 * 640 * 2)
+    assert far.decode[0].flops - near.decode[0].flops == pytest.approx(2 * 2 * (576 + 512) * 27 * 1024, rel=1e-6)
+    attention = 2048 * 192 * 2 + 16 * 256 * 512 // 8 + 2048 * 576 + 2048 * 128 * 2  # q, a head's kv, kv, o
+    experts_of_a_token, vocabulary = 6 * 3 * 2048 * 1408 // 8, 102400 * 2048 // 8
+    products = 27 * attention + 3 * 2048 * 10944 // 8 + 26 * (experts_of_a_token + 3 * 2048 * 2816 // 8 + 64 * 2048)
+    met = 2 * 2 * (576 + 512) * 27 * 1025
+    assert near.decode[0].flops == pytest.approx(2 * (products + vocabulary) + met)
+
+
 def test_a_window_bounds_what_is_read_and_computed(tmp_path):
     hf = json.loads((MODELS / "mixtral-8x7b.json").read_text())
     path = tmp_path / "config.json"

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from test_int8_cache import int8_batch
 from test_kernels import oracle, random_batch
+from test_latent_attention import latent_batch
 
 from kernels_pallas.ragged_paged_attention import tpu
 from kernels_pallas.ragged_paged_attention.tuning import Blocks
@@ -65,24 +66,30 @@ BUGS = {
 batch_of_floats = partial(random_batch, np.random.default_rng(0))
 batch_of_bytes = partial(int8_batch, 0, body="tpu")
 
+
+def batch_of_latents(kv_heads, **sizes):
+    return latent_batch(np.random.default_rng(0), **sizes)
+
+
 DECODE = dict(q_lens=[1, 1, 1], pasts=[3, 25, 0], tokens=3, seqs_total=3)
 MIXED = dict(q_lens=[1, 1, 7, 12], pasts=[9, 1, 6, 0], tokens=24, seqs_total=5)
 
 
-def run(name, case, bug="none", window=None, batch=batch_of_floats, **interpreter):
+def run(name, case, bug="none", window=None, batch=batch_of_floats, value_dim=None, **interpreter):
     args, kv = batch(heads=2, kv_heads=1, head_dim=8, pages=100, **case)
     args[5] = args[5][:, :9]
     table = args[5]
     if bug == "page of nobody":
         table = table.at[1, 2].set(5000)
-    kernel = partial(tpu.ragged_paged_attention, decode=Blocks(1, 2, 2), prefill=Blocks(16, 2, 3))
+    blocks = dict(decode=Blocks(1, 2, 2), prefill=Blocks(16, 2, 3))
+    kernel = partial(tpu.ragged_paged_attention, scale=0.3, window=window, value_dim=value_dim, **blocks)
     said, raised, error = io.StringIO(), None, None
     pltpu.reset_tpu_interpret_mode_state()
     with BUGS[bug](), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             interpret = pltpu.InterpretParams(**interpreter)
-            out, _ = kernel(*args[:5], table, *args[6:], scale=0.3, window=window, interpret=interpret)
-            want = oracle([*args[:3], 0, *args[4:]], kv, 0.3, window)
+            out, _ = kernel(*args[:5], table, *args[6:], interpret=interpret)
+            want = oracle([*args[:3], 0, *args[4:]], kv, 0.3, window)[..., :value_dim]
             error = float(np.abs(np.asarray(out, np.float32)[: len(want)] - want).max())
             jax.effects_barrier()  # what it says at the end
         except Exception as e:  # whatever the interpreter raises is what is asked for
@@ -112,3 +119,6 @@ if __name__ == "__main__":
     run("int8, copies at once", DECODE, window=5, **of_bytes, **at_once)
     run("int8, no wait for scales", DECODE, "no wait for scales", **of_bytes)
     run("int8, buffer filled while read", DECODE, "buffer filled while read", **of_bytes, **at_once)
+    of_latents = dict(batch=batch_of_latents, value_dim=6)
+    run("latents, copies at once", MIXED, **of_latents, **at_once)
+    run("latents, buffer filled while read", DECODE, "buffer filled while read", **of_latents, **at_once)

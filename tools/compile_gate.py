@@ -244,6 +244,8 @@ class Heads:
     window: int | None = None
     soft_cap: float | None = None
     causal: bool = True
+    values: int | None = None
+    """Of latents, which each device has whole: the numbers of a key that are its value."""
 
 
 HEADS = {
@@ -253,6 +255,8 @@ HEADS = {
     "llama3-8b-on-1": Heads(32, 8, 128, devices=1),
     "phi3-mini-on-1": Heads(32, 32, 96, devices=1),
     "bge-base-on-1": Heads(12, 12, 64, devices=1, causal=False),
+    "deepseek-v2-lite-on-1": Heads(16, 1, 576, devices=1, values=512),
+    "deepseek-v2": Heads(128, 1, 576, values=512),
 }
 
 
@@ -266,6 +270,8 @@ def gates() -> list[Gate]:
     found += [partial(attention, chip, "llama3-8b", page=128, dtype="int8") for chip in TOPOLOGIES]
     found += [partial(attention, "v6e", "phi3-mini-on-1", page=128, dtype="int8")]
     found += [partial(attention, "v5e", "bge-base-on-1")]
+    found += [partial(attention, chip, "deepseek-v2-lite-on-1") for chip in TOPOLOGIES]
+    found += [partial(attention, "v6e", "deepseek-v2"), partial(attention, "v6e", "deepseek-v2", dtype="float8_e4m3fn")]
     return [*(gate() for gate in found), *(Gate(*fields) for m in (gates_gpu, gates_step) for fields in m.gates())]
 
 
@@ -283,26 +289,30 @@ def attention(
         from jax.experimental import topologies
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        from kernels_pallas.ragged_paged_attention.contract import Int8Cache
+        from kernels_pallas.ragged_paged_attention.contract import Int8Cache, latent_row
         from kernels_pallas.ragged_paged_attention.tpu import ragged_paged_attention
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
         mesh = Mesh(np.array(devices).reshape(-1, heads.devices), ("data", "model"))
         activations = jnp.float32 if dtype == "float32" else jnp.bfloat16
-        row = heads.kv * 2 * heads.dim
-        page_bytes = page * row * jnp.dtype(dtype).itemsize // heads.devices
-        pages = 256 * 2**20 // page_bytes
         by_head, by_lane, whole = PartitionSpec(None, "model"), PartitionSpec(None, None, "model"), PartitionSpec()
-        cache_spec: Any = by_lane
+        row, cache_spec, kv_spec, cut = heads.kv * 2 * heads.dim, by_lane, by_head, heads.devices
+        if heads.values is not None:
+            row, cache_spec, kv_spec, cut = latent_row(heads.dim), whole, whole, 1
+        page_bytes = page * row * jnp.dtype(dtype).itemsize // cut
+        pages = 256 * 2**20 // page_bytes
         cache: Any = jax.ShapeDtypeStruct((pages, page, row), dtype)
         if dtype == "int8":
             page_bytes += page * heads.kv * 2 * 4 // heads.devices
-            cache_spec = Int8Cache(by_lane, by_head)  # type: ignore[arg-type]
+            cache_spec = Int8Cache(by_lane, by_head)  # type: ignore[arg-type, assignment]
             cache = Int8Cache(cache, jax.ShapeDtypeStruct((pages, heads.kv * 2, page), jnp.float32))  # type: ignore[arg-type]
-        specs = (by_head, by_head, by_head, cache_spec, whole, whole, whole, whole)
+        v_spec = None if heads.values is not None else kv_spec
+        specs = (by_head, kv_spec, v_spec, cache_spec, whole, whole, whole, whole)
+        k = jax.ShapeDtypeStruct((tokens, heads.kv, heads.dim), activations)
         shapes = [
             jax.ShapeDtypeStruct((tokens, heads.query, heads.dim), activations),
-            *[jax.ShapeDtypeStruct((tokens, heads.kv, heads.dim), activations)] * 2,
+            k,
+            None if heads.values is not None else k,
             cache,
             *[jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
         ]
@@ -311,8 +321,8 @@ def attention(
             shapes,
             list(specs),
         )
-        options = dict(scale=heads.dim**-0.5, window=heads.window, soft_cap=heads.soft_cap, causal=heads.causal)
-        step = partial(ragged_paged_attention, **options)
+        options = dict(window=heads.window, soft_cap=heads.soft_cap, causal=heads.causal, value_dim=heads.values)
+        step = partial(ragged_paged_attention, scale=heads.dim**-0.5, **options)
         sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_head, cache_spec), check_vma=False)
         return jax.jit(sharded, donate_argnums=3).lower(*arguments), pages * page_bytes
 

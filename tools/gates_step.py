@@ -38,7 +38,8 @@ MESSAGES = {"all-reduce": 2}
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
     every = [(name, topology) for name in NAMES for topology in PLACES]
-    return [step(*at, "decode") for at in every] + [step(*at, kind) for at, kind in MIXED.items()]
+    latents = step("deepseek-v2-lite", "v5e:2x4", "decode")
+    return [step(*at, "decode") for at in every] + [step(*at, kind) for at, kind in MIXED.items()] + [latents]
 
 
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
@@ -57,7 +58,9 @@ def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
                 blocks[found.kind] += found.count
         programs = _draft(name, topology).programs
         copied = weight_copies(text, len(jax.tree.leaves(programs.params)))
-        row = programs.model.cache_spec(programs.partition.config).row // programs.partition.mesh.size
+        row = programs.model.cache_spec(programs.partition.config).row
+        cache = programs.partition.cache(jax.ShapeDtypeStruct((1, 1, row), programs.dtype))
+        (row,) = cache.sharding.shard_shape(cache.shape)[2:]
         wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
         problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
         problems += [f"copies the cache: {what}" for what in large if re.search(rf"^[^\]]*,{row}\]", what)]

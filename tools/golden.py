@@ -78,6 +78,12 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.5, 4.0, 6.5, 9.0],
 }
 
+# Of the eight pairs of a rope of 16 dimensions with theta 500 two are kept, the next is blended and the rest divided.
+YARN = {"factor": 8.0, "beta_fast": 2.0, "beta_slow": 0.5, "original_max_position_embeddings": 32}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.2}
+# Multi-head latent attention: heads of 12 + 16 queries and 10 values, from latents of 20 + 16.
+LATENT = {"qk_nope_head_dim": 12, "qk_rope_head_dim": 16, "v_head_dim": 10, "kv_lora_rank": 20}
+
 GOLDENS = [
     Golden(
         "llama2",
@@ -396,6 +402,59 @@ GOLDENS = [
             "theta": rope(500.0),
         },
     ),
+    Golden(
+        "deepseek_v2",
+        "deepseek_v2",
+        seed=20,
+        prompt_tokens=40,
+        config=shape(48, 56, 3, heads=4, kv_heads=4, vocab=160, rms_norm_eps=1e-3)
+        | LATENT
+        | {"q_lora_rank": 24, "first_k_dense_replace": 1, "n_shared_experts": 2, "moe_intermediate_size": 24}
+        | {"n_routed_experts": 8, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        | rope(500.0, "yarn", **YARN, **MSCALE),
+        dtype=torch.bfloat16,
+        classic={"rope_scaling": {"type": "yarn"} | YARN | MSCALE},
+        classic_lacks=("head_dim", "attention_bias", "mlp_bias"),
+        mistakes={
+            "any group": {"topk_method": "greedy"},
+            "three groups": {"topk_group": 3},
+            "two experts": {"num_experts_per_tok": 2},
+            "experts not scaled": {"routed_scaling_factor": 1.0},
+            "unscaled": rope(500.0),
+            "no mscale": rope(500.0, "yarn", **YARN),
+            **{
+                key: rope(500.0, "yarn", **YARN | MSCALE | {key: value})
+                for key, value in {
+                    "factor": 4.0,
+                    "beta_fast": 32.0,
+                    "beta_slow": 0.25,
+                    "original_max_position_embeddings": 64,
+                    "mscale": 1.2,
+                    "mscale_all_dim": 0.7,
+                }.items()
+            },
+        },
+    ),
+    Golden(
+        "deepseek_v2_lite",
+        "deepseek_v2",
+        seed=21,
+        prompt_tokens=40,
+        config=shape(48, 56, 2, heads=6, kv_heads=6, vocab=168, rms_norm_eps=1e-6)
+        | LATENT
+        | {"q_lora_rank": None, "first_k_dense_replace": 1, "n_shared_experts": 1, "moe_intermediate_size": 32}
+        | {"n_routed_experts": 6, "num_experts_per_tok": 2}
+        | rope(10000.0),
+        dtype=torch.bfloat16,
+        # Keys of DeepSeek's own code.
+        classic={"scoring_func": "softmax", "moe_layer_freq": 1, "ep_size": 1, "seq_aux": True},
+        classic_lacks=("head_dim", "topk_method", "routed_scaling_factor"),
+        mistakes={
+            "one expert": {"num_experts_per_tok": 1},
+            "theta": rope(500.0),
+        },
+    ),
 ]
 
 
@@ -497,7 +556,7 @@ def effects(golden: Golden, directory: Path, tokens: np.ndarray, right: np.ndarr
     # One kind of weight at a time is made neutral; q_proj at zero is uniform attention, qkv_proj none.
     kinds = {name.split(".", 3)[-1] if ".layers." in name else name for name, _ in load(directory).named_parameters()}
     for kind in sorted(kinds):
-        if "norm" in kind or kind.endswith(("bias", "q_proj.weight", "qkv_proj.weight")):
+        if "norm" in kind or kind.endswith(("bias", "q_proj.weight", "q_b_proj.weight", "qkv_proj.weight")):
             model = load(directory)
             for name, weight in model.named_parameters():
                 if name.endswith(kind):
@@ -539,7 +598,7 @@ def make(golden: Golden, directory: Path) -> str:
     scaling = c.rope_parameters
     local = scaling.get("sliding_attention")
     scaling = scaling.get("full_attention", scaling)
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    head_dim = getattr(c, "qk_head_dim", None) or getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     windowed = getattr(c, "sliding_window", None) is not None
     layer_types = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
     window_layers = [i for i, kind in enumerate(layer_types) if windowed and kind == "sliding_attention"]
@@ -588,7 +647,8 @@ three quarters of a head and is stretched by its short list, `phi3_long` by its 
 the original context, and for shorter ones transformers takes the other list. `granite` has biases on all seven
 projections; the third layer of `smollm3` has no rope. `mixtral` has 5 experts, of which a token goes through 2;
 `qwen3_moe` 8 and 3, and none in its second layer; `qwen3_moe_step` 6 and 2 in its second layer only, and does not
-normalise their weights.
+normalise their weights. `deepseek_v2` projects queries by a rank and chooses 3 of 8 experts within 2 of 4 groups,
+`deepseek_v2_lite` does neither; both have shared experts, and none in their first layer.
 
 The weakest mistake is the wrong model that comes closest: the largest difference that it makes to any logit. Float32
 rounding is below 1e-4.

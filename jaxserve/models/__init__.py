@@ -9,6 +9,7 @@ from jaxserve.model_code import brief, load_model_code, place
 from jaxserve.spec import Model
 
 ARCHITECTURES = {
+    "DeepseekV2ForCausalLM": "jaxserve.models.deepseek_v2",
     "Gemma2ForCausalLM": "jaxserve.models.gemma2",
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "GraniteForCausalLM": "jaxserve.models.granite",

@@ -1,4 +1,4 @@
-"""Ragged paged attention for CPU in C++: the body named `cpu`; see csrc/attention.cc."""
+"""Ragged paged attention for CPU in C++, of latents in plain XLA: the body named `cpu`; see csrc/attention.cc."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.ragged_paged_attention import reference
 from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate
 
 
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -24,13 +25,19 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
-) -> tuple[Float[Array, "T N H"], Cache]:
+    value_dim: int | None = None,
+) -> tuple[Float[Array, "T N V"], Cache]:
     """See kernels_pallas/ragged_paged_attention/contract.py; `jaxserve.native.load` must have been called.
 
     The softmax and both products are float32 whatever the types of q and of the cache. A token's result depends on
-    its own sequence alone, bit for bit.
+    its own sequence alone, bit for bit; that of latents, which XLA multiplies, but for rounding.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    if v is None:
+        return reference.ragged_paged_attention(
+            q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, scale=scale, window=window,
+            soft_cap=soft_cap, sinks=sinks, causal=causal, value_dim=value_dim,
+        )  # fmt: skip
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
     if not isinstance(cache, Int8Cache) and cache.dtype.itemsize == 1:
         raise ValueError(f"the CPU's kernel does not read a cache of {cache.dtype}; use the reference, or an Int8Cache")
     none = jnp.zeros(0, jnp.float32)

@@ -82,8 +82,9 @@ class Work:
                 fixed += cut
                 if name in ("embed", "unembed"):
                     per_row += 2 * cut
-                elif spec.matrix:
+                elif spec.matrix or len(spec.shape) > 2:  # or a matrix a head
                     per_token += 2 * cut
+        values = getattr(config, "value_dim", None) or config.head_dim
         count = getattr(config, "experts", 1)
         chosen = getattr(config, "experts_used", count) / count
         return cls(
@@ -93,7 +94,7 @@ class Work:
             per_token=per_token + 2 * experts * chosen,
             per_row=per_row,
             kv_row=kv_row,
-            attention=4 * partition.config.heads * config.head_dim / partition.mesh.size,
+            attention=2 * partition.config.heads * (config.head_dim + values) / partition.mesh.size,
             windows=groups.windows,
             layer_windows=tuple(getattr(config, "windows", ())) or (None,) * config.layers,
             causal=model.causal,

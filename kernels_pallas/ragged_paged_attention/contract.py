@@ -6,7 +6,8 @@ sequence has at most one query token, and a body may leave out what longer ones 
     q         [T, N, H]        query heads
     k, v      [T, K, H]        this step's new keys and values, N a multiple of K
     cache     [P, page, K*2*H] pages of rows [k0|v0|k1|v1|...]; a stacked cache is passed whole, with
-                               page_table + layer * pages, since slicing a layer out would copy it
+                               page_table + layer * pages, since slicing a layer out would copy it. Of latents
+                               [P, page, latent_row(H)]
     kv_lens   [S]              tokens of each sequence after this step (0 for an unused row)
     page_table[S, B]           page of the tokens [i*page, (i+1)*page) of each sequence; with a window, in the place of
                                one that none of this step's tokens sees, any page of the cache
@@ -21,6 +22,10 @@ Where `causal` is False, every token attends to all kv_lens positions of its seq
 Its weights are the softmax of cap(scale * q.k), where cap(x) is soft_cap * tanh(x / soft_cap) (Gemma 2, 2024). A sink
 (gpt-oss, 2025) is one more logit of each head in that softmax, neither scaled nor capped, whose value is zero.
 Rows of `out` past cu_q_lens[d2] are unspecified but finite. Memory that no sequence has written may hold NaN.
+
+With `value_dim` k is a latent, as multi-head latent attention has it (DeepSeek-AI 2024, arXiv 2405.04434): there is one
+kv head, K is 1, its values are the first value_dim numbers of its keys, and v is None. A row of the cache is that key
+alone, and zeros past it; out is [T, N, value_dim].
 
 Positions may be counted from any multiple of `aligned(page)` before which no token sees anything: with as much taken
 from kv_lens, and the page table begun so much later, no bit of a result changes.
@@ -66,6 +71,18 @@ type Cache = jax.Array | Int8Cache
 """A cache of floats [P, page, row], or one of bytes."""
 
 
+def latent_row(head_dim: int) -> int:
+    """Numbers in a row of latents: whole lanes of a TPU's memory, which takes as much for fewer."""
+    return -(-head_dim // 128) * 128
+
+
+def joined(k: Float[Array, "T K H"], v: Float[Array, "T K H"] | None, row: int) -> Float[Array, "T K parts width"]:
+    """A step's new rows, of `row` numbers each: [T, K, 2, H], or of latents [T, 1, 1, row]."""
+    if v is not None:
+        return jnp.stack([k, v], axis=2)
+    return jnp.pad(k[:, :, None], ((0, 0), (0, 0), (0, 0), (0, row - k.shape[2])))
+
+
 def aligned(page: int) -> int:
     """Positions at whose multiples a block of every body begins, for pages of `page` tokens."""
     return math.lcm(max(1, KV_BLOCK // page) * page, KV_BLOCK // 2)
@@ -97,13 +114,14 @@ def narrowed(x: Float[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows"
 
 
 class RaggedPagedAttention(Protocol):
-    """What every body implements. `window` None means the whole past, `soft_cap` None no cap, `sinks` None none."""
+    """What every body implements. `window` None means the whole past, `soft_cap` None no cap, `sinks` None none,
+    `value_dim` None that there are values of their own."""
 
     def __call__(
         self,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
+        v: Float[Array, "T K H"] | None,
         cache: Cache,
         kv_lens: Int[Array, " S"],
         page_table: Int[Array, "S B"],
@@ -115,13 +133,14 @@ class RaggedPagedAttention(Protocol):
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
         causal: bool = True,
-    ) -> tuple[Float[Array, "T N H"], Cache]: ...
+        value_dim: int | None = None,
+    ) -> tuple[Float[Array, "T N V"], Cache]: ...
 
 
 def validate(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: Cache,
     kv_lens: jax.Array,
     page_table: jax.Array,
@@ -131,15 +150,30 @@ def validate(
     soft_cap: float | None,
     sinks: jax.Array | None,
     causal: bool = True,
+    value_dim: int | None = None,
 ) -> None:
     """Checks shapes and types at trace time. Raises ValueError saying what was found and what is expected."""
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
-        raise ValueError(f"q, k, v must be [T, heads, head_dim]; found {q.shape}, {k.shape}, {v.shape}")
+    if (v is None) is (value_dim is None):
+        found = "no v" if v is None else f"v {v.shape}"
+        raise ValueError(f"value_dim is to be given where v is None, and only there; found {value_dim} and {found}")
+    v_shape = k.shape if v is None else v.shape
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v_shape:
+        raise ValueError(f"q, k, v must be [T, heads, head_dim]; found {q.shape}, {k.shape}, {v_shape}")
     tokens, heads, head_dim = q.shape
     if k.shape[0] != tokens or k.shape[2] != head_dim or heads % k.shape[1]:
         raise ValueError(f"k {k.shape} does not fit q {q.shape}: same T and head_dim, heads a multiple of kv heads")
-    if len(cache.shape) != 3 or cache.shape[2] != k.shape[1] * 2 * head_dim:
-        raise ValueError(f"cache must be [pages, page_size, {k.shape[1] * 2 * head_dim}]; found {cache.shape}")
+    row = k.shape[1] * 2 * head_dim
+    if value_dim is not None:
+        if k.shape[1] != 1 or not 0 < value_dim <= head_dim:
+            raise ValueError(
+                f"latents have one kv head, and a value_dim of 1 to head_dim {head_dim}; "
+                f"found {k.shape[1]} and {value_dim}"
+            )
+        if isinstance(cache, Int8Cache):
+            raise ValueError("latents are not kept in an Int8Cache; give a cache of floats")
+        row = latent_row(head_dim)
+    if len(cache.shape) != 3 or cache.shape[2] != row:
+        raise ValueError(f"cache must be [pages, page_size, {row}]; found {cache.shape}")
     if isinstance(cache, Int8Cache):
         shape, values, scales = (cache.shape[0], k.shape[1] * 2, cache.shape[1]), cache.values.dtype, cache.scales.dtype
         if cache.scales.shape != shape or values != jnp.int8 or scales != jnp.float32:

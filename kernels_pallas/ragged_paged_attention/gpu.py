@@ -46,7 +46,7 @@ as Mosaic GPU takes it."""
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -58,6 +58,7 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
+    value_dim: int | None = None,
     chip: Chip | None = None,
     decode: GpuBlocks | None = None,
     prefill: GpuBlocks | None = None,
@@ -68,7 +69,9 @@ def ragged_paged_attention(
     `chip` is the device where it cannot be found out; `decode` and `prefill` are block sizes instead of those of
     tuning/gpu.json; `interpret` runs a body on a CPU: True that for Ampere, InterpretGPUParams that for Hopper.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
+    if v is None:
+        raise ValueError("the GPU's kernels do not read latents; use the reference")
     if isinstance(cache, Int8Cache):
         raise ValueError("the GPU's kernels do not read an Int8Cache; use the reference")
     if q.dtype != cache.dtype:

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import KV_BLOCK, Cache, Int8Cache, narrowed, quantised, validate
+from kernels_pallas.ragged_paged_attention.contract import (
+    KV_BLOCK,
+    Cache,
+    Int8Cache,
+    joined,
+    narrowed,
+    quantised,
+    validate,
+)
 
 DECODE_TILE = 8
 """Sequences of one query token that are computed side by side; a tile costs as much as its longest sequence."""
@@ -21,7 +29,7 @@ PREFILL_TILE = 64
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -33,9 +41,10 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
-) -> tuple[Float[Array, "T N H"], Cache]:
+    value_dim: int | None = None,
+) -> tuple[Float[Array, "T N V"], Cache]:
     """See contract.py."""
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
     tokens, heads, head_dim = q.shape
     seqs, page = kv_lens.shape[0], cache.shape[1]
     decodes, total = distribution[0], distribution[2]
@@ -53,8 +62,9 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sinks=sinks,
         causal=causal,
+        value_dim=value_dim,
     )
-    out = jnp.zeros((tokens + PREFILL_TILE, heads, head_dim), q.dtype)  # the last tile may hang over
+    out = jnp.zeros((tokens + PREFILL_TILE, heads, value_dim or head_dim), q.dtype)  # the last tile may hang over
     q = jnp.pad(q, ((0, PREFILL_TILE), (0, 0), (0, 0)))
 
     # Sequences [0, decodes) own the tokens [0, decodes): a tile is a slice of both.
@@ -101,7 +111,7 @@ def ragged_paged_attention(
 
 def write(
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -116,7 +126,7 @@ def write(
     row = page_table[s, jnp.maximum(position, 0) // page] * page + position % page
     dropped = jnp.asarray(cache.shape[0] * page, jnp.int32)  # past the end
     row = jnp.where((t < cu_q_lens[total]) & (position >= 0), row, dropped)
-    new = jnp.stack([k, v], axis=2)  # [T, K, 2, H]: k0|v0|k1|v1|...
+    new = joined(k, v, cache.shape[2])  # [T, K, 2, H]: k0|v0|k1|v1|...
     if tokens == 1:  # XLA makes a scatter of one row a select over a copy of the whole cache
         row, new = jnp.stack([row[0], dropped]), jnp.concatenate([new, new])
 
@@ -147,30 +157,34 @@ def _attend_tile(
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
     causal: bool,
-) -> Float[Array, "A Q N H"]:
+    value_dim: int | None,
+) -> Float[Array, "A Q N V"]:
     """A sequences, Q consecutive query tokens each, the first at position `first`; reads positions [0, ends)."""
     (seqs, queries, heads, head_dim), dtype = q.shape, q.dtype
     groups, page = heads // kv_heads, cache.shape[1]
     held, block = cache.values if isinstance(cache, Int8Cache) else cache, pages * page
+    parts, width = (2, head_dim) if value_dim is None else (1, value_dim)
+    key_dim = held.shape[2] // (kv_heads * parts)  # of latents with the zeros that follow
+    # Queries and a cache of other numbers meet in float32, but for those of 8 bits, which queries' types hold exactly.
+    computed = dtype if held.dtype.itemsize == 1 or held.dtype == dtype else jnp.dtype(jnp.float32)
     rows = max(2, queries * groups)  # XLA:CPU's matrix-vector product sums in another order
     q = q.reshape(seqs, queries, kv_heads, groups, head_dim).transpose(0, 2, 1, 3, 4)
     q = q.reshape(seqs, kv_heads, queries * groups, head_dim)  # [A, K, Q*G, H]
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - queries * groups), (0, 0)))
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - queries * groups), (0, key_dim - head_dim)))
+    q = (q.astype(jnp.float32) * scale).astype(computed)
     position = first[:, None] + jnp.arange(rows, dtype=jnp.int32)[None, :] // groups  # [A, rows]
 
     def step(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         best, norm, acc = carry  # [A, K, rows], [A, K, rows], [A, K, rows, H]
         ids = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)  # [A, pages]
-        kv = jnp.take(held, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, 2, head_dim)
+        kv = jnp.take(held, ids, axis=0, mode="clip").reshape(seqs, block, kv_heads, parts, key_dim)
         kv = kv.transpose(3, 0, 2, 1, 4)  # [2, A, K, C, H]
         at = i * block + jnp.arange(block, dtype=jnp.int32)  # [C]
         written = at[None, :] < ends[:, None]  # [A, C]; what lies past may be NaN, and 0 * NaN is NaN
         if window is not None:
             written &= at[None, :] > first[:, None] - window  # before that the pages may be another's
         kv = jnp.where(written[None, :, None, :, None], kv, jnp.zeros((), kv.dtype))
-        if held.dtype.itemsize == 1:
-            kv = kv.astype(dtype)  # exactly
+        kv = kv.astype(computed)
         if isinstance(cache, Int8Cache):
             scales = jnp.take(cache.scales, ids, axis=0, mode="clip").reshape(seqs, pages, kv_heads, 2, page)
             scales = scales.transpose(3, 0, 2, 1, 4).reshape(2, seqs, kv_heads, 1, block)  # [2, A, K, 1, C]
@@ -193,7 +207,8 @@ def _attend_tile(
         norm = norm * fade + weight.sum(axis=-1)
         if isinstance(cache, Int8Cache):
             weight = weight * scales[1]
-        new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), kv[1], preferred_element_type=jnp.float32)
+        v = kv[-1][..., :width]
+        new = jnp.einsum("akrc,akch->akrh", weight.astype(kv.dtype), v, preferred_element_type=jnp.float32)
         return new_best, norm, acc * fade[..., None] + new
 
     low = jnp.zeros((), jnp.int32)
@@ -205,7 +220,7 @@ def _attend_tile(
     if sinks is not None:  # as if a position without a value had been scored already
         own = jnp.asarray(sinks, jnp.float32).reshape(kv_heads, groups)[:, jnp.arange(rows) % groups]  # [K, rows]
         best, norm = jnp.broadcast_to(own, shape), jnp.ones(shape, jnp.float32)
-    _, norm, acc = jax.lax.fori_loop(low, high, step, (best, norm, jnp.zeros((*shape, head_dim), jnp.float32)))
+    _, norm, acc = jax.lax.fori_loop(low, high, step, (best, norm, jnp.zeros((*shape, width), jnp.float32)))
     out = acc / jnp.where(norm > 0, norm, 1.0)[..., None]
-    out = out[:, :, : queries * groups].reshape(seqs, kv_heads, queries, groups, head_dim).transpose(0, 2, 1, 3, 4)
-    return out.reshape(seqs, queries, heads, head_dim).astype(dtype)
+    out = out[:, :, : queries * groups].reshape(seqs, kv_heads, queries, groups, width).transpose(0, 2, 1, 3, 4)
+    return out.reshape(seqs, queries, heads, width).astype(dtype)

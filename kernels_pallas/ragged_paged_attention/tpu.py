@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate, validate_for_tpu
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, latent_row, validate, validate_for_tpu
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 from kernels_pallas.ragged_paged_attention.tpu_write import write
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
@@ -34,7 +34,7 @@ type Interpret = bool | pltpu.InterpretParams
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -46,17 +46,18 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
+    value_dim: int | None = None,
     chip: str | None = None,
     decode: Blocks | None = None,
     prefill: Blocks | None = None,
     interpret: Interpret = False,
-) -> tuple[Float[Array, "T N H"], Cache]:
+) -> tuple[Float[Array, "T N V"], Cache]:
     """See contract.py.
 
     `chip` is the device kind where it cannot be found out; `decode` and `prefill` are block sizes instead of those of
     tuning/tpu.json; `interpret` runs the kernel on a CPU.
     """
-    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal)
+    validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a number above 0; found {scale}")
     (tokens, heads, _), kv_heads, page = q.shape, k.shape[1], cache.shape[1]
@@ -66,12 +67,13 @@ def ragged_paged_attention(
         validate_for_tpu(page, kept, seqs, pages)
     decodes, total = distribution[0], distribution[2]
     if decode is None or prefill is None:
-        tuned = blocks_for(chip or _chip(), kept.name, heads, kv_heads, q.shape[2], page)
+        tuned = blocks_for(chip or _chip(), kept.name, heads, kv_heads, q.shape[2], page, value_dim)
         decode, prefill = decode or tuned[0], prefill or tuned[1]
     cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, total, interpret=interpret)
     attend = partial(
         _attend, cache=cache, kv_lens=kv_lens, cu_q_lens=cu_q_lens, page_table=page_table, kv_heads=kv_heads,
-        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, causal=causal, interpret=interpret,
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, causal=causal, value_dim=value_dim,
+        interpret=interpret,
     )  # fmt: skip
     every = jnp.arange(seqs, dtype=jnp.int32)
     t = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
@@ -99,7 +101,8 @@ def _chip() -> str | None:
 
 
 class Window(NamedTuple):
-    """The whole lane tiles of a cache row in which one head's k (or v) lies, and where in them it begins.
+    """The whole lane tiles of a cache row in which one head's k (or v) lies, and where in them it begins. A latent's
+    two overlap: its values are the beginning of its key.
 
     The matrix unit multiplies whole tiles. Queries are zero where a window holds something else than their k, and of
     the values' window the rest is dropped, so that no head_dim costs a shift of lanes a kv token.
@@ -180,14 +183,18 @@ def _attend(
     soft_cap: float | None,
     sinks: Float[Array, " N"] | None,
     causal: bool,
+    value_dim: int | None,
     interpret: Interpret,
-) -> Float[Array, "T N H"]:
+) -> Float[Array, "T N V"]:
     """The first `count` shares; rows of tokens in none of them are whatever the memory held."""
     (tokens, heads, head_dim), dtype = q.shape, q.dtype
     groups, (_, page, row) = heads // kv_heads, cache.shape
     held = [cache.values, cache.scales] if isinstance(cache, Int8Cache) else [cache]
     queries, pages, buffers = blocks.queries, min(blocks.pages, page_table.shape[1]), blocks.buffers
-    keys, values = _windows(kv_heads, head_dim, 0), _windows(kv_heads, head_dim, 1)
+    if value_dim is None:
+        keys, values = _windows(kv_heads, head_dim, 0), _windows(kv_heads, head_dim, 1)
+    else:
+        keys, values = [Window(0, row, 0)], [Window(0, latent_row(value_dim), 0)]
     width = max(w.size for w in values)
     rows = queries * groups
     q = _into_windows(q.reshape(tokens, kv_heads, groups, head_dim), keys)  # [T, K, G, W]
@@ -245,7 +252,8 @@ def _attend(
         name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
     )(count.reshape(1), seq_of, block_of, kv_lens, cu_q_lens, page_table.reshape(-1), *inputs)
     out = out[:tokens].reshape(tokens, kv_heads, groups, width)
-    return _out_of_windows(out, values, head_dim).reshape(tokens, heads, head_dim)
+    out = _out_of_windows(out, values, value_dim or head_dim)
+    return out.reshape(tokens, heads, out.shape[-1])
 
 
 class Span(NamedTuple):

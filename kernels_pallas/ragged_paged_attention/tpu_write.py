@@ -17,13 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, narrowed, quantised
+from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, joined, narrowed, quantised
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 
 
 def write(
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     cache: Cache,
     kv_lens: Int[Array, " S"],
     page_table: Int[Array, "S B"],
@@ -34,7 +34,7 @@ def write(
 ) -> Cache:
     """The cache with k and v in it; rows of no sequence are dropped."""
     tokens, (_, page, row) = k.shape[0], cache.shape
-    new = jnp.stack([k, v], axis=2)  # [T, K, 2, H]: k0|v0|k1|v1|...
+    new = joined(k, v, row)  # [T, K, 2, H]: k0|v0|k1|v1|...
     put = partial(
         _put, kv_lens=kv_lens, page_table=page_table, cu_q_lens=cu_q_lens, total=total, page=page, interpret=interpret
     )

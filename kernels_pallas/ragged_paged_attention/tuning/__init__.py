@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kernels_pallas.ragged_paged_attention.contract import latent_row
+
 log = logging.getLogger("jaxserve.attention")
 
 BUFFER_BYTES = 2 << 20
@@ -29,18 +31,20 @@ class Blocks(NamedTuple):
 
 @cache  # one line in the log for each choice
 def blocks_for(
-    chip: str | None, dtype: str, heads: int, kv_heads: int, head_dim: int, page: int
+    chip: str | None, dtype: str, heads: int, kv_heads: int, head_dim: int, page: int, value_dim: int | None = None
 ) -> tuple[Blocks, Blocks]:
-    """Blocks for decoding and for everything else. `dtype` is the cache's, the heads are those of one device.
+    """Blocks for decoding and for everything else. `dtype` is the cache's, the heads are those of one device;
+    `value_dim` is given for latents.
 
     An entry serves where all that it names agrees, and the first such entry is taken.
     """
     asked = dict(chip=chip, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page)
+    asked |= {} if value_dim is None else dict(value_dim=value_dim)
     entry, source = entry_for("tpu.json", asked)
     if entry is not None:
         found = Blocks(queries=1, **entry["decode"]), Blocks(**entry["prefill"])
     else:
-        found = _by_rule(dtype, heads, kv_heads, head_dim, page)
+        found = _by_rule(dtype, heads, kv_heads, head_dim, page, value_dim)
     log.info("attention blocks for %s: decode %s, prefill %s (%s)", asked, *map(tuple, found), source)
     return found
 
@@ -58,10 +62,14 @@ def _entries(file: str) -> list[dict[str, Any]]:
     return json.loads((Path(__file__).parent / file).read_text())["entries"]
 
 
-def _by_rule(dtype: str, heads: int, kv_heads: int, head_dim: int, page: int) -> tuple[Blocks, Blocks]:
+def _by_rule(
+    dtype: str, heads: int, kv_heads: int, head_dim: int, page: int, value_dim: int | None
+) -> tuple[Blocks, Blocks]:
     bytes_per = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
-    fitting = BUFFER_BYTES // (kv_heads * 2 * head_dim * bytes_per)
-    width = -(-head_dim // 128) * 128 * (1 if head_dim % 128 in (0, 64) else 2)
+    row, width = kv_heads * 2 * head_dim, -(-head_dim // 128) * 128 * (1 if head_dim % 128 in (0, 64) else 2)
+    if value_dim is not None:
+        row, width = latent_row(head_dim), latent_row(value_dim)
+    fitting = BUFFER_BYTES // (row * bytes_per)
     queries = min(256 * kv_heads // heads, STATE_BYTES // (heads * (256 + width) * 4))
     queries = max(16, 1 << (max(queries, 1).bit_length() - 1))
 
@@ -69,4 +77,5 @@ def _by_rule(dtype: str, heads: int, kv_heads: int, head_dim: int, page: int) ->
         count = max(1, min(tokens, fitting) // page)
         return 1 << (count.bit_length() - 1)
 
-    return Blocks(1, pages(512), 3), Blocks(queries, pages(512), 2)
+    many = queries * heads // kv_heads > 1024  # rows of scores, of which a fetch has as many columns as tokens
+    return Blocks(1, pages(512), 3), Blocks(queries, pages(512), 2, 32 << 20 if many else None)
