@@ -33,7 +33,7 @@ FP8 = "float8_e4m3fn"
 HOPPER = [
     dict(heads=2, kv_heads=2, head_dim=64, page=16, dtype="float32", waves=12, sinks=True),
     dict(heads=12, kv_heads=1, head_dim=80, page=128, dtype="bfloat16", window=20, soft_cap=3.0),
-    dict(heads=4, kv_heads=2, head_dim=32, page=32, dtype="float32", kept="int8", waves=12, soft_cap=3.0),
+    dict(heads=4, kv_heads=2, head_dim=32, page=32, dtype="float32", kept="int8", soft_cap=3.0),
     dict(heads=2, kv_heads=1, head_dim=96, page=128, dtype="bfloat16", kept=FP8, window=20),
 ]
 TRITON = [

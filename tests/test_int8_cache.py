@@ -73,7 +73,7 @@ def test_what_is_kept_is_within_half_a_step_and_never_spoils_a_neighbour():
     [
         *((body, PAGE, case) for body in COMPILED for case in range(len(HEADS))),
         *(pytest.param(body, 16, case, marks=pytest.mark.slow) for body in COMPILED for case in range(len(HEADS))),
-        ("tpu", PAGE, 1), ("tpu", 16, 2), ("tpu", PAGE, 3), ("gpu", PAGE, 1), ("gpu", 16, 2),
+        ("tpu", PAGE, 1), ("tpu", 16, 2), ("tpu", PAGE, 3), ("gpu", 16, 2),
     ],
 )  # fmt: skip
 def test_parity(body, page, case):

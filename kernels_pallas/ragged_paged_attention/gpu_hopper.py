@@ -75,14 +75,14 @@ def attend(
         transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    copies = length // min(page, length) * (1 if scales is None else 2)  # that a block of keys or of values comes in
+    boxes = length // min(page, length)  # that a block is copied in
     scratch: dict[str, Any] = dict(
         q_held=held((ROWS, head_dim), q.dtype),
         k_held=held((buffers, length, head_dim), cache.dtype),
         v_held=held((buffers, length, head_dim), cache.dtype),
         q_here=plgpu.Barrier(),
-        k_here=plgpu.Barrier(num_arrivals=copies, num_barriers=buffers),
-        v_here=plgpu.Barrier(num_arrivals=copies, num_barriers=buffers),
+        k_here=plgpu.Barrier(num_arrivals=boxes * (1 if scales is None else 3), num_barriers=buffers),
+        v_here=plgpu.Barrier(num_arrivals=boxes, num_barriers=buffers),
     )
     if cache.dtype != q.dtype:
         scratch["widened"] = held((length, head_dim), q.dtype)
@@ -127,6 +127,7 @@ def _body(
     start, end, first = start_of[share], end_of[share], first_of[share]
     last_box = lax.div(end - 1, jnp.int32(box)) * box
     head = lax.div(slot, jnp.int32(chunks))  # of K
+    column = head * (2 * head_dim)
 
     def iota(shape: tuple[int, int], axis: int, layout: Any = layout) -> jax.Array:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
@@ -136,16 +137,16 @@ def _body(
         to = lax.rem(i, jnp.int32(buffers))
         for j in range(length // box):
             at = jnp.minimum(start + i * length + j * box, last_box)
-            number = table[row_of[share] + lax.div(at, jnp.int32(page))]
-            first_row = pl.multiple_of(lax.rem(at, jnp.int32(page)), box)  # of the page's
+            number, first_row = table[row_of[share] + lax.div(at, jnp.int32(page))], lax.rem(at, jnp.int32(page))
             row = pl.multiple_of(number * page + first_row, box)
             for part, (held, here) in enumerate(((k_held, k_here), (v_held, v_here))):
-                lane = pl.multiple_of((2 * head + part) * head_dim, head_dim)
+                lane = pl.multiple_of(column + part * head_dim, head_dim)
                 source = cache.at[pl.ds(row, box), pl.ds(lane, head_dim)]
                 plgpu.copy_gmem_to_smem(source, held.at[to, pl.ds(j * box, box)], here.at[to])
-                for of_all in scales:
-                    source = of_all.at[(number * kv_heads + head) * 2 + part, pl.ds(first_row, box)]
-                    plgpu.copy_gmem_to_smem(source, scales_held.at[to, part, pl.ds(j * box, box)], here.at[to])
+                for of_all in scales:  # which come with the keys
+                    one = (number * kv_heads + head) * 2 + part
+                    source = of_all.at[one, pl.ds(pl.multiple_of(first_row, box), box)]
+                    plgpu.copy_gmem_to_smem(source, scales_held.at[to, part, pl.ds(j * box, box)], k_here.at[to])
 
     @pl.when(start < end)
     def _() -> None:
@@ -162,8 +163,6 @@ def _body(
             at, begin = lax.rem(i, jnp.int32(buffers)), start + i * length
             ahead = i + (buffers - 1)
             pl.when(ahead < count)(partial(fetch, ahead))  # to where the block before was
-
-            left = end - begin  # of the block's kv tokens
 
             def scores(product: Any) -> jax.Array:
                 plgpu.wgmma(product, q_held, keys.transpose((1, 0)))
@@ -189,24 +188,25 @@ def _body(
             weight = jnp.exp2(score - lax.broadcast_in_dim(new, score.shape, [0]))
             norm = norm * fade + weight.sum(axis=1)
             acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
-            plgpu.barrier_wait(v_here.at[at])
             # What no one has written may be NaN, and 0 * NaN is NaN.
             if scales:
                 weight = weight * along(scales_held.at[at, 1])
                 if cut:
                     weight = jnp.where(seen, weight, 0.0)
             weight = weight.astype(dtype)
+            plgpu.barrier_wait(v_here.at[at])
             values = v_held.at[at]
             if widened is not None:
-                values = widen(values, left if cut else None)
+                values = widen(values, end - begin if cut else None)
             elif cut:
-                pl.when(left < length)(partial(clear, values, left))
+                pl.when(begin + length > end)(partial(clear, at, end - begin))
             return add(acc, weight, values), new, norm
 
-        def clear(values: Any, left: jax.Array) -> None:
+        def clear(at: jax.Array, left: jax.Array) -> None:
             """Leaves the first ones, which are written."""
-            kept = plgpu.load(values, layout=layout)
-            values[...] = jnp.where(iota((length, head_dim), 0) < left, kept, jnp.zeros_like(kept))
+            values = plgpu.load(v_held.at[at], layout=layout)
+            values = jnp.where(iota((length, head_dim), 0) < left, values, jnp.zeros_like(values))
+            v_held[at] = values
             plgpu.commit_smem()
 
         def widen(block: Any, left: jax.Array | None = None) -> Any:
