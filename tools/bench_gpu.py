@@ -6,9 +6,10 @@
     python tools/bench_gpu.py --dry-run                      # the whole script on CPU, with a tiny model
 
 Weights are random bfloat16, drawn on the device and kept in --folder (16 GB for Llama 3.1 8B). Each part is a process
-of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention), `steps` (draws
-weights; compiled steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A
-host gap is the share of a served decode step that the queued step does not take.
+of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention over KV caches of 16
+and of 8 bits), `steps` (draws weights; compiled steps, queued so that the device never waits), `serve`
+(`jaxserve serve` under load, over HTTP). A host gap is the share of a served decode step that the queued step does not
+take.
 """
 
 import argparse

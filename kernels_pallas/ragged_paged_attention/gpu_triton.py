@@ -141,10 +141,11 @@ def widened(kept: Shaped[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]
     """What a cache keeps, exactly, as numbers of the queries' type.
 
     Ampere has no instruction for E4M3. Seven bits further up, and without the copy of the sign that is between, they
-    are float16 numbers, whose exponents count from 8 less; but for NaN, which is all ones.
+    are float16 numbers, whose exponents count from 8 less; but for NaN, which is all ones. They are multiplied in
+    float32, which has room for the smallest.
     """
     if kept.dtype != jnp.float8_e4m3fn:
         return kept.astype(dtype)
     bits = (lax.bitcast_convert_type(kept, jnp.int8).astype(jnp.int16) << 7) & ~0x4000
-    numbers = lax.bitcast_convert_type(bits, jnp.float16) * 256.0
+    numbers = lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256.0
     return jnp.where((bits & 0x7FFF) == (0x7F << 7), jnp.nan, numbers).astype(dtype)

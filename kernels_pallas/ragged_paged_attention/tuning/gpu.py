@@ -37,8 +37,8 @@ class GpuBlocks(NamedTuple):
 def blocks_for(
     chip: str, hopper: bool, dtype: str, queries: str, heads: int, kv_heads: int, head_dim: int, page: int
 ) -> tuple[GpuBlocks, GpuBlocks]:
-    """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton, for a cache of `dtype`
-    and `queries` of another type, if that is of 8 bits.
+    """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton. `dtype` is the cache's,
+    `queries` the type of the queries, which differ where the cache is of 8 bits.
 
     An entry serves where all that it names agrees, and the first such entry is taken.
     """
