@@ -35,9 +35,9 @@ PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
 """Where nobody asks for one. The CPU's kernels lay 16 positions side by side, a GPU copies boxes of 64 rows. A TPU's
 kernel issues a copy a page: for two heads of a device pages of 16 cost half as much again as the computing, of 64 a
 sixth (BENCHMARKS.md); larger ones leave more memory unused at every sequence's end."""
-READS_INT8 = ("reference", "cpu", "tpu")
+READS_INT8 = ("reference", "cpu", "gpu", "tpu")
 """Bodies that take an Int8Cache."""
-READS_FP8 = ("reference", "tpu")
+READS_FP8 = ("reference", "gpu", "tpu")
 """Bodies that take a cache of float8_e4m3fn; the reference on CPU for trying it only, where XLA copies such a cache as
 float16 in each layer."""
 

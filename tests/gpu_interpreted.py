@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_int8_cache import int8_batch
 from test_kernels import oracle, random_batch
 
 from kernels_pallas.ragged_paged_attention import gpu, gpu_hopper
@@ -47,6 +48,8 @@ class OneBuffer:
         return jax.lax.rem(x, n) * (n != 2)
 
 
+batch_of_floats = partial(random_batch, np.random.default_rng(0))
+batch_of_bytes = partial(int8_batch, 0, body="gpu")
 BUGS = {
     "no wait": lambda: mock.patch.object(plgpu, "barrier_wait", never_waits),
     "buffer filled while read": lambda: mock.patch.object(gpu_hopper, "lax", OneBuffer()),
@@ -55,13 +58,15 @@ RUNS = {
     "mixed, with a window, decoding in parts": (MIXED, dict(window=40, waves=8)),
     "page of nobody": (DECODE, {}),
     **{bug: (DECODE, {}) for bug in BUGS},
+    "int8": (DECODE, dict(batch=batch_of_bytes)),
+    "int8, no wait": (DECODE, dict(batch=batch_of_bytes)),
 }
 
 
 def run(name):
     case, options = RUNS[name]
     waves, window = options.get("waves", 0), options.get("window")
-    args, kv = random_batch(np.random.default_rng(0), **SIZES, **case)
+    args, kv = options.get("batch", batch_of_floats)(**SIZES, **case)
     args[5] = args[5][:, :7]
     if name == "page of nobody":
         args[5] = args[5].at[1, 2].set(5000)
@@ -70,13 +75,13 @@ def run(name):
     said, raised, error = io.StringIO(), None, None
     with (
         mock.patch.object(plgpu, "wgmma", reads_first),
-        BUGS.get(name, contextlib.nullcontext)(),
+        BUGS.get(name.removeprefix("int8, "), contextlib.nullcontext)(),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
     ):
         try:
             out, _ = kernel(*args, interpret=plgpu.InterpretGPUParams(detect_races=True))
-            want = oracle(args, kv, 0.3, window)
+            want = oracle([*args[:3], 0, *args[4:]], kv, 0.3, window)
             error = float(np.abs(np.asarray(out, np.float32)[: len(want)] - want).max())
         except Exception as e:  # whatever the interpreter raises is what is asked for
             raised = str(e)[-5000:]

@@ -1,40 +1,64 @@
 """The GPU's kernels without a GPU: their shapes and types under interpreters, what is cut and chosen for them."""
 
-import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted_runs import runs_of
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_kernels import oracle, random_batch
 
 from jaxserve import attention
 from jaxserve.errors import ConfigError
-from kernels_pallas.ragged_paged_attention import gpu, tuning
-from kernels_pallas.ragged_paged_attention.contract import Int8Cache, validate_for_gpu
-from kernels_pallas.ragged_paged_attention.tuning.gpu import OWN_BYTES, ROWS, SHARED_BYTES, GpuBlocks, blocks_for
+from kernels_pallas.ragged_paged_attention import gpu, gpu_hopper, gpu_triton, tuning
+from kernels_pallas.ragged_paged_attention.contract import Int8Cache, quantised, validate_for_gpu
+from kernels_pallas.ragged_paged_attention.tuning.gpu import (
+    OWN_BYTES,
+    ROWS,
+    SCALE_BYTES,
+    SHARED_BYTES,
+    GpuBlocks,
+    blocks_for,
+)
 
-ROOT = Path(__file__).parent.parent
 SMALL = gpu.Chip("a GPU of one core", "9.0", 1)
+FP8 = "float8_e4m3fn"
 
 # Rows that are tiles of 128 and of 32 bytes, more heads than a chunk takes, pages of less than a block and of more,
 # parts of sequences; the first in float32, which the interpreter multiplies as it is.
 HOPPER = [
     dict(heads=2, kv_heads=2, head_dim=64, page=16, dtype="float32", waves=12, sinks=True),
     dict(heads=12, kv_heads=1, head_dim=80, page=128, dtype="bfloat16", window=20, soft_cap=3.0),
+    dict(heads=4, kv_heads=2, head_dim=32, page=32, dtype="float32", kept="int8", soft_cap=3.0),
+    dict(heads=2, kv_heads=1, head_dim=96, page=128, dtype="bfloat16", kept=FP8, window=20),
 ]
 TRITON = [
     dict(heads=16, kv_heads=1, head_dim=80, page=32, dtype="bfloat16", waves=16, window=33),
     dict(heads=3, kv_heads=1, head_dim=192, page=128, dtype="float16", sinks=True, causal=False),
+    dict(heads=18, kv_heads=2, head_dim=24, page=32, dtype="bfloat16", kept="int8", waves=16, window=33),
+    dict(heads=2, kv_heads=1, head_dim=48, page=128, dtype="float16", kept=FP8, causal=False),
 ]
+
+
+def as_kept(rows, kept, kv_heads):
+    """Rows [P, page, K*2*H] as a cache of that type; what is NaN has NaN for a scale in an Int8Cache."""
+    if kept != jnp.int8:
+        return rows.astype(kept)
+    values, scales = quantised(rows.reshape(*rows.shape[:2], kv_heads * 2, -1))
+    return Int8Cache(values.reshape(rows.shape), scales.transpose(0, 2, 1))
+
+
+def numbers_in(cache):
+    """What a cache keeps, float64 [P, page, K*2*H]."""
+    if not isinstance(cache, Int8Cache):
+        return np.asarray(cache, np.float64)
+    scales = np.asarray(cache.scales, np.float64).transpose(0, 2, 1)[..., None]  # [P, page, K*2, 1]
+    values = np.asarray(cache.values, np.float64).reshape(*scales.shape[:3], -1)
+    return (values * scales).reshape(cache.shape)
 
 
 # Rows of queries that a share has not are NaN in the interpreter's memory.
@@ -42,7 +66,9 @@ TRITON = [
 @pytest.mark.parametrize(
     ("body", "case"),
     [*(("hopper", case) for case in HOPPER), *(("triton", case) for case in TRITON)],
-    ids=lambda v: v if isinstance(v, str) else f"{v['heads']}-{v['kv_heads']}x{v['head_dim']}-{v['dtype']}",
+    ids=lambda v: (
+        v if isinstance(v, str) else f"{v['heads']}-{v['kv_heads']}x{v['head_dim']}-{v['dtype']}-{v.get('kept')}"
+    ),
 )
 def test_shapes_and_types(body, case):
     """Against float64, from the keys and values as the cache keeps them; what is not written is NaN."""
@@ -58,7 +84,9 @@ def test_shapes_and_types(body, case):
         pasts=[0, 100, 50, 9],
     )
     table, dtype = args[5][:, : -(-128 // case["page"])], jnp.dtype(case["dtype"])
-    args = [*(a.astype(dtype) for a in args[:4]), args[4], table, *args[6:]]
+    keep = partial(as_kept, kept=jnp.dtype(case.get("kept", dtype)), kv_heads=case["kv_heads"])
+    new, rows = [a.astype(dtype) for a in args[:3]], args[3].astype(dtype)
+    args = [*new, keep(rows), args[4], table, *args[6:]]
     if case.get("sinks"):
         options["sinks"] = np.linspace(-2, 3, case["heads"]).astype(np.float32)
     blocks = GpuBlocks(64, 2, 1, case.get("waves", 0))
@@ -69,31 +97,57 @@ def test_shapes_and_types(body, case):
         )
     )  # fmt: skip
     out, cache = run(*args)
-    kv = [np.asarray(jnp.asarray(rows).astype(dtype), np.float64) for rows in kv]
-    want = oracle([np.asarray(args[0], np.float64), *args[1:]], kv, 0.2, options.pop("window", None), **options)
+    kv = [
+        numbers_in(keep(jnp.asarray(rows).astype(dtype).reshape(1, len(rows), -1))).reshape(rows.shape) for rows in kv
+    ]
+    seen = [np.asarray(args[0], np.float64), *args[1:3], 0, *args[4:]]
+    want = oracle(seen, kv, 0.2, options.pop("window", None), **options)
     close = 2e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(want)], want, rtol=close, atol=close)
     assert np.isfinite(np.asarray(out, np.float32)).all(), "padding rows must stay finite"
+    held = numbers_in(cache)
     for s, rows in enumerate(kv):
-        got = np.asarray(cache, np.float64)[np.asarray(table)[s]].reshape(-1, *rows.shape[1:])[: len(rows)]
+        got = held[np.asarray(table)[s]].reshape(-1, *rows.shape[1:])[: len(rows)]
         np.testing.assert_array_equal(got, rows)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_number_of_eight_bits_is_made_wider_exactly(dtype):
+    """In Triton, by moving bits."""
+    every = np.arange(256, dtype=np.uint8)
+    for kept in (FP8, "int8"):
+        numbers = every.view(jnp.dtype(kept))
+        got = gpu_triton.widened(jnp.asarray(numbers), jnp.dtype(dtype))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(got, np.float32), numbers.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("found", "hopper"),
+    [
+        ({}, True),
+        (dict(capability="8.0"), False), (dict(capability="10.0"), False),
+        (dict(dtype="float32", kept="float32"), False), (dict(head_dim=80), True), (dict(head_dim=24), False),
+        (dict(kept="int8"), True), (dict(kept=FP8), True), (dict(dtype="float16", kept="int8"), True),
+        (dict(dtype="float32", kept="int8"), False), (dict(kept=FP8, head_dim=80), False),
+        (dict(kept="int8", page=16), False), (dict(kept="int8", page=32), True), (dict(kept=FP8, page=16), True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_body_for_hopper_takes_what_its_copies_and_products_can(found, hopper):
+    asked = dict(capability="9.0", dtype="bfloat16", kept="bfloat16", head_dim=128, page=64) | found
+    asked |= {name: jnp.dtype(asked[name]) for name in ("dtype", "kept")}
+    assert gpu_hopper.takes(**asked) == hopper
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """What each run of tests/gpu_interpreted.py found, by name."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/gpu_interpreted.py")],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {run["name"]: run for run in runs}
+    return runs_of("gpu_interpreted.py")
 
 
-def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted):
-    run = interpreted["mixed, with a window, decoding in parts"]
+@pytest.mark.parametrize("name", ["mixed, with a window, decoding in parts", "int8"])
+def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted, name):
+    run = interpreted[name]
     assert run["raised"] is None and run["error"] < 2e-5, run
     assert not run["race"]
 
@@ -101,21 +155,32 @@ def test_every_copy_is_waited_for_and_no_two_touch_one_buffer(interpreted):
 def test_the_interpreter_finds_planted_bugs(interpreted):
     """Of a page outside of the cache it makes zeros, as the copy engine does: only the result tells. So it is on the
     oldest JAX for a buffer that is filled too early, which newer ones call a race."""
-    assert interpreted["no wait"]["race"]
+    assert interpreted["no wait"]["race"] and interpreted["int8, no wait"]["race"]
     early = interpreted["buffer filled while read"]
     assert early["race"] or early["raised"] or not early["error"] < 0.1
     assert interpreted["page of nobody"]["error"] > 0.1
 
 
-def test_blocks_by_rule_fit_shared_memory():
+@pytest.mark.parametrize(("dtype", "kept"), [("bfloat16", 2), (FP8, 1), ("int8", 1)])
+def test_blocks_by_rule_fit_shared_memory(dtype, kept):
     for head_dim in (64, 80, 96, 128, 192, 256):
         for blocks, result in zip(
-            blocks_for("a chip of tomorrow", True, "bfloat16", 32, 8, head_dim, 64), (4, 0), strict=True
+            blocks_for("a chip of tomorrow", True, dtype, "bfloat16", 32, 8, head_dim, 64), (4, 0), strict=True
         ):
-            queries = ROWS * head_dim * (2 + result)
-            shared = queries + blocks.buffers * blocks.positions * head_dim * 4 + OWN_BYTES
+            shared = ROWS * head_dim * (2 + result) + OWN_BYTES
+            shared += blocks.buffers * blocks.positions * head_dim * 2 * kept
+            if kept == 1:  # and the block that they become numbers in
+                shared += blocks.positions * head_dim * 2
+            if dtype == "int8":
+                shared += blocks.buffers * SCALE_BYTES
+                assert 2 * blocks.positions * 4 <= SCALE_BYTES
             assert shared <= SHARED_BYTES[head_dim > 128], head_dim
             assert blocks.buffers >= 2 and blocks.positions % 64 == 0
+
+
+def test_blocks_in_triton_are_of_the_queries_numbers():
+    by_queries = [blocks_for("a chip", False, "int8", queries, 32, 8, 128, 64) for queries in ("bfloat16", "float32")]
+    assert by_queries[0][0].positions > by_queries[1][0].positions
 
 
 def test_an_entry_of_the_tuning_file_goes_before_the_rule(monkeypatch):
@@ -124,8 +189,9 @@ def test_an_entry_of_the_tuning_file_goes_before_the_rule(monkeypatch):
     )
     monkeypatch.setattr(tuning, "_entries", lambda file: [entry] if file == "gpu.json" else [])
     blocks_for.cache_clear()
-    assert blocks_for("NVIDIA H200", True, "float16", 6, 2, 128, 64) == (GpuBlocks(128, 3), GpuBlocks(64, 2))
-    assert blocks_for("NVIDIA H200", True, "float16", 6, 2, 64, 64) != (GpuBlocks(128, 3), GpuBlocks(64, 2))
+    found = GpuBlocks(128, 3), GpuBlocks(64, 2)
+    assert blocks_for("NVIDIA H200", True, "float16", "float16", 6, 2, 128, 64) == found
+    assert blocks_for("NVIDIA H200", True, "float16", "float16", 6, 2, 64, 64) != found
     blocks_for.cache_clear()
 
 
@@ -133,9 +199,9 @@ def test_the_choice_of_blocks_is_said_once(caplog):
     blocks_for.cache_clear()
     with caplog.at_level(logging.INFO, "jaxserve.attention"):
         for _ in range(2):
-            blocks_for("some chip", True, "bfloat16", 48, 3, 128, 64)
+            blocks_for("some chip", True, "int8", "bfloat16", 48, 3, 128, 64)
     (record,) = caplog.records
-    assert "some chip" in record.getMessage() and "by rule" in record.getMessage()
+    assert all(said in record.getMessage() for said in ("some chip", "'hopper': True", "'dtype': 'int8'", "by rule"))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +213,10 @@ def test_few_sequences_are_cut_into_parts_that_fill_the_chip(shares, cores, part
 
 def test_what_a_gpu_cannot_do_is_refused():
     bfloat16 = jnp.dtype("bfloat16")
-    validate_for_gpu(64, bfloat16, 256, "8.0")
+    for dtype in ("bfloat16", "int8", FP8):
+        validate_for_gpu(64, jnp.dtype(dtype), 256, "8.0")
+    with pytest.raises(ValueError, match=r"a cache of float8_e5m2 \(--kv-cache-dtype\)"):
+        validate_for_gpu(64, jnp.dtype("float8_e5m2"), 128, "9.0")
     for capability, found in (("7.5", "7.5"), (None, "none"), ("gfx942", "gfx942")):
         with pytest.raises(ValueError, match=rf"capability 8.0 or above; the device has {found}"):
             validate_for_gpu(64, bfloat16, 128, capability)
@@ -160,17 +229,16 @@ def test_what_a_gpu_cannot_do_is_refused():
         gpu.ragged_paged_attention(*args, scale=1.0)
     with pytest.raises(ValueError, match="scale must be a number above 0"):
         gpu.ragged_paged_attention(*args, scale=0.0)
-    with pytest.raises(ValueError, match="a cache of the queries' type; found bfloat16 and float32"):
+    with pytest.raises(ValueError, match="a cache of the queries' type, or of 8 bits; found bfloat16 and float32"):
         gpu.ragged_paged_attention(*args[:3], args[3].astype("bfloat16"), *args[4:], scale=1.0)
-    scales = jnp.zeros((args[3].shape[0], 2, args[3].shape[1]), jnp.float32)
-    with pytest.raises(ValueError, match="do not read an Int8Cache; use the reference"):
-        gpu.ragged_paged_attention(*args[:3], Int8Cache(args[3].astype("int8"), scales), *args[4:], scale=1.0)
 
 
 def test_the_kernel_is_chosen_on_gpu_only():
     for capability in ("8.0", "9.0", "12.1"):
-        name, reason, kernel = attention.choose("auto", "gpu", capability=capability, head_dim=128)
-        assert (name, reason, kernel) == ("gpu", "auto on gpu", gpu.ragged_paged_attention)
+        for kind in ("bfloat16", "int8", FP8):
+            name, reason, kernel = attention.choose("auto", "gpu", capability=capability, head_dim=128, kv_dtype=kind)
+            assert (name, reason, kernel) == ("gpu", "auto on gpu", gpu.ragged_paged_attention)
+            assert kind == "bfloat16" or attention.reads(name, kind)
     with pytest.raises(ConfigError, match="attention='gpu' does not run on cpu; use auto"):
         attention.choose("gpu", "cpu")
 
@@ -179,7 +247,7 @@ def test_the_kernel_is_chosen_on_gpu_only():
     ("what", "why"),
     [
         (dict(capability="7.5"), "capability 8.0 or above; the device has 7.5"),
-        (dict(kv_dtype="int8"), "does not read a cache of int8"),
+        (dict(kv_dtype="float8_e5m2"), "does not read a cache of float8_e5m2"),
         (dict(block_size=8), "does not read pages of 8 tokens"),
         (dict(head_dim=288), "heads of up to 256 numbers"),
     ],

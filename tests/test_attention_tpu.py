@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted_runs import runs_of
 from test_kernels import oracle, random_batch
 
 from jaxserve import attention
@@ -21,7 +19,6 @@ from kernels_pallas.ragged_paged_attention import tpu, tuning
 from kernels_pallas.ragged_paged_attention.contract import validate_for_tpu
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
 
-ROOT = Path(__file__).parent.parent
 FLOAT8 = "float8_e4m3fn"
 
 # Sixteen heads of one k, windows that repeat every 1, 2 and 4 heads, more heads than a turn of the kernel takes.
@@ -90,15 +87,7 @@ def test_pages_before_the_window_are_not_read():
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """What each run of tests/tpu_interpreted.py found, by name."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tpu_interpreted.py")],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {run["name"]: run for run in runs}
+    return runs_of("tpu_interpreted.py")
 
 
 SOUND = [

@@ -20,8 +20,8 @@ from jaxserve.runner import Runner
 from kernels_pallas.ragged_paged_attention.contract import Int8Cache, quantised
 
 BODIES = attention.READS_INT8
-COMPILED = [body for body in BODIES if body != "tpu"]
-"""The TPU's is interpreted here and takes seconds to compile."""
+COMPILED = [body for body in BODIES if body not in ("gpu", "tpu")]
+"""The GPU's and the TPU's are interpreted here and take seconds to compile."""
 HEADS = [
     (4, 4, 16, {}),
     (7, 1, 12, {"window": 7}),
@@ -73,7 +73,7 @@ def test_what_is_kept_is_within_half_a_step_and_never_spoils_a_neighbour():
     [
         *((body, PAGE, case) for body in COMPILED for case in range(len(HEADS))),
         *(pytest.param(body, 16, case, marks=pytest.mark.slow) for body in COMPILED for case in range(len(HEADS))),
-        ("tpu", PAGE, 1), ("tpu", 16, 2), ("tpu", PAGE, 3),
+        ("tpu", PAGE, 1), ("tpu", 16, 2), ("tpu", PAGE, 3), ("gpu", 16, 2),
     ],
 )  # fmt: skip
 def test_parity(body, page, case):

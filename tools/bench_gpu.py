@@ -6,9 +6,10 @@
     python tools/bench_gpu.py --dry-run                      # the whole script on CPU, with a tiny model
 
 Weights are random bfloat16, drawn on the device and kept in --folder (16 GB for Llama 3.1 8B). Each part is a process
-of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention), `steps` (draws
-weights; compiled steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A
-host gap is the share of a served decode step that the queued step does not take.
+of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention over KV caches of 16
+and of 8 bits), `steps` (draws weights; compiled steps, queued so that the device never waits), `serve`
+(`jaxserve serve` under load, over HTTP). A host gap is the share of a served decode step that the queued step does not
+take.
 """
 
 import argparse
@@ -183,6 +184,8 @@ def fastest(run: Any, rounds: int) -> float:
 
 # Each repeats its work inside one program, so that launching it does not count.
 REPEATS = 10
+KINDS = ("the queries' type", "int8", "float8_e4m3fn")
+"""What the KV cache keeps numbers as."""
 
 
 def kernels(scale: Scale, model: str, folder: Path) -> list[Figure]:
@@ -206,15 +209,17 @@ def kernels(scale: Scale, model: str, folder: Path) -> list[Figure]:
     figures = [
         Figure("copy bandwidth", bandwidth, "GB/s"),
         Figure("matrix product peak", peak, "TFLOP/s"),
-        Figure("attention: largest error against float32", parity(scale), "of 1"),
     ]
     config = config_of(scale, model)
-    for seqs, context in scale.attention:
-        read, seconds = attention_time(scale, config, seqs, context)
-        share = 100 * read / seconds / 1e9 / bandwidth
-        name = f"attention, {seqs} x {context}"
-        figures.append(Figure(f"{name}: time", 1e6 * seconds, "us"))
-        figures.append(Figure(f"{name}: keys and values of bandwidth", share, "%", "> 80"))
+    for kind in KINDS:
+        of, target = ("attention", "> 80") if kind == KINDS[0] else (f"attention of {kind}", "")
+        figures.append(Figure(f"{of}: largest error against float32", parity(scale, kind), "of 1"))
+        for seqs, context in scale.attention:
+            read, seconds = attention_time(scale, config, seqs, context, kind)
+            share = 100 * read / seconds / 1e9 / bandwidth
+            name = f"{of}, {seqs} x {context}"
+            figures.append(Figure(f"{name}: time", 1e6 * seconds, "us"))
+            figures.append(Figure(f"{name}: keys and values of bandwidth", share, "%", target))
     return figures
 
 
@@ -231,9 +236,21 @@ def _kernel(scale: Scale) -> Any:
     return partial(ragged_paged_attention, interpret=True) if scale.dry else ragged_paged_attention
 
 
-def parity(scale: Scale) -> float:
-    """The largest difference to the reference in float32, of random ragged batches of several shapes; what no one has
-    written is NaN."""
+def cache_of(rows: Any, kind: str, kv_heads: int) -> Any:
+    """Rows [P, page, K*2*H] as a cache of that kind; what is NaN has NaN for a scale in an Int8Cache."""
+    from kernels_pallas.ragged_paged_attention.contract import Int8Cache, narrowed, quantised
+
+    if kind == KINDS[0]:
+        return rows
+    if kind != "int8":
+        return narrowed(rows, kind)
+    values, scales = quantised(rows.reshape(*rows.shape[:2], kv_heads * 2, -1))
+    return Int8Cache(values.reshape(rows.shape), scales.transpose(0, 2, 1))
+
+
+def parity(scale: Scale, kind: str) -> float:
+    """The largest difference to the reference with queries in float32, of random ragged batches of several shapes; what
+    no one has written is NaN."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -261,28 +278,29 @@ def parity(scale: Scale) -> float:
             given = dict(case, scale=head_dim**-0.5)
             if case.get("sinks"):
                 given["sinks"] = jnp.linspace(-2.0, 3.0, heads)
-            kept = jnp.asarray(cache, dtype)
-            out = jax.jit(partial(_kernel(scale), **given))(*new, kept, *rest)[0]
-            wide = [a.astype(jnp.float32) for a in (*new, kept)]
-            want = jax.jit(partial(reference, **given))(*wide, *rest)[0]
+            rows = jnp.asarray(cache, dtype)
+            out = jax.jit(partial(_kernel(scale), **given))(*new, cache_of(rows, kind, kv_heads), *rest)[0]
+            wide, same = [a.astype(jnp.float32) for a in new], cache_of(rows.astype(jnp.float32), kind, kv_heads)
+            want = jax.jit(partial(reference, **given))(*wide, same, *rest)[0]
             difference = float(jnp.abs(out.astype(jnp.float32) - want)[: cu[-1]].max())
             if not difference < (1e-4 if scale.dry else 3e-2):
                 raise SystemExit(
-                    f"{heads} / {kv_heads} heads of {head_dim}, pages of {page}, {case}: off by {difference}"
+                    f"{heads} / {kv_heads} heads of {head_dim}, pages of {page}, a cache of {kind}, {case}: "
+                    f"off by {difference}"
                 )
             worst = max(worst, difference)
     return worst
 
 
-def attention_time(scale: Scale, config: Any, seqs: int, context: int) -> tuple[float, float]:
-    """Bytes of keys and values that a decode step of attention reads, and its seconds."""
+def attention_time(scale: Scale, config: Any, seqs: int, context: int, kind: str) -> tuple[float, float]:
+    """Bytes of keys and values that a decode step of attention reads, scales among them, and its seconds."""
     import jax
     import jax.numpy as jnp
 
     page, dtype = 64, jnp.float32 if scale.dry else jnp.bfloat16
     width = -(-context // page)
     row = config.kv_heads * 2 * config.head_dim
-    cache = jnp.zeros((seqs * width, page, row), dtype)
+    cache = cache_of(jnp.zeros((seqs * width, page, row), dtype), kind, config.kv_heads)
     q = jnp.zeros((seqs, config.heads, config.head_dim), dtype)
     k = jnp.zeros((seqs, config.kv_heads, config.head_dim), dtype)
     table = jnp.arange(seqs * width, dtype=jnp.int32).reshape(seqs, width)
@@ -298,7 +316,8 @@ def attention_time(scale: Scale, config: Any, seqs: int, context: int) -> tuple[
 
     run = jax.jit(steps)
     seconds = fastest(lambda: run(q, cache), scale.rounds) / REPEATS
-    return float(seqs * context * row * cache.dtype.itemsize), seconds
+    kept = sum(a.nbytes for a in jax.tree.leaves(cache))
+    return kept * context / (width * page), seconds
 
 
 def config_of(scale: Scale, model: str) -> Any:
@@ -494,7 +513,7 @@ def sanitize(tool: str) -> int:
     if program is None:
         raise SystemExit("compute-sanitizer is not on the PATH; it is part of the CUDA toolkit")
     check = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]; import bench_gpu as b; "
-    check += "b._check_device(b.REAL); print('largest error', b.parity(b.REAL))"
+    check += "b._check_device(b.REAL); print('largest errors', [b.parity(b.REAL, kind) for kind in b.KINDS])"
     flags = ["--error-exitcode", "1", "--tool", tool, "--kernel-name", "regex=jaxserve_attention"]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return subprocess.run([program, *flags, sys.executable, "-c", check], env=environment).returncode

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gates_gpu  # noqa: E402
 import gates_step  # noqa: E402
+from gates_attention import Heads, lowered  # noqa: E402
 
 LIMITS = Path(__file__).with_suffix(".json")
 SLACK = 1.03
@@ -233,30 +234,15 @@ def over(found: dict[str, float], limits: dict[str, float] | None) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention as a model has it, and over how many devices its heads are split."""
-
-    query: int
-    kv: int
-    dim: int
-    devices: int = 4
-    window: int | None = None
-    soft_cap: float | None = None
-    causal: bool = True
-    values: int | None = None
-    """Of latents, which each device has whole: the numbers of a key that are its value."""
-
-
 HEADS = {
-    "llama3-8b": Heads(32, 8, 128),  # Mixtral 8x7B has the same
-    "qwen3-0.6b": Heads(16, 8, 128),
-    "gemma2-9b": Heads(16, 8, 256, window=4096, soft_cap=50.0),
-    "llama3-8b-on-1": Heads(32, 8, 128, devices=1),
-    "phi3-mini-on-1": Heads(32, 32, 96, devices=1),
-    "bge-base-on-1": Heads(12, 12, 64, devices=1, causal=False),
-    "deepseek-v2-lite-on-1": Heads(16, 1, 576, devices=1, values=512),
-    "deepseek-v2": Heads(128, 1, 576, values=512),
+    "llama3-8b": Heads(32, 8, 128, devices=4),  # Mixtral 8x7B has the same
+    "qwen3-0.6b": Heads(16, 8, 128, devices=4),
+    "gemma2-9b": Heads(16, 8, 256, devices=4, window=4096, soft_cap=50.0),
+    "llama3-8b-on-1": Heads(32, 8, 128),
+    "phi3-mini-on-1": Heads(32, 32, 96),
+    "bge-base-on-1": Heads(12, 12, 64, causal=False),
+    "deepseek-v2-lite-on-1": Heads(16, 1, 576, values=512),
+    "deepseek-v2": Heads(128, 1, 576, devices=4, values=512),
 }
 
 
@@ -278,53 +264,20 @@ def gates() -> list[Gate]:
 def attention(
     chip: str, model: str, *, page: int = 64, dtype: str = "bfloat16", tokens: int = 512, seqs: int = 64
 ) -> Gate:
-    """The kernel on a mesh of the chip's whole slice, over a cache that no on-chip memory can hold."""
+    """The kernel on a mesh of the chip's whole slice."""
     kind = "decode" if tokens == seqs else "mixed"
     heads = HEADS[model]
 
     def lower() -> tuple[Any, int]:
-        import jax
-        import jax.numpy as jnp
         import numpy as np
         from jax.experimental import topologies
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from jax.sharding import Mesh
 
-        from kernels_pallas.ragged_paged_attention.contract import Int8Cache, latent_row
         from kernels_pallas.ragged_paged_attention.tpu import ragged_paged_attention
 
         devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
         mesh = Mesh(np.array(devices).reshape(-1, heads.devices), ("data", "model"))
-        activations = jnp.float32 if dtype == "float32" else jnp.bfloat16
-        by_head, by_lane, whole = PartitionSpec(None, "model"), PartitionSpec(None, None, "model"), PartitionSpec()
-        row, cache_spec, kv_spec, cut = heads.kv * 2 * heads.dim, by_lane, by_head, heads.devices
-        if heads.values is not None:
-            row, cache_spec, kv_spec, cut = latent_row(heads.dim), whole, whole, 1
-        page_bytes = page * row * jnp.dtype(dtype).itemsize // cut
-        pages = 256 * 2**20 // page_bytes
-        cache: Any = jax.ShapeDtypeStruct((pages, page, row), dtype)
-        if dtype == "int8":
-            page_bytes += page * heads.kv * 2 * 4 // heads.devices
-            cache_spec = Int8Cache(by_lane, by_head)  # type: ignore[arg-type, assignment]
-            cache = Int8Cache(cache, jax.ShapeDtypeStruct((pages, heads.kv * 2, page), jnp.float32))  # type: ignore[arg-type]
-        v_spec = None if heads.values is not None else kv_spec
-        specs = (by_head, kv_spec, v_spec, cache_spec, whole, whole, whole, whole)
-        k = jax.ShapeDtypeStruct((tokens, heads.kv, heads.dim), activations)
-        shapes = [
-            jax.ShapeDtypeStruct((tokens, heads.query, heads.dim), activations),
-            k,
-            None if heads.values is not None else k,
-            cache,
-            *[jax.ShapeDtypeStruct(s, jnp.int32) for s in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
-        ]
-        arguments = jax.tree.map(
-            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
-            shapes,
-            list(specs),
-        )
-        options = dict(window=heads.window, soft_cap=heads.soft_cap, causal=heads.causal, value_dim=heads.values)
-        step = partial(ragged_paged_attention, scale=heads.dim**-0.5, **options)
-        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(by_head, cache_spec), check_vma=False)
-        return jax.jit(sharded, donate_argnums=3).lower(*arguments), pages * page_bytes
+        return lowered(ragged_paged_attention, mesh, heads, page=page, dtype=dtype, tokens=tokens, seqs=seqs)
 
     return Gate(f"{chip}/{model}/{dtype}/page{page}/{kind}", lower)
 

@@ -3,10 +3,10 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from gates_attention import Heads, lowered
 
 
 @contextlib.contextmanager
@@ -20,18 +20,6 @@ def described(chip: str, devices: int) -> Iterator[list[Any]]:
     seen = jax.sharding.AbstractDevice(found[0].device_kind, found[0].core_count, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=seen)):
         yield found
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention as a model has it, and over how many devices its heads are split."""
-
-    query: int
-    kv: int
-    dim: int
-    devices: int = 1
-    window: int | None = None
-    soft_cap: float | None = None
 
 
 HEADS = {
@@ -53,6 +41,11 @@ def gates() -> list[tuple[str, Callable[[], tuple[Any, int]]]]:
     found += [attention("a100", model) for model in ("gemma2-9b", "phi3-mini")]
     found += [attention("h100", "llama3-8b", page=page) for page in (16, 128)]
     found += [attention("h100", "llama3-8b", dtype=dtype) for dtype in ("float16", "float32")]
+    for dtype in ("int8", "float8_e4m3fn"):
+        found += [attention(chip, "llama3-8b", dtype=dtype) for chip in ("h100", "a100")]
+        found += [attention("h100", model, dtype=dtype) for model in ("llama3.2-1b", "gemma2-9b")]
+    found += [attention("h100", "llama3-8b-on-8", dtype="int8"), attention("h100", "llama3-8b", dtype="int8", page=16)]
+    found += [attention("h100", "phi2", dtype="float8_e4m3fn")]
     found += [attention("h100", "llama3-8b", seqs=1, tokens=1), attention("h100", "llama3-8b", seqs=256, tokens=256)]
     return found
 
@@ -60,39 +53,18 @@ def gates() -> list[tuple[str, Callable[[], tuple[Any, int]]]]:
 def attention(
     chip: str, model: str, *, page: int = 64, dtype: str = "bfloat16", tokens: int = 512, seqs: int = 64
 ) -> tuple[str, Callable[[], tuple[Any, int]]]:
-    """The kernel over a cache that no on-chip memory can hold; in shard_map, where there are several devices."""
+    """The kernel on as many of the chip as a model's heads are split over."""
     heads = HEADS[model]
 
     def lower() -> tuple[Any, int]:
-        import jax
-        import jax.numpy as jnp
         import numpy as np
-        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from jax.sharding import Mesh
 
         from kernels_pallas.ragged_paged_attention.gpu import ragged_paged_attention
 
-        row = heads.kv * 2 * heads.dim
-        page_bytes = page * row * jnp.dtype(dtype).itemsize // heads.devices
-        pages = 256 * 2**20 // page_bytes
-        by_head, by_lane, whole = PartitionSpec(None, "model"), PartitionSpec(None, None, "model"), PartitionSpec()
-        specs = (by_head, by_head, by_head, by_lane, whole, whole, whole, whole)
-        shapes = [
-            ((tokens, heads.query, heads.dim), dtype),
-            *[((tokens, heads.kv, heads.dim), dtype)] * 2,
-            ((pages, page, row), dtype),
-            *[(shape, jnp.int32) for shape in ((seqs,), (seqs, 8192 // page), (seqs + 1,), (3,))],
-        ]
-        options = dict(scale=heads.dim**-0.5, window=heads.window, soft_cap=heads.soft_cap)
         with described(chip, heads.devices) as devices:
             mesh = Mesh(np.array(devices), ("model",))
-            arguments = [
-                jax.ShapeDtypeStruct(shape, of, sharding=NamedSharding(mesh, spec))
-                for (shape, of), spec in zip(shapes, specs, strict=True)
-            ]
-            run: Any = partial(ragged_paged_attention, **options)
-            if heads.devices > 1:
-                run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(by_head, by_lane), check_vma=False)
-            return jax.jit(run, donate_argnums=3).lower(*arguments), pages * page_bytes
+            return lowered(ragged_paged_attention, mesh, heads, page=page, dtype=dtype, tokens=tokens, seqs=seqs)
 
     kind = "decode" if tokens == seqs else "mixed"
     return f"{chip}/{model}/{dtype}/page{page}/{kind}-{tokens}", lower

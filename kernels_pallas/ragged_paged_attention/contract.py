@@ -228,7 +228,7 @@ def validate_for_gpu(page: int, dtype: np.dtype, head_dim: int, capability: str 
     major = (capability or "").partition(".")[0]
     if not major.isdigit() or int(major) < 8:
         raise ValueError(f"it needs NVIDIA's compute capability 8.0 or above; the device has {capability or 'none'}")
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"it does not read a cache of {dtype.name} (--kv-cache-dtype)")
     if head_dim > 256:
         raise ValueError(f"its memory holds heads of up to 256 numbers; the model's have {head_dim}")

@@ -6,7 +6,8 @@ a share, C chunks of the heads that share a kv head, R rows of queries of a shar
 A share is some queries of one sequence and a stretch of its kv tokens. Sequences that decode are cut along their kv
 tokens (split-KV: flash-decoding, Dao et al., 2023), so that few long ones fill the GPU, all others along their queries.
 Row h * Q + t of a share is its t-th query token for the h-th head of the chunk. The body for Hopper is
-gpu_hopper.py's, that for other generations and for float32 gpu_triton.py's; both take shares and give the same.
+gpu_hopper.py's, that for whatever it does not take, other generations above all, gpu_triton.py's; both take shares and
+give the same.
 """
 
 import math
@@ -20,9 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.ragged_paged_attention import gpu_hopper, gpu_triton
 from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate, validate_for_gpu
+from kernels_pallas.ragged_paged_attention.gpu_shares import Shares
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 from kernels_pallas.ragged_paged_attention.reference import write
-from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks, blocks_for
+from kernels_pallas.ragged_paged_attention.tuning.gpu import ROWS, GpuBlocks, blocks_for
 
 LOG2_E = math.log2(math.e)
 type Interpret = bool | plgpu.InterpretGPUParams
@@ -72,28 +74,32 @@ def ragged_paged_attention(
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
     if v is None:
         raise ValueError("the GPU's kernels do not read latents; use the reference")
-    if isinstance(cache, Int8Cache):
-        raise ValueError("the GPU's kernels do not read an Int8Cache; use the reference")
-    if q.dtype != cache.dtype:
-        raise ValueError(f"the GPU's kernels want a cache of the queries' type; found {cache.dtype} and {q.dtype}")
+    kept = (cache.values if isinstance(cache, Int8Cache) else cache).dtype
+    if kept.itemsize > 1 and q.dtype != kept:
+        raise ValueError(
+            f"the GPU's kernels want a cache of the queries' type, or of 8 bits; found {kept} and {q.dtype}"
+        )
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a number above 0; found {scale}")
     (tokens, heads, head_dim), kv_heads, page = q.shape, k.shape[1], cache.shape[1]
     chip = chip or _chip()
     if not interpret:
-        validate_for_gpu(page, cache.dtype, head_dim, chip.capability)
-    hopper = gpu_hopper.takes(chip.capability, q.dtype, head_dim)
+        validate_for_gpu(page, kept, head_dim, chip.capability)
+    hopper = gpu_hopper.takes(chip.capability, q.dtype, kept, head_dim, page)
     if interpret:
         hopper = interpret is not True
     if decode is None or prefill is None:
-        tuned = blocks_for(chip.kind, hopper, cache.dtype.name, heads, kv_heads, head_dim, page)
+        tuned = blocks_for(chip.kind, hopper, kept.name, q.dtype.name, heads, kv_heads, head_dim, page)
         decode, prefill = decode or tuned[0], prefill or tuned[1]
     cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, distribution[2])
-    assert isinstance(cache, jax.Array)
+    rows, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, None)
     attend = partial(
         gpu_hopper.attend if hopper else gpu_triton.attend,
-        page=page, kv_heads=kv_heads, table=page_table.reshape(-1), cache=cache.reshape(-1, cache.shape[2]),
-        scale=scale, window=window, soft_cap=soft_cap, causal=causal, interpret=interpret,
+        page=page, kv_heads=kv_heads, table=page_table.reshape(-1), cache=rows.reshape(-1, rows.shape[2]),
+        scales=None if scales is None else scales.reshape(-1, page), window=window, causal=causal, interpret=interpret,
+        # By these a product of q and k becomes an exponent of 2.
+        unit=(scale if soft_cap is None else soft_cap) * LOG2_E,
+        cap=None if soft_cap is None else 2.0 * LOG2_E * scale / soft_cap,
     )  # fmt: skip
     step = _Step(kv_lens, page_table.shape[1], cu_q_lens, distribution, page, kv_heads, window, causal)
     t = jnp.arange(tokens, dtype=jnp.int32)[:, None, None]
@@ -133,19 +139,6 @@ class _Step(NamedTuple):
         if self.window is None:
             return jnp.zeros_like(first)
         return jnp.maximum(first - self.window + 1, 0) // self.page * self.page
-
-
-class Shares(NamedTuple):
-    """What each share reads, int32 [I] each."""
-
-    row: jax.Array
-    """Of the flat page table, where the sequence's begins."""
-    start: jax.Array
-    """Position of the first kv token; the multiple of a block, or of a page."""
-    end: jax.Array
-    """Position after the last one. A share that ends before it starts is none: what it gives is not written."""
-    first: jax.Array
-    """Position of the first query token."""
 
 
 def _decode(
@@ -199,7 +192,7 @@ def _prefill(
     seqs, groups = len(step.kv_lens), heads // kv_heads
     chunks = -(-groups // 8)
     chunk = -(-groups // chunks)  # heads of a chunk
-    queries = gpu_hopper.ROWS // (1 << (chunk - 1).bit_length())
+    queries = ROWS // (1 << (chunk - 1).bit_length())
     begin, q_lens = step.cu_q_lens[:-1], jnp.diff(step.cu_q_lens)
     s = jnp.arange(seqs, dtype=jnp.int32)
     others = (s >= step.distribution[0]) & (s < step.distribution[2])

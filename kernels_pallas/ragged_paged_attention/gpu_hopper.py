@@ -6,6 +6,10 @@ L kv tokens of a block, H head_dim; see gpu.py
 Pages come to shared memory by the copy engine (TMA), several blocks ahead, and are multiplied from there by the tensor
 cores (wgmma), which take 64 rows at a time: rows past R are whatever the memory held, and no one reads theirs. The
 online softmax is that of FlashAttention-2 (Dao, 2023), kept in float32, its exponents to the base of 2.
+
+The tensor cores take the right one of two matrices from shared memory, of the left one's type. Blocks of a cache of 8
+bits come as they are, which is what saves time; one after the other goes through registers to a block of the queries'
+type. Scales of an Int8Cache multiply scores and weights.
 """
 
 import math
@@ -17,36 +21,41 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks
+from kernels_pallas.ragged_paged_attention.gpu_shares import MASKED, Shares
+from kernels_pallas.ragged_paged_attention.tuning.gpu import ROWS, GpuBlocks
 
-ROWS = 64
-"""Rows that the tensor cores take at a time."""
-MASKED = -1e30
-"""A score that no score is below, and from which another one can be subtracted."""
+WIDE = plgpu.Layout.WGMMA_UPCAST_2X
+"""How a block lies in registers while it is made wider: four neighbours to a thread, a word of bytes."""
 
 
-def takes(capability: str, dtype: Any, head_dim: int) -> bool:
-    """Whether this is the body for that. Blackwell has other instructions, and these multiply no float32."""
-    return capability.startswith("9.") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 16 == 0
+def takes(capability: str, dtype: Any, kept: Any, head_dim: int, page: int) -> bool:
+    """Whether this is the body for queries of `dtype` and a cache of `kept`.
+
+    Blackwell has other instructions, and these multiply no float32. The narrowest tiles are 32 bytes wide, and the copy
+    engine writes scales to multiples of 128 bytes.
+    """
+    fits = head_dim * kept.itemsize % 32 == 0 and (kept != jnp.int8 or page >= 32)
+    return capability.startswith("9.") and dtype in (jnp.bfloat16, jnp.float16) and fits
 
 
 def attend(
-    shares: Any,
+    shares: Shares,
     q: Float[Array, "X KC R H"],
     *,
     table: Int[Array, " SB"],
-    cache: Float[Array, "rows row"],
+    cache: Shaped[Array, "rows row"],
+    scales: Float[Array, "PK2 page"] | None,
     page: int,
     kv_heads: int,
     chunks: int,
     queries: int,
     splits: int,
     blocks: GpuBlocks,
-    scale: float,
+    unit: float,
+    cap: float | None,
     window: int | None,
-    soft_cap: float | None,
     causal: bool,
     out_dtype: Any,
     interpret: Any,
@@ -54,35 +63,38 @@ def attend(
     """Attention of each share by itself, and the logarithm to the base of 2 of the sum of its exponentials.
 
     Shares X * splits to X * splits + splits - 1 have the X-th queries. Rows of a share that is none are not written.
+    `unit` and `cap` are what makes a product of q and k an exponent of 2.
     """
     (_, slots, rows, head_dim), count = q.shape, len(shares.start)
     length, buffers = blocks.positions, blocks.buffers
-    # The widest swizzle whose tiles divide a row of head_dim numbers: 128, 64 or 32 bytes.
-    swizzle = math.gcd(head_dim * cache.dtype.itemsize, 128)
 
-    def tiles(dtype: Any, swizzle: int) -> tuple[Any, ...]:
-        numbers = swizzle // jnp.dtype(dtype).itemsize
-        return plgpu.TilingTransform((8, numbers)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+    def held(shape: tuple[int, ...], dtype: Any) -> Any:
+        """Shared memory in the widest tiles that divide a row: of 128, 64 or 32 bytes, as much as is swizzled."""
+        size = jnp.dtype(dtype).itemsize
+        swizzle = math.gcd(shape[-1] * size, 128)
+        transforms = plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    own = tiles(q.dtype, swizzle)
-    wide = out_dtype != q.dtype
     boxes = length // min(page, length)  # that a block is copied in
     scratch: dict[str, Any] = dict(
-        q_held=plgpu.SMEM((ROWS, head_dim), q.dtype, transforms=own),
-        k_held=plgpu.SMEM((buffers, length, head_dim), cache.dtype, transforms=own),
-        v_held=plgpu.SMEM((buffers, length, head_dim), cache.dtype, transforms=own),
+        q_held=held((ROWS, head_dim), q.dtype),
+        k_held=held((buffers, length, head_dim), cache.dtype),
+        v_held=held((buffers, length, head_dim), cache.dtype),
         q_here=plgpu.Barrier(),
-        k_here=plgpu.Barrier(num_arrivals=boxes, num_barriers=buffers),
+        k_here=plgpu.Barrier(num_arrivals=boxes * (1 if scales is None else 3), num_barriers=buffers),
         v_here=plgpu.Barrier(num_arrivals=boxes, num_barriers=buffers),
     )
-    if wide:
-        scratch["result"] = plgpu.SMEM((ROWS, head_dim), out_dtype, transforms=tiles(out_dtype, swizzle))
+    if cache.dtype != q.dtype:
+        scratch["widened"] = held((length, head_dim), q.dtype)
+    if scales is not None:
+        scratch["scales_held"] = plgpu.SMEM((buffers, 2, length), jnp.float32)
+    if out_dtype != q.dtype:
+        scratch["result"] = held((ROWS, head_dim), out_dtype)
     if interpret:  # whose wgmma takes operands from shared memory only
-        scratch["weights"] = plgpu.SMEM((ROWS, length), q.dtype, transforms=tiles(q.dtype, 128))
+        scratch["weights"] = held((ROWS, length), q.dtype)
     body = partial(
-        _body, page=page, chunks=chunks, queries=queries, splits=splits, slots=slots, rows=rows, window=window,
-        causal=causal, unit=(scale if soft_cap is None else soft_cap) * math.log2(math.e),
-        cap=None if soft_cap is None else 2.0 * math.log2(math.e) * scale / soft_cap,
+        _body, page=page, kv_heads=kv_heads, chunks=chunks, queries=queries, splits=splits, slots=slots, rows=rows,
+        window=window, causal=causal, unit=unit, cap=cap,
     )  # fmt: skip
     out, sums = plgpu.kernel(
         body,
@@ -96,26 +108,28 @@ def attend(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
         **(dict(interpret=interpret) if interpret else {}),
-    )(*shares, table, q.reshape(-1, head_dim), cache)
+    )(*shares, table, q.reshape(-1, head_dim), cache, *([] if scales is None else [scales]))
     return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, ROWS)[:, :rows]
 
 
 def _body(
-    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, out: Any, sums: Any, *,
+    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, *rest: Any,
     q_held: Any, k_held: Any, v_held: Any, q_here: Any, k_here: Any, v_here: Any,
-    result: Any = None, weights: Any = None,
-    page: int, chunks: int, queries: int, splits: int, slots: int, rows: int, window: int | None, causal: bool,
-    unit: float, cap: float | None,
+    widened: Any = None, scales_held: Any = None, result: Any = None, weights: Any = None,
+    page: int, kv_heads: int, chunks: int, queries: int, splits: int, slots: int, rows: int, window: int | None,
+    causal: bool, unit: float, cap: float | None,
 ) -> None:  # fmt: skip
-    """One share and chunk of heads; `unit` and `cap` are what makes a product of q and k an exponent of 2."""
+    """One share and chunk of heads. What follows the cache are its scales, where it has some, and the results."""
+    *scales, out, sums = rest
     buffers, length, head_dim = k_held.shape
     box, dtype, layout = min(page, length), q_held.dtype, plgpu.Layout.WGMMA
     share, slot = lax.axis_index("share"), lax.axis_index("slot")
     start, end, first = start_of[share], end_of[share], first_of[share]
     last_box = lax.div(end - 1, jnp.int32(box)) * box
-    column = lax.div(slot, jnp.int32(chunks)) * (2 * head_dim)
+    head = lax.div(slot, jnp.int32(chunks))  # of K
+    column = head * (2 * head_dim)
 
-    def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    def iota(shape: tuple[int, int], axis: int, layout: Any = layout) -> jax.Array:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
     def fetch(i: jax.Array) -> None:
@@ -123,11 +137,16 @@ def _body(
         to = lax.rem(i, jnp.int32(buffers))
         for j in range(length // box):
             at = jnp.minimum(start + i * length + j * box, last_box)
-            row = table[row_of[share] + lax.div(at, jnp.int32(page))] * page + lax.rem(at, jnp.int32(page))
-            row = pl.multiple_of(row, box)
-            for held, here, lane in ((k_held, k_here, column), (v_held, v_here, column + head_dim)):
-                source = cache.at[pl.ds(row, box), pl.ds(pl.multiple_of(lane, head_dim), head_dim)]
+            number, first_row = table[row_of[share] + lax.div(at, jnp.int32(page))], lax.rem(at, jnp.int32(page))
+            row = pl.multiple_of(number * page + first_row, box)
+            for part, (held, here) in enumerate(((k_held, k_here), (v_held, v_here))):
+                lane = pl.multiple_of(column + part * head_dim, head_dim)
+                source = cache.at[pl.ds(row, box), pl.ds(lane, head_dim)]
                 plgpu.copy_gmem_to_smem(source, held.at[to, pl.ds(j * box, box)], here.at[to])
+                for of_all in scales:  # which come with the keys
+                    one = (number * kv_heads + head) * 2 + part
+                    source = of_all.at[one, pl.ds(pl.multiple_of(first_row, box), box)]
+                    plgpu.copy_gmem_to_smem(source, scales_held.at[to, part, pl.ds(j * box, box)], k_here.at[to])
 
     @pl.when(start < end)
     def _() -> None:
@@ -146,11 +165,14 @@ def _body(
             pl.when(ahead < count)(partial(fetch, ahead))  # to where the block before was
 
             def scores(product: Any) -> jax.Array:
-                plgpu.wgmma(product, q_held, k_held.at[at].transpose((1, 0)))
+                plgpu.wgmma(product, q_held, keys.transpose((1, 0)))
                 return product[...]
 
             plgpu.barrier_wait(k_here.at[at])
+            keys = k_held.at[at] if widened is None else widen(k_held.at[at])
             score = pl.run_scoped(scores, plgpu.ACC((ROWS, length), jnp.float32))
+            if scales:
+                score = score * along(scales_held.at[at, 0])
             if cap is not None:  # tanh, of which the hardware's own is good for ten bits only
                 score = 1.0 - 2.0 / (1.0 + jnp.exp2(score * cap))
             score = score * unit
@@ -166,18 +188,45 @@ def _body(
             weight = jnp.exp2(score - lax.broadcast_in_dim(new, score.shape, [0]))
             norm = norm * fade + weight.sum(axis=1)
             acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0])
+            # What no one has written may be NaN, and 0 * NaN is NaN.
+            if scales:
+                weight = weight * along(scales_held.at[at, 1])
+                if cut:
+                    weight = jnp.where(seen, weight, 0.0)
             weight = weight.astype(dtype)
             plgpu.barrier_wait(v_here.at[at])
-            if cut:
+            values = v_held.at[at]
+            if widened is not None:
+                values = widen(values, end - begin if cut else None)
+            elif cut:
                 pl.when(begin + length > end)(partial(clear, at, end - begin))
-            return add(acc, weight, v_held.at[at]), new, norm
+            return add(acc, weight, values), new, norm
 
         def clear(at: jax.Array, left: jax.Array) -> None:
-            """What no one has written may be NaN, and 0 * NaN is NaN."""
+            """Leaves the first ones, which are written."""
             values = plgpu.load(v_held.at[at], layout=layout)
             values = jnp.where(iota((length, head_dim), 0) < left, values, jnp.zeros_like(values))
             v_held[at] = values
             plgpu.commit_smem()
+
+        def widen(block: Any, left: jax.Array | None = None) -> Any:
+            """The numbers of a block of bytes, exactly; of floats the first ones only, which are written.
+
+            All threads have read what was there before when the first one writes: a store waits for that.
+            """
+            numbers = plgpu.load(block, layout=WIDE)
+            if jnp.issubdtype(block.dtype, jnp.floating):
+                numbers = numbers.astype(jnp.float16)  # what there is an instruction for
+                if left is not None:
+                    there = iota((length, head_dim), 0, WIDE) < left
+                    numbers = jnp.where(there, numbers, jnp.zeros_like(numbers))
+            widened[...] = numbers.astype(dtype)
+            plgpu.commit_smem()
+            return widened
+
+        def along(ref: Any) -> jax.Array:
+            """[ROWS, L], of a number a kv token."""
+            return lax.broadcast_in_dim(plgpu.load(ref, layout=layout.reduce(0)), (ROWS, length), [1])
 
         def add(acc: jax.Array, weight: jax.Array, values: Any) -> jax.Array:
             """acc + weight @ values"""

@@ -1,4 +1,5 @@
-"""Attention of shares on Ampere, and of float32 on any GPU: a Triton kernel, until Mosaic GPU can replace it.
+"""Attention of shares on Ampere, and elsewhere of what gpu_hopper.py does not take: a Triton kernel, until Mosaic GPU
+can replace it.
 
 I shares, Q query tokens of a share, C chunks of the heads that share a kv head, R rows of queries of a share,
 L kv tokens of a block, H head_dim; see gpu.py
@@ -6,7 +7,6 @@ L kv tokens of a block, H head_dim; see gpu.py
 JAX calls Pallas' way to Triton deprecated. jaxserve.attention takes the reference where JAX no longer has it.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,31 +15,31 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from kernels_pallas.ragged_paged_attention.gpu_shares import MASKED, Shares
 from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks
 
 LEAST_ROWS = 16
 """That its products take."""
-MASKED = -1e30
-"""A score that no score is below, and from which another one can be subtracted."""
 
 
 def attend(
-    shares: Any,
+    shares: Shares,
     q: Float[Array, "X KC R H"],
     *,
     table: Int[Array, " SB"],
-    cache: Float[Array, "rows row"],
+    cache: Shaped[Array, "rows row"],
+    scales: Float[Array, "PK2 page"] | None,
     page: int,
     kv_heads: int,
     chunks: int,
     queries: int,
     splits: int,
     blocks: GpuBlocks,
-    scale: float,
+    unit: float,
+    cap: float | None,
     window: int | None,
-    soft_cap: float | None,
     causal: bool,
     out_dtype: Any,
     interpret: Any,
@@ -47,9 +47,8 @@ def attend(
     """See gpu_hopper.attend."""
     (_, slots, rows, head_dim), count = q.shape, len(shares.start)
     body = partial(
-        _body, page=page, chunks=chunks, queries=queries, splits=splits, length=blocks.positions, window=window,
-        causal=causal, unit=(scale if soft_cap is None else soft_cap) * math.log2(math.e),
-        cap=None if soft_cap is None else 2.0 * math.log2(math.e) * scale / soft_cap,
+        _body, page=page, kv_heads=kv_heads, chunks=chunks, queries=queries, splits=splits, length=blocks.positions,
+        window=window, causal=causal, unit=unit, cap=cap,
     )  # fmt: skip
     out, sums = pl.pallas_call(
         body,
@@ -61,23 +60,25 @@ def attend(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=blocks.buffers),
         interpret=interpret,
         name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
-    )(*shares, table, q, cache)
+    )(*shares, table, q, cache, *([] if scales is None else [scales]))
     return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, rows)
 
 
 def _body(
-    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, out: Any, sums: Any, *,
-    page: int, chunks: int, queries: int, splits: int, length: int, window: int | None, causal: bool, unit: float,
-    cap: float | None,
+    row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, *rest: Any,
+    page: int, kv_heads: int, chunks: int, queries: int, splits: int, length: int, window: int | None, causal: bool,
+    unit: float, cap: float | None,
 ) -> None:  # fmt: skip
     """One share and chunk of heads, as gpu_hopper's. Sizes are powers of two here: what is past the true ones is 0."""
+    *scales, out, sums = rest
     share, slot = pl.program_id(0), pl.program_id(1)
     rows, width = (max(LEAST_ROWS, 1 << (n - 1).bit_length()) for n in q.shape[2:])
     head_dim = q.shape[3]
     r, h = (lax.broadcasted_iota(jnp.int32, (rows, width), axis) for axis in (0, 1))
     is_own = (r < q.shape[2]) & (h < head_dim)
     start, end, first = start_of[share], end_of[share], first_of[share]
-    lane = lax.div(slot, chunks) * (2 * head_dim) + lax.broadcasted_iota(jnp.int32, (length, width), 1)
+    head = lax.div(slot, chunks)  # of K
+    lane = head * (2 * head_dim) + lax.broadcasted_iota(jnp.int32, (length, width), 1)
     is_lane = lax.broadcasted_iota(jnp.int32, (length, width), 1) < head_dim
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
@@ -90,12 +91,23 @@ def _body(
             acc, best, norm = carry  # [R, H], [R], [R]
             kv = start + i * length + lax.iota(jnp.int32, length)
             there = kv < end
-            pages = plt.load(table.at[row_of[share] + lax.div(kv, page)], mask=there, other=0)
-            row = lax.broadcast_in_dim(pages * page + lax.rem(kv, page), (length, width), [0])
+            number = plt.load(table.at[row_of[share] + lax.div(kv, page)], mask=there, other=0)  # of its page
+            row_of_page = lax.rem(kv, page)
+            row = lax.broadcast_in_dim(number * page + row_of_page, (length, width), [0])
             own_rows = lax.broadcast_in_dim(there, (length, width), [0]) & is_lane
-            k = plt.load(cache.at[row, lane], mask=own_rows, other=0.0)  # [L, H]
-            v = plt.load(cache.at[row, lane + head_dim], mask=own_rows, other=0.0)
-            score = plt.dot(own, k, trans_b=True, precision=precision).astype(jnp.float32)
+
+            def kept(part: int) -> jax.Array:  # [L, H]
+                at = cache.at[row, lane + part * head_dim]
+                return widened(plt.load(at, mask=own_rows, other=jnp.zeros((), cache.dtype)), q.dtype)
+
+            def scaled(x: jax.Array, part: int) -> jax.Array:  # [R, L]
+                for of_all in scales:
+                    at = of_all.at[(number * kv_heads + head) * 2 + part, row_of_page]
+                    x = x * plt.load(at, mask=there, other=0.0)[None, :]
+                return x
+
+            k, v = kept(0), kept(1)
+            score = scaled(plt.dot(own, k, trans_b=True, precision=precision).astype(jnp.float32), 0)
             if cap is not None:
                 score = 1.0 - 2.0 / (1.0 + jnp.exp2(score * cap))
             score = score * unit
@@ -110,7 +122,8 @@ def _body(
             fade = jnp.exp2(best - new)
             weight = jnp.exp2(score - new[:, None])
             norm = norm * fade + weight.sum(axis=1)
-            acc = acc * fade[:, None] + plt.dot(weight.astype(v.dtype), v, precision=precision).astype(jnp.float32)
+            weight = scaled(weight, 1).astype(v.dtype)
+            acc = acc * fade[:, None] + plt.dot(weight, v, precision=precision).astype(jnp.float32)
             return acc, new, norm
 
         carry = (
@@ -122,3 +135,17 @@ def _body(
         plt.store(out.at[share, slot, r, h], (acc / norm[:, None]).astype(out.dtype), mask=is_own)
         row = lax.iota(jnp.int32, rows)
         plt.store(sums.at[share, slot, row], best + jnp.log2(norm), mask=row < q.shape[2])
+
+
+def widened(kept: Shaped[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """What a cache keeps, exactly, as numbers of the queries' type.
+
+    Ampere has no instruction for E4M3. Seven bits further up, and without the copy of the sign that is between, they
+    are float16 numbers, whose exponents count from 8 less; but for NaN, which is all ones. They are multiplied in
+    float32, which has room for the smallest.
+    """
+    if kept.dtype != jnp.float8_e4m3fn:
+        return kept.astype(dtype)
+    bits = (lax.bitcast_convert_type(kept, jnp.int8).astype(jnp.int16) << 7) & ~0x4000
+    numbers = lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256.0
+    return jnp.where((bits & 0x7FFF) == (0x7F << 7), jnp.nan, numbers).astype(dtype)

@@ -6,11 +6,13 @@ from typing import NamedTuple
 from kernels_pallas.ragged_paged_attention.tuning import entry_for, log
 
 ROWS = 64
-"""Rows of queries in shared memory, whatever a share has."""
+"""Rows of queries that Hopper's tensor cores take at a time, and that are in shared memory, whatever a share has."""
 SHARED_BYTES = ((228 << 9) - (1 << 10), 227 << 10)
 """Shared memory of a block of threads on Hopper: of each of two on a multiprocessor, and of one alone."""
 OWN_BYTES = 512
 """Of it, for barriers."""
+SCALE_BYTES = 1 << 10
+"""Of it, for the scales of a block of kv tokens of an Int8Cache: that is what shared memory is aligned to."""
 
 
 class GpuBlocks(NamedTuple):
@@ -33,31 +35,37 @@ class GpuBlocks(NamedTuple):
 
 @cache  # one line in the log for each choice
 def blocks_for(
-    chip: str, hopper: bool, dtype: str, heads: int, kv_heads: int, head_dim: int, page: int
+    chip: str, hopper: bool, dtype: str, queries: str, heads: int, kv_heads: int, head_dim: int, page: int
 ) -> tuple[GpuBlocks, GpuBlocks]:
-    """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton.
+    """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton. `dtype` is the cache's,
+    `queries` the type of the queries, which differ where the cache is of 8 bits.
 
     An entry serves where all that it names agrees, and the first such entry is taken.
     """
-    asked = dict(chip=chip, hopper=hopper, dtype=dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page=page)
+    asked = dict(
+        chip=chip, hopper=hopper, dtype=dtype, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        page=page,
+    )  # fmt: skip
     entry, source = entry_for("gpu.json", asked)
     if entry is not None:
         found = GpuBlocks(**entry["decode"]), GpuBlocks(**entry["prefill"])
-    elif not hopper:  # which keeps them in registers
-        found = (GpuBlocks(64 if head_dim <= 128 and dtype != "float32" else 32, 2),) * 2
+    elif not hopper:  # which keeps them in registers, as numbers of the queries' type
+        found = (GpuBlocks(64 if head_dim <= 128 and queries != "float32" else 32, 2),) * 2
     else:
         result = ROWS * head_dim * 4  # of a part of a sequence, in float32
-        found = _by_rule(head_dim, result), _by_rule(head_dim, 0)
+        found = _by_rule(head_dim, dtype, result), _by_rule(head_dim, dtype, 0)
     log.info("attention blocks for %s: decode %s, prefill %s (%s)", asked, *map(tuple, found), source)
     return found
 
 
-def _by_rule(head_dim: int, result: int) -> GpuBlocks:
+def _by_rule(head_dim: int, dtype: str, result: int) -> GpuBlocks:
     """As many buffers as leave room for a second block of threads, if that is two; else all that fit one."""
     positions = 64
-    queries, block = ROWS * head_dim * 2, positions * head_dim * 4
+    queries, block, widened = ROWS * head_dim * 2, positions * head_dim * 4, 0
+    if dtype in ("int8", "float8_e4m3fn"):
+        block, widened = block // 2 + (SCALE_BYTES if dtype == "int8" else 0), positions * head_dim * 2
     for shared in SHARED_BYTES:
-        buffers = min(4, (shared - OWN_BYTES - queries - result) // block)
+        buffers = min(4, (shared - OWN_BYTES - queries - widened - result) // block)
         if buffers >= 2:
             return GpuBlocks(positions, buffers)
     raise ValueError(f"no blocks fit a head_dim of {head_dim}")
