@@ -45,7 +45,7 @@ COPIES = "copy|copy-start|transpose|dynamic-slice|slice|slice-start|concatenate|
 
 @dataclass(frozen=True)
 class Gate:
-    """`lower` gives the program, not yet compiled, and the bytes of the cache that each device updates in place, if any."""
+    """`lower` gives the program, not yet compiled, and how many bytes of a cache each device updates in place."""
 
     name: str
     lower: Callable[[], tuple[Any, int]]

@@ -47,8 +47,8 @@ class Blocks(NamedTuple):
     def by_rule(cls, rows: int, inputs: int, groups: int, outputs: int, itemsize: int) -> "Blocks":
         """For x [rows, inputs] and w [groups, outputs, inputs]: fits every chip's on-chip memory where 128 outputs do.
 
-        A tile of 128 rows keeps the matrix unit as busy as loading the weights into it does; more pays only where groups
-        are several tiles long.
+        With tiles of 128 rows the matrix unit computes for as long as it loads weights; more pays only where groups are
+        several tiles long.
         """
         depth = -(-inputs // LANES) * LANES * itemsize  # bytes of a row as it lies on the chip
         most = 256 if rows >= 512 * groups else 128
