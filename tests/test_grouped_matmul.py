@@ -50,9 +50,10 @@ def assert_close(got, want, dtype):
 # Blocks of outputs that hang over, computed in turns of 128, and one that has them all.
 BODIES = {
     "reference": (reference.grouped_matmul, 96),
-    "tpu": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(16, 96), interpret=True), 96),
+    "tpu": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(16, 96), interpret=True), 96, 256),
     "tpu, blocks": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(32, 256), interpret=True), 320),
-    "tpu, turns": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(16, 384), interpret=True), 384),
+    "tpu, turns": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(16, 384), interpret=True), 384, 256),
+    "tpu, inputs first": (partial(tpu.grouped_matmul, blocks=tpu.Blocks(16, 384), interpret=True), 384),
     "gpu": (partial(gpu.grouped_matmul, blocks=gpu.Blocks(16, 32, 32), interpret=True), 80),
     "xla": (quant.ragged, 96),
 }
@@ -62,10 +63,10 @@ EDGES = list(SIZES)[1]
 EVERY = [(body, name) for body in ("reference", "tpu", "gpu", "xla") for name in SIZES]
 
 
-@pytest.mark.parametrize(("body", "name"), [*EVERY, ("tpu, blocks", EDGES), ("tpu, turns", EDGES)])
+@pytest.mark.parametrize(("body", "name"), [*EVERY, *((body, EDGES) for body in BODIES if body not in dict(EVERY))])
 def test_each_row_meets_its_own_matrix_and_nothing_of_nobodys(body, name):
-    run, outputs = BODIES[body]
-    given, want = case(name, outputs)
+    run, *sizes = BODIES[body]
+    given, want = case(name, *sizes)
     if body == "xla":  # which multiplies all by all
         given = (*(np.nan_to_num(a) for a in given[:2]), *given[2:])
     assert_close(jax.jit(run)(*given), want, np.float32)
@@ -73,13 +74,20 @@ def test_each_row_meets_its_own_matrix_and_nothing_of_nobodys(body, name):
 
 @pytest.mark.parametrize("body", ["reference", "tpu", "gpu", "xla"])
 def test_sums_are_rounded_once(body):
-    given, want = case("empty groups, and one of many tiles", BODIES[body][1], 40, jnp.bfloat16)
+    given, want = case("empty groups, and one of many tiles", *BODIES[body][1:], dtype=jnp.bfloat16)
     if body == "xla":
         given = (*(jnp.nan_to_num(a) for a in given[:2]), *given[2:])
     got = np.asarray(jax.jit(BODIES[body][0])(*given))
     assert got.dtype == jnp.bfloat16
     # Half of the last of 8 bits, and what sums of float32 miss.
     np.testing.assert_allclose(got.astype(np.float64), want, rtol=2**-8, atol=1e-5)
+
+
+def test_matrices_are_read_as_they_lie():
+    """By compiling for v5e and v6e: which of two axes XLA lays along a TPU's 128 lanes."""
+    assert not any(tpu._turned(*shape) for shape in ((1792, 4096), (4096, 1792), (192, 2048), (176, 96), (64, 100)))
+    assert all(tpu._turned(*shape) for shape in ((2048, 192), (200, 136), (48, 40), (384, 1000), (100, 64)))
+    assert tpu._turned(384, 48) and not tpu._turned(384, 256), "both are tried above"
 
 
 def test_no_two_cores_touch_one_block(capfd):

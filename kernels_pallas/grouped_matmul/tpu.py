@@ -2,9 +2,10 @@
 
 R rows, I inputs, O outputs, E groups, M rows of a tile, N outputs of a block
 
-XLA's ragged_dot wants weights inputs first, which no checkpoint has, and takes all matrices for each product. Here a
-block of a matrix is fetched as it lies, once, and of a matrix without rows nothing. That groups are listed ahead and
-chosen by prefetched scalars is the idea of MegaBlocks (Gale et al. 2022) as JAX's own megablox kernel has it.
+XLA's ragged_dot wants all weights inputs first and makes a copy of those that are not; of those that are XLA fetches
+whole stacks to the chip before it, rows or none. Here a block of a matrix is fetched as it lies, once, and of a matrix
+without rows nothing. That groups are listed ahead and chosen by prefetched scalars is the idea of MegaBlocks (Gale et
+al. 2022), as JAX's own megablox kernel has it.
 """
 
 from functools import partial
@@ -51,6 +52,8 @@ class Blocks(NamedTuple):
         several tiles long.
         """
         depth = -(-inputs // LANES) * LANES * itemsize  # bytes of a row as it lies on the chip
+        if itemsize == 4:
+            depth *= 2  # and while it is multiplied
         most = 256 if rows >= 512 * groups else 128
         while most > LEAST_ROWS and most * depth > ROW_BYTES:
             most //= 2
@@ -60,10 +63,12 @@ class Blocks(NamedTuple):
         return cls(min(most, -(-rows // LEAST_ROWS) * LEAST_ROWS), outputs if count == 1 else even)
 
     def vmem(self, inputs: int, itemsize: int) -> int:
-        """Bytes of on-chip memory that they take: two of each, and float32 results on their way."""
+        """Bytes of on-chip memory that they take: two of each, and what is on its way."""
         depth, width = (-(-n // LANES) * LANES for n in (inputs, self.outputs))
         moved = (self.rows + self.outputs) * depth + self.rows * width
-        return 2 * moved * itemsize + 3 * self.rows * min(width, _columns(self.outputs)) * 4
+        columns = min(width, _columns(self.outputs))
+        split = 6 * (self.rows + columns) * depth if itemsize == 4 else 0  # float32 is multiplied as three of bfloat16
+        return 2 * moved * itemsize + split + 3 * self.rows * columns * 4
 
 
 def grouped_matmul(
@@ -87,15 +92,20 @@ def grouped_matmul(
     group_of, tile_of, count = pieces(begin // blocks.rows, last, tiles + groups - 1)
     tile_of = jnp.minimum(tile_of, tiles - 1)  # where no group has a row
     vmem = blocks.vmem(inputs, itemsize)
+    turned = _turned(outputs, inputs)
+    if turned:
+        w = w.swapaxes(1, 2)  # [E, I, O], which is how it lies
+    if not interpret:
+        w = pltpu.with_memory_space_constraint(w, pltpu.HBM)
     # A matrix's pieces follow each other, so each block of it is fetched once; so do a tile's, which stays meanwhile.
     out = pl.pallas_call(
-        partial(_body, rows=blocks.rows),
+        partial(_body, rows=blocks.rows, turned=turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(-(-outputs // blocks.outputs), jnp.maximum(count, 1)),
             in_specs=[
                 pl.BlockSpec((blocks.rows, inputs), lambda n, i, group, tile, *_: (tile[i], 0)),
-                pl.BlockSpec((None, blocks.outputs, inputs), lambda n, i, group, *_: (group[i], n, 0)),
+                _of_matrix(blocks.outputs, inputs, turned),
             ],
             out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), lambda n, i, group, tile, *_: (tile[i], n)),
         ),
@@ -115,13 +125,30 @@ def grouped_matmul(
     return only(out[:rows], begin, end)  # tiles of no group were never written
 
 
+def _turned(outputs: int, inputs: int) -> bool:
+    """Whether XLA lays matrices [outputs, inputs] out inputs first, as it does where that fills whole tiles better."""
+
+    def padded(rows: int, lanes: int) -> int:
+        return -(-rows // 8) * 8 * (-(-lanes // LANES) * LANES)
+
+    return padded(inputs, outputs) < padded(outputs, inputs)
+
+
+def _of_matrix(outputs: int, inputs: int, turned: bool) -> pl.BlockSpec:
+    if turned:
+        return pl.BlockSpec((None, inputs, outputs), lambda n, i, group, *_: (group[i], 0, n))
+    return pl.BlockSpec((None, outputs, inputs), lambda n, i, group, *_: (group[i], n, 0))
+
+
 def _columns(outputs: int) -> int:
     """How many outputs are computed at once, in a loop: the program is as long as they are many."""
     return next((n for n in (256, LANES) if outputs % n == 0), outputs)
 
 
-def _body(group_of: Any, tile_of: Any, begin: Any, end: Any, x: Any, w: Any, out: Any, *, rows: int) -> None:
-    """One piece: x [M, I], w [N, I], out [M, N], of which other groups have written, or will, what is not its own."""
+def _body(
+    group_of: Any, tile_of: Any, begin: Any, end: Any, x: Any, w: Any, out: Any, *, rows: int, turned: bool
+) -> None:
+    """One piece: x [M, I], w [N, I] or `turned` [I, N], out [M, N], of which only its own rows are written."""
     i = pl.program_id(1)
     group, top = group_of[i], tile_of[i] * rows
     columns = _columns(out.shape[1])
@@ -131,9 +158,9 @@ def _body(group_of: Any, tile_of: Any, begin: Any, end: Any, x: Any, w: Any, out
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def compute(at: Any) -> None:
-        y = lax.dot_general(
-            x[...], w[at, :], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        own, axis = (w[:, at], 0) if turned else (w[at, :], 1)
+        axes = (((1,), (axis,)), ((), ()))
+        y = lax.dot_general(x[...], own, axes, precision=precision, preferred_element_type=jnp.float32)
         # Not every chip chooses among numbers of 16 bits.
         out[:, at] = jnp.where(its, y, out[:, at].astype(jnp.float32)).astype(out.dtype)
 
