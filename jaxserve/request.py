@@ -386,7 +386,7 @@ def _check_task(request: Request, info: EngineInfo) -> None:
         embedding_of(info)
     elif info.embedding is not None:
         raise UnsupportedParameter(
-            "this model gives embeddings and generates no text: use /v1/embeddings; to generate, serve another model, "
-            "or this one with --task generate if it can",
+            "this model gives embeddings and generates no text: use /v1/embeddings, or Embed over gRPC; to generate, "
+            "serve another model, or this one with --task generate if it can",
             param="model",
         )

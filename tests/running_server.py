@@ -29,6 +29,8 @@ class Server:
             if line.startswith("  curl"):
                 break
         else:
+            self.process.stdout.close()
+            self.process.wait(60)
             raise AssertionError(f"the server did not start:\n{self.output}")
         self._drain = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=subprocess.DEVNULL)
         self.client = httpx.Client(base_url=self.url, timeout=120)

@@ -129,7 +129,7 @@ def test_reflection(toy: Path) -> None:
         async with running(toy) as r:
             services, methods = await asyncio.to_thread(look, r.server.address)
             assert services == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-            assert methods == ["Generate", "Score", "ListModels", "Tokenize", "Detokenize"]
+            assert methods == ["Generate", "Score", "Embed", "ListModels", "Tokenize", "Detokenize"]
 
     asyncio.run(main())
 

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineOptions
 from jaxserve.host_memory import keep_objects
-from jaxserve.text import TextModel
+
+if TYPE_CHECKING:
+    from jaxserve.text import TextModel
 
 
 def run[Result](main: Coroutine[Any, Any, Result]) -> Result:
@@ -21,7 +23,7 @@ def run[Result](main: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(main, loop_factory=new_event_loop)
 
 
-async def start_model(options: EngineOptions, name: str, *, in_process: bool) -> TextModel:
+async def start_model(options: EngineOptions, name: str, *, in_process: bool) -> "TextModel":
     """The model's text over an engine that is loading meanwhile.
 
     Raises ConfigError when there is no such model or its text cannot be had, CheckpointError for a broken .gguf file;
@@ -41,20 +43,28 @@ async def start_model(options: EngineOptions, name: str, *, in_process: bool) ->
         client = RemoteEngine(options, path, model_name=name)
     await client.start()
     try:
-        return await asyncio.to_thread(TextModel.open, path, client, name)  # a large vocabulary takes a second
+        return await asyncio.to_thread(_open_text, path, client, name)  # a large vocabulary takes a second
     except BaseException:
         await client.stop()
         raise
 
 
+def _open_text(path: Path, client: EngineClient, name: str) -> "TextModel":
+    from jaxserve.text import TextModel  # here, since the engine's process is starting meanwhile
+
+    return TextModel.open(path, client, name)
+
+
 @contextlib.asynccontextmanager
-async def opened(options: EngineOptions, name: str, *, in_process: bool = True) -> AsyncIterator[TextModel]:
+async def opened(options: EngineOptions, name: str, *, in_process: bool = True) -> AsyncIterator["TextModel"]:
     """The model's text over an engine, in this process or one of its own, ready to generate. Shows progress on stderr.
 
     The engine ends with the body, however that ends.
     """
     text = await start_model(options, name, in_process=in_process)
     try:
+        from jaxserve.cli.progress import progress
+
         async with progress(text.client):
             await text.client.wait_ready()
         keep_objects()

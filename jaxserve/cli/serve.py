@@ -6,18 +6,19 @@ import logging
 import os
 import shlex
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import run, start_model
-from jaxserve.cli.progress import progress
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, ScheduleOptions, ServerOptions
 from jaxserve.host_memory import keep_objects
 from jaxserve.hosts.places import check_served, place
 from jaxserve.page_groups import capacity
 from jaxserve.request import EngineInfo
-from jaxserve.text import TextModel
+
+if TYPE_CHECKING:
+    from jaxserve.text import TextModel
 
 
 def serve(
@@ -68,12 +69,16 @@ async def _follow(engine: EngineOptions, drain_s: float) -> int:
 
 
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
-    from jaxserve.server import serve as run_server
-    from jaxserve.server.reload import Reloader
+    reloader = None
+    if options.reload:  # which has to know the file as it was before the engine reads it
+        from jaxserve.server.reload import Reloader
 
-    reloader = Reloader(engine.model.model_code) if options.reload else None
+        reloader = Reloader(engine.model.model_code)
     text = await start_model(engine, name, in_process=options.in_process)
     client = text.client
+    # Only now, since the engine's process takes longer to import what it needs, and does so meanwhile.
+    from jaxserve.server import serve as run_server
+
     addresses: asyncio.Future[tuple[str, str | None]] = asyncio.get_running_loop().create_future()
 
     def on_started(url: str, grpc: str | None) -> None:
@@ -90,7 +95,9 @@ async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> No
         await client.stop()  # when no port could be had, nobody else has
 
 
-async def _announce(client: EngineClient, text: TextModel, addresses: asyncio.Future[tuple[str, str | None]]) -> None:
+async def _announce(client: EngineClient, text: "TextModel", addresses: asyncio.Future[tuple[str, str | None]]) -> None:
+    from jaxserve.cli.progress import progress
+
     async with progress(client):
         await client.wait_ready()
     keep_objects()

@@ -169,11 +169,11 @@ async def read_embeddings(body: EmbeddingBody, model: TextModel, head: Head) -> 
     """What a request for embeddings means. Raises RequestError."""
     check_request_fields(body)
     given = texts_or_ids(body.input, "input")
-    _check_count(len(given), "input")
+    check_count(len(given), "input")
     info = embedding_of(model.client.info)
     check_dimensions(body.dimensions, info)
     fields = ("input",) * len(given)
-    prompts = await _encoded(given, body, model, fields)
+    prompts = await encoded(given, body.truncate_prompt_tokens, model, fields)
     reply = EmbeddingReply(head, prompts, info, body.dimensions, body.encoding_format or "float")
     return Pooling(body, prompts, fields, reply)
 
@@ -185,7 +185,7 @@ async def read_score(body: ScoreBody, model: TextModel, head: Head) -> Pooling:
     for name, texts in (("text_1", first), ("text_2", second)):
         if not texts:
             raise InvalidParameter(f"{name} is empty", param=name)
-        _check_count(len(texts), name)
+        check_count(len(texts), name)
     if len(first) not in (1, len(second)):
         raise InvalidParameter(
             f"text_1 has {len(first)} texts and text_2 {len(second)}: give one text_1 for all, or one for each",
@@ -193,23 +193,27 @@ async def read_score(body: ScoreBody, model: TextModel, head: Head) -> Pooling:
         )
     info = embedding_of(model.client.info)
     fields = ("text_1",) * len(first) + ("text_2",) * len(second)
-    prompts = await _encoded([*first, *second], body, model, fields)
+    prompts = await encoded([*first, *second], body.truncate_prompt_tokens, model, fields)
     pairs = [(i if len(first) > 1 else 0, len(first) + i) for i in range(len(second))]
     return Pooling(body, prompts, fields, ScoreReply(head, prompts, info, pairs))
 
 
-def _check_count(count: int, param: str) -> None:
+def check_count(count: int, param: str) -> None:
+    """Raises InvalidParameter for more texts than one request may have."""
     if count > MAX_INPUTS:
         raise InvalidParameter(
             f"{count} texts, at most {MAX_INPUTS} are served in one request; send several requests", param=param
         )
 
 
-async def _encoded(
-    given: Sequence[str | tuple[int, ...]], body: PoolingBody, model: TextModel, fields: Sequence[str]
+async def encoded(
+    given: Sequence[str | tuple[int, ...]], longest: int | None, model: TextModel, fields: Sequence[str]
 ) -> list[tuple[int, ...]]:
-    """The token ids of each; texts are cut to truncate_prompt_tokens, and ids, of which nobody knows the ends, too."""
-    longest, most = body.truncate_prompt_tokens, model.client.info.max_model_len
+    """The token ids of each, cut to the `longest` (truncate_prompt_tokens); of given ids nobody knows the ends to keep.
+
+    `fields` names where each came from, for errors. Raises RequestError.
+    """
+    most = model.client.info.max_model_len
     if longest is not None and not (longest == -1 or 1 <= longest <= most):
         raise InvalidParameter(
             f"truncate_prompt_tokens must be -1 or in [1, {most}], got {longest}", param="truncate_prompt_tokens"

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 
@@ -13,8 +13,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.client import EngineClient, EngineState
-from jaxserve.errors import ConfigError, DeadlineExceeded, InvalidParameter, JaxserveError, ModelNotFound
-from jaxserve.request import MAX_TOP_LOGPROBS, SamplingParams
+from jaxserve.embedding import check_dimensions, finished
+from jaxserve.errors import ConfigError, DeadlineExceeded, InvalidParameter, JaxserveError, ModelNotFound, RequestError
+from jaxserve.request import MAX_TOP_LOGPROBS, SamplingParams, embedding_of
+from jaxserve.server.embeddings import check_count, encoded
 from jaxserve.server.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.server.proto.translate import Answer, sampling_params, token_logprob
@@ -186,23 +188,54 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
                     f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {request.top_logprobs}", param="top_logprobs"
                 )
             prompt = await self._prompt_ids(request.prompt)
-            # As many at once as the engine computes at once: one call cannot fill the queue by itself.
-            turns = asyncio.Semaphore(self._client.info.max_num_seqs)
             versions: set[int] = set()
 
             async def score(i: int) -> pb.ContinuationScore:
-                async with turns:
-                    return await self._score(request, prompt, i, f"{engine_id}-{i}", context, versions)
+                return await self._score(request, prompt, i, f"{engine_id}-{i}", context, versions)
 
-            try:
-                async with asyncio.TaskGroup() as group:
-                    scores = [group.create_task(score(i)) for i in range(len(request.continuations))]
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from None
+            scores = await self._each(len(request.continuations), score)
             context.set_trailing_metadata(_version_metadata(versions))
-            return pb.ScoreResponse(
-                request_id=request_id, model=self._model.name, scores=[score.result() for score in scores]
-            )
+            return pb.ScoreResponse(request_id=request_id, model=self._model.name, scores=scores)
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        async with self._call(context):
+            self._check_model(request.model)
+            request_id, engine_id = _request_ids(request.request_id)
+            if not request.prompts:
+                raise InvalidParameter("prompts is missing: give at least one", param="prompts")
+            check_count(len(request.prompts), "prompts")
+            info = embedding_of(self._client.info)
+            dimensions = request.dimensions if request.HasField("dimensions") else None
+            check_dimensions(dimensions, info)
+            given = [self._to_embed(prompt, f"prompts[{i}]") for i, prompt in enumerate(request.prompts)]
+            longest = request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None
+            prompts = await encoded(given, longest, self._model, ["prompts"] * len(given))
+            try:  # all of them before any is computed
+                vectors = [
+                    self._model.embed(
+                        prompt,
+                        request_id=f"{engine_id}-{i}",
+                        priority=request.priority,
+                        timeout_s=_time_left(context),
+                        cache_salt=request.cache_salt,
+                    )
+                    for i, prompt in enumerate(prompts)
+                ]
+            except RequestError as error:
+                error.param = "prompts" if error.param == "prompt" else error.param
+                raise
+            versions: set[int] = set()
+
+            async def embed(i: int) -> pb.Embedding:
+                async with aclosing(vectors[i]) as deltas:
+                    (delta,) = [delta async for delta in deltas]
+                versions.add(delta.weights_version)
+                usage = pb.Usage(prompt_tokens=len(prompts[i]), cached_tokens=delta.num_cached_tokens)
+                return pb.Embedding(values=finished(delta.pooled, info, dimensions), usage=usage)
+
+            embeddings = await self._each(len(prompts), embed)
+            context.set_trailing_metadata(_version_metadata(versions))
+            return pb.EmbedResponse(request_id=request_id, model=self._model.name, embeddings=embeddings)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -259,6 +292,24 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             if not self._calls:
                 self._idle.set()
 
+    async def _each[Result](self, count: int, work: Callable[[int], Awaitable[Result]]) -> list[Result]:
+        """What `work` makes of each number below `count`; raises the first error, and the others' work is aborted.
+
+        As many at once as the engine computes at once: one call cannot fill the queue by itself.
+        """
+        turns = asyncio.Semaphore(self._client.info.max_num_seqs)
+
+        async def turn(i: int) -> Result:
+            async with turns:
+                return await work(i)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(turn(i)) for i in range(count)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
     def _check_model(self, name: str) -> None:
         if name and name != self._model.name:
             raise ModelNotFound(
@@ -296,6 +347,15 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         if prompt.ByteSize() > _SLOW_TO_ENCODE_BYTES:  # other calls go on meanwhile
             return await asyncio.to_thread(encode)
         return encode()
+
+    def _to_embed(self, prompt: pb.Prompt, param: str) -> str | tuple[int, ...]:
+        kind = prompt.WhichOneof("kind")
+        if kind == "text":
+            return prompt.text
+        if kind == "token_ids":
+            return self._checked_ids(prompt.token_ids.ids, param)
+        found = "is missing" if kind is None else "is a chat, which is not embedded"
+        raise InvalidParameter(f"{param} {found}: give text or token_ids", param="prompts")
 
     async def _sequence(self, request: pb.ScoreRequest, prompt: tuple[int, ...], i: int) -> tuple[tuple[int, ...], int]:
         """Prompt and continuation i as one sequence of ids, and where the part to score begins."""

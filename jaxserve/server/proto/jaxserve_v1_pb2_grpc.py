@@ -44,6 +44,11 @@ class JaxserveStub:
                 request_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/jaxserve.v1.Jaxserve/Embed',
+                request_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/jaxserve.v1.Jaxserve/ListModels',
                 request_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ListModelsRequest.SerializeToString,
@@ -73,6 +78,13 @@ class JaxserveServicer:
 
     def Score(self, request, context):
         """Log-likelihood of given continuations of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector for each prompt, by a model for embeddings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +120,11 @@ def add_JaxserveServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreRequest.FromString,
                     response_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedRequest.FromString,
+                    response_serializer=jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -179,6 +196,33 @@ class Jaxserve:
             '/jaxserve.v1.Jaxserve/Score',
             jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreRequest.SerializeToString,
             jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jaxserve.v1.Jaxserve/Embed',
+            jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedRequest.SerializeToString,
+            jaxserve_dot_server_dot_proto_dot_jaxserve__v1__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
