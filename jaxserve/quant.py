@@ -138,7 +138,7 @@ def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
             here = jax.devices()[0] if jax.default_backend() == "gpu" else None  # else one that is only described
             validate_for_gpu(dtype, "8.0" if here is None else here.compute_capability)
             return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
-    except (ValueError, ImportError):  # of Pallas' GPU backends, which come and go with JAX
+    except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
         pass
     return _by_xla
 
