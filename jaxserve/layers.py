@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxserve import native
@@ -218,10 +219,42 @@ def moe(
     chosen = experts.reshape(-1)  # [T * U]
     order = jnp.argsort(chosen, stable=True)  # expert after expert
     sizes = jnp.sum(chosen[:, None] == jnp.arange(logits.shape[1])[None, :], axis=0, dtype=jnp.int32)  # [E]
-    rows = x[order // used]
-    hidden = jax.nn.silu(grouped_linear(rows, p["gate"], sizes)) * grouped_linear(rows, p["up"], sizes)
-    out = grouped_linear(hidden, p["down"], sizes)[jnp.argsort(order)]  # [T * U, D], token after token
-    out = out.reshape(*experts.shape, -1).astype(jnp.float32) * weights[:, :, None]
+    stacks = p["gate"], p["up"], p["down"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return _through_experts(x, weights, order, sizes, None, *stacks)
+
+    def own(x: Any, weights: Any, order: Any, sizes: Any, firsts: Any, *stacks: Any) -> jax.Array:
+        first = firsts[0] if mesh.shape["expert"] > 1 else None
+        return jax.lax.psum(_through_experts(x, weights, order, sizes, first, *stacks), ("expert", "model"))
+
+    # As the rules of sharding.py lay them. Devices add up what tokens get, not what each of a token's choices gives.
+    outputs, inputs = P("expert", "model", None), P("expert", None, "model")
+    specs = (P(), P(), P(), P("expert"), P("expert"), outputs, outputs, inputs)
+    divided = jax.shard_map(own, in_specs=specs, out_specs=P(), check_vma=False)  # a kernel does not say what varies
+    result: jax.Array = divided(x, weights, order, sizes, jnp.cumsum(sizes) - sizes, *stacks)
+    return result
+
+
+def _through_experts(
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T U"],
+    order: Int[Array, " R"],
+    sizes: Int[Array, " E"],
+    first: Int[Array, ""] | None,
+    gate: Any,
+    up: Any,
+    down: Any,
+) -> Float[Array, "T D"]:
+    """What E experts, all or those of one device, add to each token.
+
+    Every token has U choices; all tokens' R = T * U lie in `order` expert after expert, those of these experts, `sizes`
+    of each, from `first` on (None: 0). Another expert's choice adds nothing.
+    """
+    rows = x[order // weights.shape[1]]
+    hidden = jax.nn.silu(grouped_linear(rows, gate, sizes, first)) * grouped_linear(rows, up, sizes, first)
+    out = grouped_linear(hidden, down, sizes, first)[jnp.argsort(order)]  # [T * U, D], token after token
+    out = out.reshape(*weights.shape, -1).astype(jnp.float32) * weights[:, :, None]
     return _sum_in_halves(out).astype(x.dtype)
 
 

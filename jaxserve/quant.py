@@ -7,6 +7,7 @@ accept as well, so that model files do not change with the format.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
+from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
+from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
 
 _STATIC = {"static": True}  # a field that is part of the tree's structure
 _OUTPUTS_FIRST = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # x [R, I], w [E, O, I]
@@ -103,43 +106,60 @@ def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
     return _product(x, w, 1, jnp.float32)
 
 
-def grouped_linear(x: Float[Array, "R I"], w: Weight, sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
+def grouped_linear(
+    x: Float[Array, "R I"], w: Weight, sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+) -> Float[Array, "R O"]:
     """Groups of rows of x [R, I], each times a matrix of its own of w [E, O, I] -> [R, O].
 
-    The first sizes[0] rows are the first matrix's, and so on: the sizes must add up to R. Summed and rounded as by
-    `linear`. On CPU only matrices that have rows are read.
+    sizes[0] rows from row `first` (None: 0) on are the first matrix's, and so on, and rows of none become zeros; with
+    packed weights there may be none. Summed and rounded as by `linear`. Only matrices that have rows are read, but by
+    `ragged`.
     """
     if isinstance(w, Packed):
         if not w.stacked:
             raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
+        if first is not None:
+            raise ValueError("packed weights are those of one device, and take all rows; leave `first` out")
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
-    y: jax.Array = jax.lax.platform_dependent(x, w, sizes, cpu=one_by_one, default=ragged)
-    return y.astype(x.dtype)
+    return _grouped_matmul(x.dtype)(x, w, sizes, first)
 
 
-def ragged(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
-    """The product as accelerators know it, float32."""
-    return jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
+def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
+    """The body for the devices that are traced for, which `Partition.tracing` says; else XLA's own, by platform."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = None if device is None else device.platform
+    try:
+        if platform == "tpu":
+            validate_for_tpu(dtype)
+            return import_module("kernels_pallas.grouped_matmul.tpu").grouped_matmul
+        if platform == "gpu":
+            here = jax.devices()[0] if jax.default_backend() == "gpu" else None  # else one that is only described
+            validate_for_gpu(dtype, "8.0" if here is None else here.compute_capability)
+            return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
+    except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
+        pass
+    return _by_xla
 
 
-def one_by_one(x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"]) -> Float[Array, "R O"]:
-    """The same, one matrix after the other: on CPU XLA's ragged_dot multiplies every row by every matrix."""
-    ends, rows = jnp.cumsum(sizes), jnp.arange(x.shape[0])
+def _by_xla(
+    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+) -> Float[Array, "R O"]:
+    given = (x, w, sizes) if first is None else (x, w, sizes, first)
+    y: jax.Array = jax.lax.platform_dependent(*given, cpu=one_by_one, default=ragged)
+    return y
 
-    def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
-        product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        its = (rows >= ends[e] - sizes[e]) & (rows < ends[e])
-        return jnp.where(its[:, None], product, y)
 
-    def step(e: jax.Array, y: jax.Array) -> jax.Array:
-        skipped: jax.Array = jax.lax.cond(sizes[e] > 0, multiply, lambda e, y: y, e, y)
-        return skipped
-
-    none = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
-    result: jax.Array = jax.lax.fori_loop(0, w.shape[0], step, none)
-    return result
+def ragged(
+    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+) -> Float[Array, "R O"]:
+    """The product as XLA has it for accelerators: on GPU every row times every matrix, of which it makes a copy."""
+    if first is not None:  # its groups begin at row 0
+        return jnp.roll(ragged(jnp.roll(x, -first, axis=0), w, sizes), first, axis=0)
+    y = jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
+    own = jnp.arange(x.shape[0]) < sizes.sum()
+    return jnp.where(own[:, None], y, 0.0).astype(x.dtype)
 
 
 @jax.named_scope("embed")

@@ -1,1 +1,1 @@
-"""Attention kernels that know jax and nothing of jaxserve."""
+"""Kernels for attention and for experts that know jax and nothing of jaxserve."""

@@ -4,11 +4,12 @@
     tools/compile_gate --only v5e         those whose name holds "v5e"
     tools/compile_gate --update           store what is found as the new limits
 
-A gate is a program that keeps a KV cache. Each must compile, update its cache in place, make no copy of it on the way,
-and need no more memory, no more instructions (of a TPU's kernels: VLIW bundles, each one cycle of issue), no more
-registers (of a GPU's) and no more spills than tools/compile_gate.json says. That is what can be known without the
-hardware: not speed, and not that it is right. Those of the TPU's attention kernel are below, those of GPUs in
-gates_gpu.py, those of whole steps on TPUs in gates_step.py.
+A gate is a program that keeps a KV cache, or a product of experts' weights. Each must compile, update its cache in
+place, make no copy of it or of the weights on the way, and need no more memory, no more instructions (of a TPU's
+kernels: VLIW bundles, each one cycle of issue), no more registers (of a GPU's) and no more spills than
+tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right. Those
+of the TPU's attention kernel are below, those of GPUs in gates_gpu.py, those of experts in gates_grouped.py, those of
+whole steps in gates_step.py.
 """
 
 import argparse
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gates_gpu  # noqa: E402
+import gates_grouped  # noqa: E402
 import gates_step  # noqa: E402
 from gates_attention import Heads, lowered  # noqa: E402
 
@@ -44,13 +46,15 @@ COPIES = "copy|copy-start|transpose|dynamic-slice|slice|slice-start|concatenate|
 
 @dataclass(frozen=True)
 class Gate:
-    """`lower` gives the program, not yet compiled, and the bytes of the cache that each device updates in place."""
+    """`lower` gives the program, not yet compiled, and how many bytes of a cache each device updates in place."""
 
     name: str
     lower: Callable[[], tuple[Any, int]]
     look: Callable[[Any, Iterable[str]], tuple[dict[str, float], list[str]]] | None = None
     """What else is found in the compiled program, by name, and what is wrong with it; it is also given what may copy
     the cache, and says what does. The program's kernels then have gates of their own."""
+    weights: int = 0
+    """Of a program without a cache: bytes of a weight that it must not copy."""
 
 
 @dataclass
@@ -185,12 +189,12 @@ def measure(gate: Gate, dump: Path) -> Found:
     )
     if memory.alias_size_in_bytes < cache:
         found.problems.append(f"{memory.alias_size_in_bytes} bytes are updated in place; the cache has {cache}")
-    copied = copies(compiled.as_text(), cache // 8)
+    copied = copies(compiled.as_text(), (gate.weights or cache) // 8)
     if gate.look is not None:
         found.others, problems = gate.look(compiled, copied)
         found.problems += problems
         return found
-    found.problems += [f"copies the cache: {what}" for what in copied]
+    found.problems += [f"copies the {'weight' if gate.weights else 'cache'}: {what}" for what in copied]
     for path in sorted(dump.glob("*-final_bundles.txt")):
         kernel = re.search(r"jaxserve_(\w+)[\w.]*-\d+-final_bundles", path.name)
         if kernel and "schedule-analysis" not in path.name:
@@ -258,7 +262,8 @@ def gates() -> list[Gate]:
     found += [partial(attention, "v5e", "bge-base-on-1")]
     found += [partial(attention, chip, "deepseek-v2-lite-on-1") for chip in TOPOLOGIES]
     found += [partial(attention, "v6e", "deepseek-v2"), partial(attention, "v6e", "deepseek-v2", dtype="float8_e4m3fn")]
-    return [*(gate() for gate in found), *(Gate(*fields) for m in (gates_gpu, gates_step) for fields in m.gates())]
+    others = (gates_gpu, gates_grouped, gates_step)
+    return [*(gate() for gate in found), *(Gate(*fields) for module in others for fields in module.gates())]
 
 
 def attention(

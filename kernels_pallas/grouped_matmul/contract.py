@@ -1,0 +1,59 @@
+"""The one signature of a grouped matrix product, and what every body may assume of its arguments.
+
+    x      [R, I]     rows: those of a group lie side by side, the groups in their order
+    w      [E, O, I]  a matrix for each group, outputs first, as checkpoints have them
+    sizes  [E]        rows of each group, 0 or more
+    first  [] or None the row where the first group begins; None: row 0
+
+    -> [R, O] of x's type: each row times the matrix of its group, summed in float32 and rounded once
+
+The groups must end at row R or before. Rows of none are zeros: where each device has some of the matrices, the results
+of all add up to the whole. A row depends on no other, and nothing that a matrix without rows holds shows.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+class GroupedMatmul(Protocol):
+    """What every body implements."""
+
+    def __call__(
+        self,
+        x: Float[Array, "R I"],
+        w: Float[Array, "E O I"],
+        sizes: Int[Array, " E"],
+        first: Int[Array, ""] | None = None,
+    ) -> Float[Array, "R O"]: ...
+
+
+def validate(x: jax.Array, w: jax.Array, sizes: jax.Array, first: jax.Array | None) -> None:
+    """Checks shapes and types at trace time. Raises ValueError saying what was found and what is expected."""
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[2]:
+        raise ValueError(f"x must be [R, I] and w [E, O, I]; found {list(x.shape)} and {list(w.shape)}")
+    if 0 in (*x.shape, *w.shape):
+        raise ValueError(f"nothing to multiply: x is {list(x.shape)} and w {list(w.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
+        raise ValueError(f"x and w must be floats of one type; found {x.dtype} and {w.dtype}")
+    if sizes.shape != w.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ValueError(f"sizes must be whole numbers [{w.shape[0]}]; found {sizes.dtype} {list(sizes.shape)}")
+    if first is not None and (first.shape != () or not jnp.issubdtype(first.dtype, jnp.integer)):
+        raise ValueError(f"first must be one whole number; found {first.dtype} {list(first.shape)}")
+
+
+def validate_for_tpu(dtype: np.dtype) -> None:
+    """What the TPU's kernel multiplies. Raises ValueError."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"it multiplies bfloat16 or float32, not {dtype.name}")
+
+
+def validate_for_gpu(dtype: np.dtype, capability: str) -> None:
+    """What the GPU's kernel multiplies, and on chips of which compute capability. Raises ValueError."""
+    if int(capability.partition(".")[0]) < 8:
+        raise ValueError(f"it needs NVIDIA's compute capability 8.0 or above; the device has {capability}")
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"it multiplies bfloat16, float16 or float32, not {dtype.name}")

@@ -1,0 +1,27 @@
+"""The grouped product in plain XLA, one matrix after the other: any platform, the oracle of every other body."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul.contract import validate
+
+
+def grouped_matmul(
+    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+) -> Float[Array, "R O"]:
+    """See contract.py. Every row is multiplied by every matrix that has rows; the others are not read."""
+    validate(x, w, sizes, first)
+    ends, rows = jnp.cumsum(sizes) + (0 if first is None else first), jnp.arange(x.shape[0])
+
+    def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        its = (rows >= ends[e] - sizes[e]) & (rows < ends[e])
+        return jnp.where(its[:, None], product, y)
+
+    def step(e: jax.Array, y: jax.Array) -> jax.Array:
+        skipped: jax.Array = jax.lax.cond(sizes[e] > 0, multiply, lambda e, y: y, e, y)
+        return skipped
+
+    none = jnp.zeros((x.shape[0], w.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(0, w.shape[0], step, none).astype(x.dtype)

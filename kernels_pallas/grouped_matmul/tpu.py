@@ -1,0 +1,170 @@
+"""The grouped product for TPU: a Pallas kernel over pieces, each the rows that one tile has of one group.
+
+R rows, I inputs, O outputs, E groups, M rows of a tile, N outputs of a block
+
+XLA's ragged_dot wants all weights inputs first and makes a copy of those that are not; of those that are XLA fetches
+whole stacks to the chip before it, rows or none. Here a block of a matrix is fetched as it lies, once, and of a matrix
+without rows nothing. That groups are listed ahead and chosen by prefetched scalars is the idea of MegaBlocks (Gale et
+al. 2022), as JAX's own megablox kernel has it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.grouped_matmul.contract import validate, validate_for_tpu
+from kernels_pallas.grouped_matmul.groups import bounds, only
+from kernels_pallas.ragged_paged_attention.pieces import pieces
+
+LANES = 128
+LEAST_ROWS = 16
+"""A tile of bfloat16."""
+WEIGHT_BYTES = 4 << 20
+"""A block of a matrix takes at most this much of on-chip memory, twice; large enough that its copy takes longer than a
+turn of the kernel does."""
+ROW_BYTES = 2 << 20
+"""And so does a tile of rows."""
+MOST_OUTPUTS = 2048
+USUAL_VMEM = 14 << 20
+"""What a kernel may use on every chip unless it says more: 16 MiB, less what the compiler needs itself."""
+type Interpret = bool | pltpu.InterpretParams
+
+
+class Blocks(NamedTuple):
+    """How the kernel cuts its work."""
+
+    rows: int
+    """M, a multiple of LEAST_ROWS."""
+    outputs: int
+    """N: a multiple of LANES, or all of O."""
+
+    @classmethod
+    def by_rule(cls, rows: int, inputs: int, groups: int, outputs: int, itemsize: int) -> "Blocks":
+        """For x [rows, inputs] and w [groups, outputs, inputs]: fits every chip's on-chip memory where 128 outputs do.
+
+        With tiles of 128 rows the matrix unit computes for as long as it loads weights; more pays only where groups are
+        several tiles long.
+        """
+        depth = -(-inputs // LANES) * LANES * itemsize  # bytes of a row as it lies on the chip
+        if itemsize == 4:
+            depth *= 2  # and while it is multiplied
+        most = 256 if rows >= 512 * groups else 128
+        while most > LEAST_ROWS and most * depth > ROW_BYTES:
+            most //= 2
+        fitting = min(max(WEIGHT_BYTES // depth // LANES * LANES, LANES), MOST_OUTPUTS)
+        count = -(-outputs // fitting)
+        even = -(-outputs // count // LANES) * LANES
+        return cls(min(most, -(-rows // LEAST_ROWS) * LEAST_ROWS), outputs if count == 1 else even)
+
+    def vmem(self, inputs: int, itemsize: int) -> int:
+        """Bytes of on-chip memory that they take: two of each, and what is on its way."""
+        depth, width = (-(-n // LANES) * LANES for n in (inputs, self.outputs))
+        moved = (self.rows + self.outputs) * depth + self.rows * width
+        columns = min(width, _columns(self.outputs))
+        split = 6 * (self.rows + columns) * depth if itemsize == 4 else 0  # float32 is multiplied as three of bfloat16
+        return 2 * moved * itemsize + split + 3 * self.rows * columns * 4
+
+
+def grouped_matmul(
+    x: Float[Array, "R I"],
+    w: Float[Array, "E O I"],
+    sizes: Int[Array, " E"],
+    first: Int[Array, ""] | None = None,
+    *,
+    blocks: Blocks | None = None,
+    interpret: Interpret = False,
+) -> Float[Array, "R O"]:
+    """See contract.py. `blocks` instead of those by rule; `interpret` runs the kernel on a CPU."""
+    validate(x, w, sizes, first)
+    validate_for_tpu(x.dtype)
+    (rows, inputs), (groups, outputs, _), itemsize = x.shape, w.shape, x.dtype.itemsize
+    blocks = blocks or Blocks.by_rule(rows, inputs, groups, outputs, itemsize)
+    tiles = -(-rows // blocks.rows)
+    x = jnp.pad(x, ((0, tiles * blocks.rows - rows), (0, 0)))
+    begin, end = bounds(sizes, first)
+    last = jnp.where(end > begin, (end - 1) // blocks.rows, -1)
+    group_of, tile_of, count = pieces(begin // blocks.rows, last, tiles + groups - 1)
+    tile_of = jnp.minimum(tile_of, tiles - 1)  # where no group has a row
+    vmem = blocks.vmem(inputs, itemsize)
+    turned = _turned(outputs, inputs)
+    if turned:
+        w = w.swapaxes(1, 2)  # [E, I, O], which is how it lies
+    if not interpret:
+        w = pltpu.with_memory_space_constraint(w, pltpu.HBM)
+    # A matrix's pieces follow each other, so each block of it is fetched once; so do a tile's, which stays meanwhile.
+    out = pl.pallas_call(
+        partial(_body, rows=blocks.rows, turned=turned),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(-(-outputs // blocks.outputs), jnp.maximum(count, 1)),
+            in_specs=[
+                pl.BlockSpec((blocks.rows, inputs), lambda n, i, group, tile, *_: (tile[i], 0)),
+                _of_matrix(blocks.outputs, inputs, turned),
+            ],
+            out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), lambda n, i, group, tile, *_: (tile[i], n)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),  # chips with two cores share the outputs
+            vmem_limit_bytes=vmem + (2 << 20) if vmem > USUAL_VMEM else None,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * inputs * outputs,
+            bytes_accessed=(rows * (inputs + outputs) + min(groups, rows) * inputs * outputs) * itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="jaxserve_grouped_matmul",
+    )(group_of, tile_of, begin, end, x, w)
+    return only(out[:rows], begin, end)  # tiles of no group were never written
+
+
+def _turned(outputs: int, inputs: int) -> bool:
+    """Whether XLA lays matrices [outputs, inputs] out inputs first, as it does where that fills whole tiles better."""
+
+    def padded(rows: int, lanes: int) -> int:
+        return -(-rows // 8) * 8 * (-(-lanes // LANES) * LANES)
+
+    return padded(inputs, outputs) < padded(outputs, inputs)
+
+
+def _of_matrix(outputs: int, inputs: int, turned: bool) -> pl.BlockSpec:
+    if turned:
+        return pl.BlockSpec((None, inputs, outputs), lambda n, i, group, *_: (group[i], 0, n))
+    return pl.BlockSpec((None, outputs, inputs), lambda n, i, group, *_: (group[i], n, 0))
+
+
+def _columns(outputs: int) -> int:
+    """How many outputs are computed at once, in a loop: the program is as long as they are many."""
+    return next((n for n in (256, LANES) if outputs % n == 0), outputs)
+
+
+def _body(
+    group_of: Any, tile_of: Any, begin: Any, end: Any, x: Any, w: Any, out: Any, *, rows: int, turned: bool
+) -> None:
+    """One piece: x [M, I], w [N, I] or `turned` [I, N], out [M, N], of which only its own rows are written."""
+    i = pl.program_id(1)
+    group, top = group_of[i], tile_of[i] * rows
+    columns = _columns(out.shape[1])
+    row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0) + top
+    its = (row >= begin[group]) & (row < end[group])
+    # float32 numbers are not rounded to bfloat16 on the way
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def compute(at: Any) -> None:
+        own, axis = (w[:, at], 0) if turned else (w[at, :], 1)
+        axes = (((1,), (axis,)), ((), ()))
+        y = lax.dot_general(x[...], own, axes, precision=precision, preferred_element_type=jnp.float32)
+        # Not every chip chooses among numbers of 16 bits.
+        out[:, at] = jnp.where(its, y, out[:, at].astype(jnp.float32)).astype(out.dtype)
+
+    if columns == out.shape[1]:
+        compute(slice(None))
+    else:
+        pl.loop(0, out.shape[1] // columns)(lambda n: compute(pl.ds(pl.multiple_of(n * columns, columns), columns)))
