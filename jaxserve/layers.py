@@ -199,6 +199,7 @@ def moe(
     *,
     renormalise: bool = True,
     groups: tuple[int, int] | None = None,
+    scale: float = 1.0,
 ) -> Float[Array, "T D"]:
     """Mixture of experts (Shazeer et al. 2017) of the block's router [E, D] and gate, up [E, F, D] and down [E, D, F].
 
@@ -207,32 +208,41 @@ def moe(
     are float32. A token's result does not depend on the others: every sum has an order of its own.
 
     `groups` (how many, how many of them used) limits the choice to groups of experts that lie side by side, those with
-    the largest logits (DeepSeek-AI 2024, arXiv 2405.04434).
+    the largest logits; the block's `shared`, if there is one, is a SwiGLU that every token goes through besides, and
+    `scale` multiplies what the others give (DeepSeek-AI 2024, arXiv 2405.04434).
     """
     logits = linear_f32(x, p["router"])  # [T, E]
     open_to = logits if groups is None else _best_groups(logits, *groups)
     best, experts = jax.lax.top_k(open_to, used)  # [T, U], the largest first
     powers = jnp.exp(best - best[:, :1])
     total = _sum_in_halves(powers if renormalise else jnp.exp(logits - best[:, :1]))
-    weights = powers / total[:, None]  # [T, U]
+    weights = scale * powers / total[:, None]  # [T, U]
 
     chosen = experts.reshape(-1)  # [T * U]
     order = jnp.argsort(chosen, stable=True)  # expert after expert
     sizes = jnp.sum(chosen[:, None] == jnp.arange(logits.shape[1])[None, :], axis=0, dtype=jnp.int32)  # [E]
-    stacks = p["gate"], p["up"], p["down"]
+    stacks, shared = {name: p[name] for name in ("gate", "up", "down")}, p.get("shared")
+
+    def through(x: Any, weights: Any, order: Any, sizes: Any, first: Any, stacks: Any, shared: Any) -> jax.Array:
+        out = _through_experts(x, weights, order, sizes, first, **stacks)
+        return out if shared is None else out + swiglu(shared, x)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return _through_experts(x, weights, order, sizes, None, *stacks)
+        return through(x, weights, order, sizes, None, stacks, shared)
 
-    def own(x: Any, weights: Any, order: Any, sizes: Any, firsts: Any, *stacks: Any) -> jax.Array:
+    def own(x: Any, weights: Any, order: Any, sizes: Any, firsts: Any, stacks: Any, shared: Any) -> jax.Array:
         first = firsts[0] if mesh.shape["expert"] > 1 else None
-        return jax.lax.psum(_through_experts(x, weights, order, sizes, first, *stacks), ("expert", "model"))
+        return jax.lax.psum(through(x, weights, order, sizes, first, stacks, shared), every)
 
     # As the rules of sharding.py lay them. Devices add up what tokens get, not what each of a token's choices gives.
+    every = "expert", "model"
     outputs, inputs = P("expert", "model", None), P("expert", None, "model")
-    specs = (P(), P(), P(), P("expert"), P("expert"), outputs, outputs, inputs)
+    of_stacks = {"gate": outputs, "up": outputs, "down": inputs}
+    of_shared = None if shared is None else {"gate": P(every, None), "up": P(every, None), "down": P(None, every)}
+    specs = (P(), P(), P(), P("expert"), P("expert"), of_stacks, of_shared)
     divided = jax.shard_map(own, in_specs=specs, out_specs=P(), check_vma=False)  # a kernel does not say what varies
-    result: jax.Array = divided(x, weights, order, sizes, jnp.cumsum(sizes) - sizes, *stacks)
+    result: jax.Array = divided(x, weights, order, sizes, jnp.cumsum(sizes) - sizes, stacks, shared)
     return result
 
 

@@ -246,8 +246,7 @@ def block(
     if layer < c.dense_layers:
         h = swiglu(p, h)
     else:
-        chosen = moe(p, h, c.experts_used, renormalise=False, groups=c.groups)
-        h = c.experts_scale * chosen + swiglu(p["shared"], h)
+        h = moe(p, h, c.experts_used, renormalise=False, groups=c.groups, scale=c.experts_scale)
     x = x + tap(h, f"layers.{layer}.mlp")
     return tap(x, f"layers.{layer}.block"), cache
 
