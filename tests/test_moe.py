@@ -228,7 +228,12 @@ def test_experts_are_quantised_while_they_are_loaded_and_routers_are_not(kernels
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [("qwen3_moe", "cpu"), ("qwen3_moe", "reference"), ("deepseek_v2", "cpu")]
+    ("family", "attention"),
+    [
+        ("qwen3_moe", "cpu"),
+        pytest.param("qwen3_moe", "reference", marks=pytest.mark.slow),
+        ("deepseek_v2", "cpu"),
+    ],
 )
 def test_the_engine_continues_as_transformers_does(request, family, attention):
     """With prompts cut in pieces and several at once; `cpu` are the kernels, `reference` is XLA alone."""
