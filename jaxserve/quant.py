@@ -19,6 +19,7 @@ from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
+from kernels_pallas.grouped_matmul.groups import bounds, only
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
 
 _STATIC = {"static": True}  # a field that is part of the tree's structure
@@ -158,8 +159,7 @@ def ragged(
     if first is not None:  # its groups begin at row 0
         return jnp.roll(ragged(jnp.roll(x, -first, axis=0), w, sizes), first, axis=0)
     y = jax.lax.ragged_dot_general(x, w, sizes, _OUTPUTS_FIRST, preferred_element_type=jnp.float32)
-    own = jnp.arange(x.shape[0]) < sizes.sum()
-    return jnp.where(own[:, None], y, 0.0).astype(x.dtype)
+    return only(y.astype(x.dtype), *bounds(sizes, None))
 
 
 @jax.named_scope("embed")

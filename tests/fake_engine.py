@@ -14,12 +14,23 @@ import numpy as np
 
 from jaxserve.client import EngineState, EngineStatus
 from jaxserve.errors import EngineStopped, JaxserveError
-from jaxserve.request import Delta, EngineInfo, FinishReason, Logprobs, Request, Update, Updated, check_request
+from jaxserve.request import (
+    Delta,
+    EmbeddingInfo,
+    EngineInfo,
+    FinishReason,
+    Logprobs,
+    Request,
+    Update,
+    Updated,
+    check_request,
+)
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 BOS, EOS, IM_START, IM_END = range(4)
 FIRST_BYTE = len(SPECIAL_TOKENS)
 VOCAB_SIZE = FIRST_BYTE + 256
+EMBEDDING = EmbeddingInfo(pooling="mean", width=4, normalised=False)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -252,6 +263,16 @@ class FakeEngine:
             if token in ends and len(tokens) > params.min_tokens:
                 return tuple(tokens), FinishReason.STOP, token
         return tuple(tokens), FinishReason.LENGTH, None
+
+
+def embeds(**changes: Any) -> FakeEngine:
+    """One that gives embeddings: the `vector` of a text."""
+    return FakeEngine(embedding=EMBEDDING, **changes)
+
+
+def vector(text: str) -> list[float]:
+    """The embedding of "abc" is (3, id of a, id of c, 0)."""
+    return [len(text), FIRST_BYTE + ord(text[0]), FIRST_BYTE + ord(text[-1]), 0]
 
 
 def _logprobs(token: int, k: int, *, rank: int) -> Logprobs:

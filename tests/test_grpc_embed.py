@@ -7,31 +7,20 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from fake_engine import FIRST_BYTE, VOCAB_SIZE, FakeEngine, write_tokenizer
+from fake_engine import VOCAB_SIZE, embeds, vector, write_tokenizer
 from grpc_running import ids, running, score_request, text_request, until
 from running_server import Server
 
 from jaxserve.errors import Overloaded
-from jaxserve.request import EmbeddingInfo
 from jaxserve.server.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.proto import jaxserve_v1_pb2_grpc as pb_grpc
 
 GOLDENS = Path(__file__).parent / "goldens" / "embeddings"
-INFO = EmbeddingInfo(pooling="mean", width=4, normalised=False)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("toy"))
-
-
-def embeds(**changes) -> FakeEngine:
-    """Embeds "abc" as (3, id of a, id of c, 0)."""
-    return FakeEngine(embedding=INFO, **changes)
-
-
-def vector(text: str) -> list[float]:
-    return [len(text), FIRST_BYTE + ord(text[0]), FIRST_BYTE + ord(text[-1]), 0]
 
 
 def texts(*found: str, **fields) -> pb.EmbedRequest:

@@ -9,24 +9,13 @@ import numpy as np
 import openai
 import pytest
 from batch_running import Counter, install
-from fake_engine import FIRST_BYTE, FakeEngine, write_tokenizer
+from fake_engine import EMBEDDING, FIRST_BYTE, FakeEngine, embeds, vector, write_tokenizer
 from http_harness import application, call, http_client, in_loop, live, until
 from running_server import Server
 
 from jaxserve import cli
-from jaxserve.request import EmbeddingInfo
 
 GOLDENS = Path(__file__).parent / "goldens" / "embeddings"
-INFO = EmbeddingInfo(pooling="mean", width=4, normalised=False)
-
-
-def embeds(**changes: Any) -> FakeEngine:
-    """Embeds "abc" as (3, id of a, id of c, 0)."""
-    return FakeEngine(embedding=INFO, **changes)
-
-
-def vector(text: str) -> list[float]:
-    return [len(text), FIRST_BYTE + ord(text[0]), FIRST_BYTE + ord(text[-1]), 0]
 
 
 async def ask(engine: FakeEngine, path: str = "/v1/embeddings", **body: Any) -> dict[str, Any]:
@@ -204,7 +193,7 @@ async def test_bad_scores(body: dict[str, Any], param: str, message: str) -> Non
 
 def run_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], name: str = "in.jsonl") -> list[Any]:
     model = write_tokenizer(tmp_path / "fake")
-    install(monkeypatch.setattr, Counter(embedding=INFO))
+    install(monkeypatch.setattr, Counter(embedding=EMBEDDING))
     source, out = tmp_path / name, tmp_path / "out.jsonl"
     source.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
     cli.call(["batch", str(source), str(out), str(model)])

@@ -32,13 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import gates_gpu  # noqa: E402
 import gates_grouped  # noqa: E402
 import gates_step  # noqa: E402
-from gates_attention import Heads, lowered  # noqa: E402
+from gates_attention import TOPOLOGIES, Heads, lowered  # noqa: E402
 
 LIMITS = Path(__file__).with_suffix(".json")
 SLACK = 1.03
 """Limits are what was found, and this much more: another version of the compiler schedules a little differently."""
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 # What moves data without computing. A scatter is not among them: the cache's own is done in place.
 COPIES = "copy|copy-start|transpose|dynamic-slice|slice|slice-start|concatenate|pad|convert|gather|async-start"

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
+"""The slice of each kind of TPU that a kernel is compiled for."""
+
 
 @dataclass(frozen=True)
 class Heads:

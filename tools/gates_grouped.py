@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from gates_attention import TOPOLOGIES
 from gates_gpu import described
-
-SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ EXPERTS = {
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
     mixtral, qwen3 = list(EXPERTS)[:2], list(EXPERTS)[2:]
-    found = [product(chip, mixtral[0], 64) for chip in ("v4", "v5e", "v5p", "v6e", "tpu7x")]
+    found = [product(chip, mixtral[0], 64) for chip in TOPOLOGIES]
     found += [product("v6e", name, 64) for name in (mixtral[1], *qwen3)]
     found += [product("v5e", mixtral[0], 2048), product("v5e", mixtral[0], 64, "float32")]
     found += [product(chip, mixtral[0], tokens) for chip in ("h100", "a100") for tokens in (64, 2048)]
@@ -54,10 +53,10 @@ def product(chip: str, name: str, tokens: int, dtype: str = "bfloat16") -> tuple
             arguments = [jax.ShapeDtypeStruct(*a, sharding=place) for a in zip(shapes, kinds, strict=True)]
             return jax.jit(run).lower(*arguments), 0
 
-        if chip in SLICES:
+        if chip in TOPOLOGIES:
             from kernels_pallas.grouped_matmul import tpu
 
-            there = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip])
+            there = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
             return lowered(tpu.grouped_matmul, there.devices[0])
         from kernels_pallas.grouped_matmul import gpu
 

@@ -146,23 +146,11 @@ class Pooling:
         self, model: TextModel, unique: str, seed_of: Callable[[int], int] | None = None
     ) -> list[AsyncGenerator[PooledDelta]]:
         """The vector of each prompt; nothing is queued before they are iterated. Raises RequestError."""
-        body, found = self.body, []
-        for i, (prompt, field) in enumerate(zip(self.prompts, self.fields, strict=True)):
-            try:
-                found.append(
-                    model.embed(
-                        prompt,
-                        request_id=f"{unique}-{i}",
-                        priority=body.priority or 0,
-                        timeout_s=body.timeout,
-                        cache_salt=body.cache_salt or "",
-                    )
-                )
-            except RequestError as error:
-                if error.param == "prompt":
-                    error.param = field
-                raise
-        return found
+        body = self.body
+        return vectors_of(
+            self.prompts, model, self.fields, unique,
+            priority=body.priority or 0, timeout_s=body.timeout, cache_salt=body.cache_salt or "",
+        )  # fmt: skip
 
 
 async def read_embeddings(body: EmbeddingBody, model: TextModel, head: Head) -> Pooling:
@@ -204,6 +192,24 @@ def check_count(count: int, param: str) -> None:
         raise InvalidParameter(
             f"{count} texts, at most {MAX_INPUTS} are served in one request; send several requests", param=param
         )
+
+
+def vectors_of(
+    prompts: Sequence[Sequence[int]], model: TextModel, fields: Sequence[str], unique: str, **options: Any
+) -> list[AsyncGenerator[PooledDelta]]:
+    """The vector of each prompt, by `TextModel.embed` with these options; nothing is queued before they are iterated.
+
+    `fields` names where each came from, for errors. Raises RequestError.
+    """
+    found = []
+    for i, (prompt, field) in enumerate(zip(prompts, fields, strict=True)):
+        try:
+            found.append(model.embed(prompt, request_id=f"{unique}-{i}", **options))
+        except RequestError as error:
+            if error.param == "prompt":
+                error.param = field
+            raise
+    return found
 
 
 async def encoded(

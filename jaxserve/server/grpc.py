@@ -15,9 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from jaxserve.client import EngineClient, EngineState
 from jaxserve.config import authority
 from jaxserve.embedding import check_dimensions, finished
-from jaxserve.errors import ConfigError, DeadlineExceeded, InvalidParameter, JaxserveError, ModelNotFound, RequestError
+from jaxserve.errors import ConfigError, DeadlineExceeded, InvalidParameter, JaxserveError, ModelNotFound
 from jaxserve.request import MAX_TOP_LOGPROBS, SamplingParams, embedding_of
-from jaxserve.server.embeddings import check_count, encoded
+from jaxserve.server.embeddings import check_count, encoded, vectors_of
 from jaxserve.server.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.server.proto.translate import Answer, sampling_params, token_logprob
@@ -209,21 +209,12 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             check_dimensions(dimensions, info)
             given = [self._to_embed(prompt, f"prompts[{i}]") for i, prompt in enumerate(request.prompts)]
             longest = request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None
-            prompts = await encoded(given, longest, self._model, ["prompts"] * len(given))
-            try:  # all of them before any is computed
-                vectors = [
-                    self._model.embed(
-                        prompt,
-                        request_id=f"{engine_id}-{i}",
-                        priority=request.priority,
-                        timeout_s=_time_left(context),
-                        cache_salt=request.cache_salt,
-                    )
-                    for i, prompt in enumerate(prompts)
-                ]
-            except RequestError as error:
-                error.param = "prompts" if error.param == "prompt" else error.param
-                raise
+            fields = ["prompts"] * len(given)
+            prompts = await encoded(given, longest, self._model, fields)
+            vectors = vectors_of(
+                prompts, self._model, fields, engine_id,
+                priority=request.priority, timeout_s=_time_left(context), cache_salt=request.cache_salt,
+            )  # fmt: skip
             versions: set[int] = set()
 
             async def embed(i: int) -> pb.Embedding:

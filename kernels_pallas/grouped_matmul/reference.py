@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.grouped_matmul.contract import validate
+from kernels_pallas.grouped_matmul.groups import bounds
 
 
 def grouped_matmul(
@@ -12,11 +13,11 @@ def grouped_matmul(
 ) -> Float[Array, "R O"]:
     """See contract.py. Every row is multiplied by every matrix that has rows; the others are not read."""
     validate(x, w, sizes, first)
-    ends, rows = jnp.cumsum(sizes) + (0 if first is None else first), jnp.arange(x.shape[0])
+    (begin, end), rows = bounds(sizes, first), jnp.arange(x.shape[0])
 
     def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
         product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        its = (rows >= ends[e] - sizes[e]) & (rows < ends[e])
+        its = (rows >= begin[e]) & (rows < end[e])
         return jnp.where(its[:, None], product, y)
 
     def step(e: jax.Array, y: jax.Array) -> jax.Array:
