@@ -18,7 +18,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.formats import Format
 from jaxserve.model_code import brief, place
 from jaxserve.native import blocks
-from jaxserve.native.linear import PANEL
+from jaxserve.native.linear import panels_shape
 from jaxserve.spec import Model, ModelConfig, Params, ParamSpec
 
 SIZES = tuple(name for name in vars(ModelConfig) if not name.startswith("_"))
@@ -153,7 +153,7 @@ def packed(spec: ParamSpec, stored: tuple[int, ...], kind: DTypeLike | Format, d
         own: tuple[int, ...] = (blocks.panel_bytes(kind, outputs, depth),)
         kind = np.uint8
     else:
-        own = (-(-outputs // PANEL), depth, PANEL)
+        own = panels_shape(outputs, depth, kind)
     panels: Any = jax.ShapeDtypeStruct((*count, *own), kind)  # a tree of them is a tree of arrays to whoever traces
     return quant.Packed(panels, spec.shape, outputs, np.dtype(dtype), format, stacked=spec.spread)
 

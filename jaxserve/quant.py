@@ -121,6 +121,8 @@ def grouped_linear(
             raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
         if first is not None:
             raise ValueError("packed weights are those of one device, and take all rows; leave `first` out")
+        if x.shape[1] != w.depth:
+            raise ValueError(f"a stack {list(w.shape)} of {w.depth} inputs was multiplied by rows of {x.shape[1]}")
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
@@ -168,7 +170,7 @@ def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
     if isinstance(w, Packed):
         if w.format is not None:
             return blocks.embed(w.panels, tokens, w.format, w.outputs, w.depth, w.dtype)
-        return dense.embed(w.panels, tokens, w.outputs, w.dtype)
+        return dense.embed(w.panels, tokens, w.outputs, w.depth, w.dtype)
     return jnp.take(w, tokens, axis=0, mode="clip")
 
 
@@ -177,6 +179,8 @@ def _product(x: Float[Array, "T I"], w: Weight, out: int, dtype: DTypeLike) -> F
     if isinstance(w, Packed):
         if outputs != w.outputs or w.stacked:
             raise ValueError(f"a weight {list(w.shape)} of {w.outputs} outputs was multiplied as one of {outputs}")
+        if x.shape[1] != w.depth:
+            raise ValueError(f"a weight {list(w.shape)} of {w.depth} inputs was multiplied by rows of {x.shape[1]}")
         if w.format is not None:
             return blocks.linear(x, w.panels, w.format, outputs, dtype)
         return dense.linear(x, w.panels, outputs, dtype)

@@ -1,4 +1,6 @@
-"""Random calls of the C++ kernels of one library, good ones and bad ones; prints a digest of every result.
+"""Random calls of the C++ kernels of one library, good ones and bad ones; prints digests of all results.
+
+One is of the products with weights of bfloat16, which tile registers round in an order of their own.
 
     python native_fuzz.py LIBRARY SEED CASES [CPU]
 
@@ -18,6 +20,7 @@ import numpy as np
 from cache_layout import kept_by, rows_of
 
 from jaxserve.formats import FORMATS, dequantise, quantise
+from jaxserve.native import build
 
 ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear", "jaxserve_embed"
 LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
@@ -91,19 +94,57 @@ def random_product(rng):
     return x, w, str(rng.choice(["float32", "bfloat16"]))
 
 
+GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+TILE = 32  # steps of k in a tile
+
+
+def has_tiles(library):
+    """Whether it multiplies weights of bfloat16 on tile registers."""
+    return library.jaxserve_panel_depth(ctypes.c_int64(30), ctypes.c_int64(1)) > 1
+
+
 def packed(library, w):
-    """w [N, K] as the library lays it out: panels [N / 16, K, 16], zeros after the last row."""
+    """w [N, K] as the library lays it out: panels [N / 16, K, 16], zeros after the last row; or tiles of bfloat16."""
     rows = np.asarray(w)
-    panels = np.full((-(-rows.shape[0] // 16), rows.shape[1], 16), 7, rows.dtype)
+    (outputs, depth), code = rows.shape, GGML_TYPES[rows.dtype.name]
+    wide = library.jaxserve_panel_depth(ctypes.c_int64(code), ctypes.c_int64(depth))
+    panels = np.full((-(-outputs // 16), wide, 16), 7, rows.dtype)
     library.jaxserve_pack(
         ctypes.c_void_p(rows.ctypes.data),
-        *(ctypes.c_int64(n) for n in (*rows.shape, rows.itemsize)),
+        *(ctypes.c_int64(n) for n in (outputs, depth, code)),
         ctypes.c_void_p(panels.ctypes.data),
     )
-    want = np.zeros((panels.shape[0] * 16, rows.shape[1]), rows.dtype)
-    want[: rows.shape[0]] = rows
-    assert (panels.transpose(0, 2, 1).reshape(want.shape) == want).all(), "a packed weight is another weight"
+    want = np.zeros((panels.shape[0] * 16, wide), rows.dtype)
+    want[:outputs, :depth] = rows
+    if code == 30 and has_tiles(library):  # [N / 16, K / 32, 16 pairs, 16, 2]
+        found = panels.reshape(len(panels), -1, TILE // 2, 16, 2).transpose(0, 3, 1, 2, 4)
+    else:
+        found = panels.transpose(0, 2, 1)
+    assert (found.reshape(want.shape) == want).all(), "a packed weight is another weight"
     return jnp.asarray(panels)
+
+
+def on_tiles(x, w):
+    """x [T, K] times bfloat16 w [N, K] -> float32 [T, N] with every rounding of the tile registers.
+
+    Intel's Architecture Instruction Set Extensions reference, TDPBF16PS: of a tile's 16 pairs of k the first numbers
+    and the second ones are summed apart, each product fused with its sum; then both sums together are added.
+    """
+    x, w = np.asarray(x), np.asarray(w, np.float64)
+    parts = [x]
+    if x.dtype == np.float32:
+        nearest = x.astype(jnp.bfloat16)
+        parts = [nearest, (x - nearest.astype(np.float32)).astype(jnp.bfloat16)]
+    total = np.zeros((len(x), len(w)), np.float32)
+    for part in parts:
+        part, sums = part.astype(np.float64), np.zeros_like(total)
+        for start in range(0, x.shape[1], TILE):
+            halves = np.zeros((2, *total.shape), np.float32)
+            for k in range(start, min(start + TILE, x.shape[1])):
+                halves[k % 2] = halves[k % 2] + part[:, k : k + 1] * w[:, k]  # in float64, then rounded
+            sums += halves[0] + halves[1]
+        total += sums
+    return total
 
 
 def grouped(rng, digest, target, x, matrices, single, **attributes):
@@ -134,7 +175,7 @@ def grouped(rng, digest, target, x, matrices, single, **attributes):
         lambda: product(x, matrices, np.append(sizes, np.int32(0))),
         lambda: product(x, matrices, sizes[None]),
         lambda: product(x, matrices, sizes.astype(np.float32)),
-        lambda: product(x[:, 1:], matrices, sizes),
+        lambda: product(jnp.pad(x, ((0, 0), (0, TILE))), matrices, sizes),
         lambda: product(x, matrices[0], sizes) if count > 1 else product(x[0], matrices, sizes),
     ):
         try:
@@ -348,6 +389,7 @@ def main() -> None:
     library, seed, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if len(sys.argv) > 4:
         os.sched_setaffinity(0, {int(sys.argv[4])})  # before JAX looks how many there are
+    build.best_isa()  # asks for what the best instruction set needs
     handlers = ctypes.CDLL(library)
     for target in (
         ATTENTION,
@@ -362,7 +404,7 @@ def main() -> None:
         ROTATE,
     ):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
-    digest, refused = hashlib.blake2b(digest_size=16), 0
+    digest, with_bf16, refused = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16), 0
     for case in range(cases):
         rng = np.random.default_rng([seed, case])
         (q, k, v, cache, scales), step, attributes, used = random_case(rng)
@@ -395,10 +437,13 @@ def main() -> None:
         assert error < (1e-5 if dtype == "float32" else 1e-2), (x.shape, w.shape, dtype, error)
         alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], panels)
         assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
-        digest.update(y.tobytes())
+        if w.dtype == jnp.bfloat16 and has_tiles(handlers):
+            assert y.tobytes() == on_tiles(x, w).astype(y.dtype).tobytes(), (x.shape, x.dtype, w.shape, dtype)
+        of_products = with_bf16 if w.dtype == jnp.bfloat16 else digest
+        of_products.update(y.tobytes())
         single = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), "float32"))
         matrices = jnp.stack([jnp.roll(panels, e, axis=1) for e in range(rng.integers(1, 6))])
-        refused += grouped(rng, digest, GROUPED, x, matrices, single)
+        refused += grouped(rng, of_products, GROUPED, x, matrices, single)
         ids = rng.integers(-2, w.shape[0] + 2, 5).astype(np.int32)
         gather = jax.ffi.ffi_call(EMBED, jax.ShapeDtypeStruct((5, w.shape[1]), "float32"))
         rows = gather(panels, ids, outputs=np.int64(w.shape[0]))
@@ -411,7 +456,7 @@ def main() -> None:
                 assert "linear: " in str(error) or "embed: " in str(error), error
                 refused += 1
         refused += quantised_product(handlers, rng, digest) + sampled(rng, digest) + rotated(rng, digest)
-    print(digest.hexdigest(), refused)
+    print(digest.hexdigest(), with_bf16.hexdigest(), refused)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def libraries(compiler, tmp_path_factory):
 
 
 def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
-    """(digest, bad calls that were refused) of a process of its own."""
+    """(digest, that of products with bfloat16, bad calls that were refused) of a process of its own."""
     arguments = [library, seed, cases] + ([] if cpu is None else [cpu])
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # all libraries are called by the same few programs
     done = subprocess.run(
@@ -48,17 +48,19 @@ def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
         capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    digest, refused = done.stdout.split()
-    return digest, int(refused)
+    digest, with_bf16, refused = done.stdout.split()
+    return digest, with_bf16, int(refused)
 
 
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
-    digest, refused = fuzz(libraries["scalar"], 1)
+    digest, with_bf16, refused = fuzz(libraries["scalar"], 1)
     assert refused > CASES
-    for name, library in libraries.items():
-        assert fuzz(library, 1) == (digest, refused), name
-    best = next(iter(libraries.values()))
-    assert fuzz(best, 1, cpu=min(os.sched_getaffinity(0))) == (digest, refused), "one thread"
+    found = {name: fuzz(library, 1) for name, library in libraries.items()}
+    for name, result in found.items():
+        # Tile registers have an order of their own for bfloat16, which the process holds against arithmetic in numpy.
+        assert result == (digest, found["amx"][1] if name == "amx" else with_bf16, refused), name
+    best = next(iter(libraries))
+    assert fuzz(libraries[best], 1, cpu=min(os.sched_getaffinity(0))) == found[best], "one thread"
 
 
 def digest(compiler, isa, program, runner=()):

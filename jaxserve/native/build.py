@@ -1,11 +1,13 @@
 """From the C++ sources to a library for this machine: what came with the package, or which compiler and where kept."""
 
+import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,23 +46,24 @@ class Isa:
     compiler_flags: tuple[str, ...]
 
     def runs_here(self) -> bool:
-        return platform.machine().lower() in self.machines and set(self.cpu_flags) <= cpu_flags()
+        """Whether this process may run it; asks Linux for what has to be asked for."""
+        if platform.machine().lower() not in self.machines or not set(self.cpu_flags) <= cpu_flags():
+            return False
+        return "amx_tile" not in self.cpu_flags or tiles_granted()
 
 
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c")
+_AVX512_FLAGS = tuple(f"-m{name}" for name in _AVX512)
 ISAS = (
     Isa(
-        "avx512vnni",
+        "amx",
         _X86,
-        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx2", "fma", "f16c"),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
+        ("amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", *_AVX512),
+        ("-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16", "-mavx512vnni", *_AVX512_FLAGS),
     ),
-    Isa(
-        "avx512",
-        _X86,
-        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-    ),
+    Isa("avx512vnni", _X86, ("avx512_vnni", *_AVX512), ("-mavx512vnni", *_AVX512_FLAGS)),
+    Isa("avx512", _X86, _AVX512, _AVX512_FLAGS),
     Isa("avx2vnni", _X86, ("avx_vnni", "avx2", "fma", "f16c"), ("-mavxvnni", "-mavx2", "-mfma", "-mf16c")),
     Isa("avx2", _X86, ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
     Isa("neoni8mm", _ARM, ("i8mm", "asimddp", "atomics"), ("-march=armv8.2-a+dotprod+i8mm",)),
@@ -70,7 +73,8 @@ ISAS = (
 )
 """Best first. `scalar` uses no vectors at all: it is the oracle of the others.
 
-AVX512-BF16 is left out: its product wants rows of bfloat16, and rows of x are float32 unless the user asks otherwise.
+AVX512-BF16's product of vectors is left out: on a Xeon of 2023 it does 15 multiplications a cycle where a fused one of
+float32 does 26.
 """
 
 
@@ -183,6 +187,14 @@ def _run(command: list[str]) -> None:
 def _temporary_home() -> Path:
     """For a user without a home: a folder that nobody else could have filled before us, for this process alone."""
     return Path(tempfile.mkdtemp(prefix="jaxserve-"))
+
+
+@cache
+def tiles_granted() -> bool:
+    """Whether Linux gives this process AMX's tile registers: 8 KiB more of each thread's state, so it wants asking."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    libc = ctypes.CDLL(None)
+    return sys.platform == "linux" and libc.syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def cpu_info() -> dict[str, str]:

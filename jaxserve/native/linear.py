@@ -12,25 +12,34 @@ from jaxserve import native
 
 PANEL = 16
 """Rows of a weight that lie side by side."""
-WEIGHT_TYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+WEIGHT_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 30}
+"""What weights may be of, and ggml's codes for it."""
 
 
 def pack(w: np.ndarray) -> np.ndarray:
-    """w [N, K] of one of WEIGHT_TYPES -> its panels [N / 16, K, 16], the last one filled up with zeros.
+    """w [N, K] of one of WEIGHT_TYPES -> its panels of `panels_shape`, filled up with zeros.
 
     `jaxserve.native.load` must have been called, as for all of this module. Threads may pack at once.
     """
     assert w.ndim == 2 and w.dtype in WEIGHT_TYPES, f"{w.dtype} {w.shape}"
     w = np.ascontiguousarray(w)
-    panels = aligned((-(-w.shape[0] // PANEL), w.shape[1], PANEL), w.dtype)
+    panels = aligned(panels_shape(*w.shape, w.dtype), w.dtype)
     native.handlers().jaxserve_pack(
         ctypes.c_void_p(w.ctypes.data),
         ctypes.c_int64(w.shape[0]),
         ctypes.c_int64(w.shape[1]),
-        ctypes.c_int64(w.dtype.itemsize),
+        ctypes.c_int64(WEIGHT_TYPES[w.dtype]),
         ctypes.c_void_p(panels.ctypes.data),
     )
     return panels
+
+
+def panels_shape(outputs: int, depth: int, dtype: DTypeLike) -> tuple[int, int, int]:
+    """[N / 16, K, 16] of weights [outputs, depth]; K is more than `depth` where the processor takes several at once."""
+    function = native.handlers().jaxserve_panel_depth
+    function.restype = ctypes.c_int64
+    wide: int = function(ctypes.c_int64(WEIGHT_TYPES[np.dtype(dtype)]), ctypes.c_int64(depth))
+    return -(-outputs // PANEL), wide, PANEL
 
 
 def linear(
@@ -38,7 +47,8 @@ def linear(
 ) -> Float[Array, "T N"]:
     """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16, summed in float32.
 
-    A row of the result depends on its own row of x alone, bit for bit.
+    Where weights of bfloat16 are multiplied by the processor's own products of such numbers, rows of float32 are
+    rounded to 16 bits of mantissa. A row of the result depends on its own row of x alone, bit for bit.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_linear", shape)(x, panels)
@@ -56,10 +66,10 @@ def grouped_linear(
 
 
 def embed(
-    panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, dtype: DTypeLike
-) -> Float[Array, "T K"]:
-    """Rows `tokens` [T] of a packed w of `outputs` rows -> [T, K] of `dtype`; ids past an end take the end's row."""
-    shape = jax.ShapeDtypeStruct((tokens.shape[0], panels.shape[1]), dtype)
+    panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, depth: int, dtype: DTypeLike
+) -> Float[Array, "T D"]:
+    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`; ids past an end take the end's row."""
+    shape = jax.ShapeDtypeStruct((tokens.shape[0], depth), dtype)
     return jax.ffi.ffi_call("jaxserve_embed", shape)(panels, tokens, outputs=np.int64(outputs))
 
 

@@ -17,6 +17,13 @@ inline bool is_float(xla::ffi::AnyBuffer buffer) {
   return buffer.element_type() == xla::ffi::DataType::F32 || buffer.element_type() == xla::ffi::DataType::BF16;
 }
 
+// Calls `call(data)` with the buffer's numbers as what they are, float32 or bfloat16.
+template <class Call>
+void with_floats(xla::ffi::AnyBuffer buffer, Call&& call) {
+  if (buffer.element_type() == xla::ffi::DataType::F32) return call(static_cast<float*>(buffer.untyped_data()));
+  call(static_cast<bf16*>(buffer.untyped_data()));
+}
+
 // The buffer's numbers as floats: where they are, or in `copy`.
 inline const float* floats_of(xla::ffi::AnyBuffer buffer, std::vector<float>& copy) {
   if (buffer.element_type() == xla::ffi::DataType::F32) return static_cast<const float*>(buffer.untyped_data());

@@ -2,11 +2,14 @@
 // all rows of x, or with one for each group of them.
 //
 // A panel holds 16 rows of w side by side, [K][16], so that a row of y grows in vectors, one k after the other. That
-// order is the same for every row: a row of y is the same bit for bit whatever other rows are computed.
+// order is the same for every row: a row of y is the same bit for bit whatever other rows are computed. With tile
+// registers weights of bfloat16 are multiplied by bf16_tiles.h, in an order and a layout of its own.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "bf16_tiles.h"
 #include "buffers.h"
 #include "groups.h"
 #include "parallel.h"
@@ -75,21 +78,43 @@ bool with_weights(ffi::AnyBuffer w, Call&& call) {
   }
 }
 
+// K of the panels of weights with `depth` steps of k.
+int64_t panel_depth([[maybe_unused]] bool is_bf16, int64_t depth) {
+#if defined(JAXSERVE_TILES)
+  if (is_bf16) return tile_steps(depth) * kTileSteps;
+#endif
+  return depth;
+}
+int64_t panel_depth(ffi::AnyBuffer w, int64_t depth) {
+  return panel_depth(w.element_type() == ffi::DataType::BF16, depth);
+}
+
+template <class W>
+void multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, const W* w, ffi::AnyBuffer y, const std::vector<Group>& groups) {
+  const int64_t depth = x.dimensions()[1], outputs = y.dimensions()[1];
+#if defined(JAXSERVE_TILES)
+  if constexpr (std::is_same_v<W, bf16>) {
+    return with_floats(x, [&](const auto* rows) {
+      with_floats(y, [&](auto* to) { run_on_tiles(pool, rows, w, to, groups, depth, outputs); });
+    });
+  }
+#endif
+  std::vector<float> copy;
+  const float* rows = floats_of(x, copy);
+  fill_floats(y, [&](float* to) { run(pool, rows, w, to, groups, depth, outputs); });
+}
+
 ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
                     const std::vector<Group>& groups) {
   if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
-  const bool known = with_weights(w, [&](const auto* weights) {
-    std::vector<float> copy;
-    const float* rows = floats_of(x, copy);
-    fill_floats(y, [&](float* to) { run(pool, rows, weights, to, groups, x.dimensions()[1], y.dimensions()[1]); });
-  });
+  const bool known = with_weights(w, [&](const auto* weights) { multiply(pool, x, weights, y, groups); });
   return known ? ffi::Error::Success() : invalid(who, "weights must be float32, bfloat16 or float16");
 }
 
 ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || xs[1] != ws[1] || ys[0] != xs[0] || ws[2] != kPanel ||
-      ws[0] != (ys[1] + kPanel - 1) / kPanel) {
+  if (xs.size() != 2 || ws.size() != 3 || ys.size() != 2 || ws[1] != panel_depth(w, xs[1]) || ys[0] != xs[0] ||
+      ws[2] != kPanel || ws[0] != (ys[1] + kPanel - 1) / kPanel) {
     return invalid("linear", "x must be [T, K], w [N / 16, K, 16] and the result [T, N]");
   }
   return multiply(pool, "linear", x, w, *y, one_group(xs[0]));
@@ -98,8 +123,9 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
 ffi::Error grouped_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> sizes,
                           ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
-  if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || xs[1] != ws[2] || ys[0] != xs[0] || ws[3] != kPanel ||
-      ws[1] != (ys[1] + kPanel - 1) / kPanel || sizes.dimensions().size() != 1 || sizes.dimensions()[0] != ws[0]) {
+  if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || ws[2] != panel_depth(w, xs[1]) || ys[0] != xs[0] ||
+      ws[3] != kPanel || ws[1] != (ys[1] + kPanel - 1) / kPanel || sizes.dimensions().size() != 1 ||
+      sizes.dimensions()[0] != ws[0]) {
     return invalid("grouped_linear", "x must be [T, K], w [E, N / 16, K, 16], sizes [E] and the result [T, N]");
   }
   std::vector<Group> groups;
@@ -111,6 +137,12 @@ template <class W>
 void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64_t outputs, float* y) {
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t n = std::clamp<int64_t>(ids[t], 0, outputs - 1);
+#if defined(JAXSERVE_TILES)
+    if constexpr (std::is_same_v<W, bf16>) {
+      row_of_tiles(w, n, depth, y + t * depth);
+      continue;
+    }
+#endif
     const W* from = w + n / kPanel * depth * kPanel + n % kPanel;
     for (int64_t k = 0; k < depth; k++) y[t * depth + k] = to_float(from[k * kPanel]);
   }
@@ -120,12 +152,12 @@ ffi::Error embed(ffi::AnyBuffer w, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::A
   const auto ws = w.dimensions(), ys = y->dimensions();
   const int64_t tokens = static_cast<int64_t>(ids.element_count());
   if (ws.size() != 3 || ws[2] != kPanel || outputs < 1 || ws[0] != (outputs + kPanel - 1) / kPanel ||
-      ys.size() != 2 || ys[0] != tokens || ys[1] != ws[1]) {
+      ys.size() != 2 || ys[0] != tokens || ws[1] != panel_depth(w, ys[1])) {
     return invalid("embed", "w must be [N / 16, K, 16], ids [T] and the result [T, K]");
   }
   if (!is_float(*y)) return invalid("embed", "the result must be float32 or bfloat16");
   const bool known = with_weights(w, [&](const auto* weights) {
-    fill_floats(*y, [&](float* to) { gather(weights, ids.typed_data(), tokens, ws[1], outputs, to); });
+    fill_floats(*y, [&](float* to) { gather(weights, ids.typed_data(), tokens, ys[1], outputs, to); });
   });
   return known ? ffi::Error::Success() : invalid("embed", "weights must be float32, bfloat16 or float16");
 }
@@ -147,9 +179,18 @@ void pack(const T* from, int64_t outputs, int64_t depth, T* to) {
 }  // namespace
 }  // namespace jaxserve
 
-// w [N][K] to panels [N / 16][K][16], zeros after the last row; elements of 2 or 4 bytes. Without XLA: for loading.
-extern "C" void jaxserve_pack(const void* w, int64_t outputs, int64_t depth, int64_t bytes, void* panels) {
-  if (bytes == 4) {
+// K of the panels of weights [N][K], by ggml's code of their type: 0 for float32, 1 for float16, 30 for bfloat16.
+extern "C" int64_t jaxserve_panel_depth(int64_t type, int64_t depth) { return jaxserve::panel_depth(type == 30, depth); }
+
+// w [N][K] to panels [N / 16][that K][16], zeros after the last row. Without XLA: for loading.
+extern "C" void jaxserve_pack(const void* w, int64_t outputs, int64_t depth, int64_t type, void* panels) {
+#if defined(JAXSERVE_TILES)
+  if (type == 30) {
+    return jaxserve::pack_tiles(static_cast<const jaxserve::bf16*>(w), outputs, depth,
+                                static_cast<jaxserve::bf16*>(panels));
+  }
+#endif
+  if (type == 0) {
     jaxserve::pack(static_cast<const uint32_t*>(w), outputs, depth, static_cast<uint32_t*>(panels));
   } else {
     jaxserve::pack(static_cast<const uint16_t*>(w), outputs, depth, static_cast<uint16_t*>(panels));

@@ -1,0 +1,42 @@
+// Intel's AMX: eight registers of 16 rows of 64 bytes, a tile each, and products of them. Nothing of it is there for
+// other instruction sets.
+#pragma once
+
+#include "simd.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(JAXSERVE_AVX512)
+#define JAXSERVE_TILES
+
+namespace jaxserve {
+
+constexpr int kTileRows = 16;
+constexpr int kTileBytes = 64;  // of a row
+
+// The tile registers of this thread, until the end of the scope: 0 to 3 for sums [rows][16], 4 and 5 for the left factor
+// [rows][4 * steps bytes], 6 and 7 for the right one [steps][64 bytes]. The process must have been granted them
+// (native/build.py does it).
+class Tiles {
+ public:
+  Tiles(int rows, int steps) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) {
+      config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * steps : kTileBytes);
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : steps);
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// What was written comes before the tiles that are loaded from it: compilers do not know what a tile is loaded from.
+inline void before_tiles() { asm volatile("" ::: "memory"); }
+
+}  // namespace jaxserve
+
+#endif
