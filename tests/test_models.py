@@ -81,7 +81,7 @@ def paged(path, chunks, page=8):
 
     out, done = [], 0
     for size in filter(None, chunks):
-        padded = max(2, 1 << (size - 1).bit_length())  # as in the buckets of a step
+        padded = max(8, 1 << (size - 1).bit_length())  # as in the buckets of a step; each size is a program
         positions = np.arange(done, done + padded, dtype=np.int32)
         new = np.zeros(padded, np.int32)
         new[:size] = tokens[done : done + size]
