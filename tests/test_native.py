@@ -24,17 +24,6 @@ LIMIT_S = 800
 pytestmark = pytest.mark.timeout(900)  # each library is as much work as an installation
 
 
-def build_at_once(isa, compiler, library, extra):
-    """As build.build does, from one file that includes all sources: reading XLA's headers for each is half the work."""
-    folder = library.with_suffix(".csrc")
-    folder.mkdir()
-    sources = sorted(build.SOURCES.glob("*.cc"))
-    (folder / "all.cc").write_text("".join(f'#include "{source}"\n' for source in sources))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SOURCES", folder)
-        build.build(isa, compiler, library, extra)
-
-
 @pytest.fixture(scope="module")
 def libraries(compiler, tmp_path_factory):
     """A library for each instruction set that this processor has."""
@@ -46,7 +35,7 @@ def libraries(compiler, tmp_path_factory):
                 found[isa.name] = build.library(prebuilt=False).path
             else:  # only the numbers count, and fuzz calls take no longer for it
                 found[isa.name] = folder / f"{isa.name}.so"
-                build_at_once(isa, compiler, found[isa.name], ("-O0",))
+                build.build(isa, compiler, found[isa.name], ("-O0",))
     return found
 
 
@@ -160,7 +149,7 @@ def test_sanitizers_find_nothing(compiler, tmp_path):
     library = tmp_path / "sanitized.so"
     # -O0: the optimiser takes minutes over what the sanitizers add, and the calls no less time.
     flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    build_at_once(build.best_isa(), compiler, library, flags)
+    build.build(build.best_isa(), compiler, library, flags)
     # The C++ runtime has to be there before the sanitizer looks for its exceptions.
     stdcxx = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
     options = "detect_leaks=0,allocator_may_return_null=1"
