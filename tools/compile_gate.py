@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -138,7 +139,12 @@ def measured(chosen: list[Gate], jobs: int) -> Iterator[tuple["Gate", "Found"]]:
         # Not forked: each loads its own compilers, with its own folder to write to.
         pool = ProcessPoolExecutor(min(jobs, len(chosen)), get_context("spawn"), prepare, (Path(directory), listings))
         with pool:
-            yield from zip(chosen, pool.map(_measure_named, [gate.name for gate in chosen]), strict=True)
+            try:
+                yield from zip(chosen, pool.map(_measure_named, [gate.name for gate in chosen]), strict=True)
+            except BrokenProcessPool:
+                for said in Path(directory).glob("*.stderr"):
+                    print(said.read_text(errors="replace")[-4000:], file=sys.stderr)
+                raise
 
 
 def _measure_named(name: str) -> "Found":
@@ -149,9 +155,11 @@ def _measure_named(name: str) -> "Found":
 
 def prepare(directory: Path, listings: bool) -> None:
     """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, and if they are wanted
-    listings to a folder of this process in `directory`."""
+    listings to a folder of this process in `directory`. What compilers say goes there, too: that of GPU complains of
+    each kernel that there is no disassembler, which nobody needs."""
     from jaxserve.planning.topology import environment
 
+    os.dup2(os.open(directory / f"{os.getpid()}.stderr", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
     dump = Path(tempfile.mkdtemp(dir=directory))
     os.environ.update(environment(dump), MOSAIC_GPU_DUMP_TO=str(dump))
     if listings:
