@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
-NAMES = ("llama-3.1-8b", "qwen3-0.6b", "mixtral-8x7b")
 PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8"}
 """By topology its mesh: all chips together, and once two replicas."""
+DECODED = {
+    "llama-3.1-8b": tuple(PLACES),
+    "mixtral-8x7b": tuple(PLACES),
+    "qwen3-0.6b": ("v5e:2x4", "h100:8"),
+    "qwen3-30b-a3b": ("v6e:2x4",),
+    "deepseek-v2-lite": ("v5e:2x4",),
+    "llama-3.3-70b": ("v5p:2x2x2",),
+}
+"""Where a model's step of one token a sequence is compiled."""
 SHAPES = {"decode": (64, 64), "mixed": (512, 64), "mixed-8": (512, 8)}
 """Tokens and sequences of each kind of step."""
 MIXED = {
@@ -28,8 +36,6 @@ MIXED = {
 }
 """Where a step with prompts is compiled, too, which costs most: each model and each topology once. With 8 sequences
 sampling is compiled for one number of rows instead of three, and all that prompts change is there."""
-ALSO = (("deepseek-v2-lite", "v5e:2x4"), ("qwen3-30b-a3b", "v6e:2x4"), ("llama-3.3-70b", "v6e:2x4"))
-"""Decoded with, too: latents, many small experts, 64 heads."""
 LAYERS = 2
 CACHE_BYTES = 256 * 2**20
 """Of each device: more than any on-chip memory holds."""
@@ -39,8 +45,8 @@ MESSAGES = {"all-reduce": 2}
 
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
-    every = [(name, topology) for name in NAMES for topology in PLACES]
-    return [step(*at, "decode") for at in (*every, *ALSO)] + [step(*at, kind) for at, kind in MIXED.items()]
+    decoded = [step(name, topology, "decode") for name, where in DECODED.items() for topology in where]
+    return decoded + [step(*at, kind) for at, kind in MIXED.items()]
 
 
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
