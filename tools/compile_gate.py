@@ -287,7 +287,7 @@ FEW = {
     "a100/llama3-8b/bfloat16/page64/mixed-512",  # Triton, as on all GPUs but Hopper
     "v6e/mixtral-8x7b-on-8/up/bfloat16/64",
     "h100/mixtral-8x7b-on-8/up/bfloat16/64",
-    "step/llama-3.1-8b/v5e:2x4/decode",
+    "step/qwen3-0.6b/v5e:2x4/decode",
     "step/llama-3.1-8b/h100:8/decode",
 }
 """What CI compiles."""
