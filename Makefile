@@ -3,7 +3,7 @@
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
 # make test-ray   jobs and replicas on a Ray of two workers, and configs/k8s against Kubernetes' schemas
-# make compile-gate   the kernels through the real TPU and CUDA compilers, on neither
+# make compile-gate   the kernels and whole steps through the real TPU and CUDA compilers, on neither
 
 VENV ?= .venv
 ARGS ?=
@@ -33,8 +33,8 @@ test-oldest-jax:
 test-ray:
 	@tools/test_ray $(ARGS)
 
-compile-gate:
-	@tools/compile_gate $(ARGS)
+compile-gate: $(VENV)/.installed
+	@VENV=$(VENV) tools/compile_gate $(ARGS)
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

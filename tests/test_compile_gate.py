@@ -76,6 +76,7 @@ def test_limits_bite(gate):
 def test_every_gate_has_limits(gate):
     stored = json.loads(gate.LIMITS.read_text())
     assert set(stored) == {g.name for g in gate.gates()}
+    assert gate.FEW < set(stored)
 
 
 @pytest.mark.parametrize("name", ["v5e/llama3-8b/bfloat16/page64/decode", "v6e/llama3-8b/float8_e4m3fn"])

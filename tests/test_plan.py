@@ -391,6 +391,7 @@ def test_a_plan_for_tpu_is_compiled(tmp_path, capsys):
     assert cli.call(["plan", str(tmp_path), "--topology", "v5e:2x4", "--mesh", "1x8", "--json"]) == 0
     report = msgspec.json.decode(capsys.readouterr().out, type=planner.Report)
     assert report.fits and report.messages_per_block == 2 and report.attention == "tpu"
-    largest, decoding = report.steps
-    known = sum(report.device_bytes[kind] for kind in ("weights", "kv", "slots", "padding"))
-    assert decoding.arguments == known and decoding.updated >= report.device_bytes["kv"]
+    _, decoding = report.steps
+    known = sum(report.device_bytes[kind] for kind in ("weights", "kv", "slots"))
+    assert known <= decoding.arguments < 1.01 * known, "arithmetic and memory_analysis agree, but for padding"
+    assert decoding.updated >= report.device_bytes["kv"]

@@ -93,7 +93,8 @@ def test_a_python_that_was_named_must_work(machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["tools/find_python.sh", "tools/check", "tools/test_oldest_jax", "tools/test_ray", ".ci/run"]
+    "script",
+    ["tools/find_python.sh", "tools/check", "tools/compile_gate", "tools/test_oldest_jax", "tools/test_ray", ".ci/run"],
 )
 def test_scripts_are_executable_and_parse(script) -> None:
     path = ROOT / script

@@ -2,6 +2,8 @@
 
     tools/compile_gate                    every gate, in an environment of its own that has libtpu and JAX's CUDA plugin
     tools/compile_gate --only v5e         those whose name holds "v5e"
+    tools/compile_gate --few              those that CI compiles: of each kernel one for TPU and one for GPU, two steps
+    tools/compile_gate --jobs 1           one at a time, not two
     tools/compile_gate --update           store what is found as the new limits
 
 A gate is a program that keeps a KV cache, or a product of experts' weights. Each must compile, update its cache in
@@ -21,8 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -90,37 +95,37 @@ class Found:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="gates whose name holds one of these")
+    parser.add_argument("--few", action="store_true", help="of each kernel one for TPU and one for GPU, and two steps")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="so many at a time (default 2)")
     parser.add_argument("--update", action="store_true", help="store what is found as the new limits")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each gate, not a table")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    chosen = [gate for gate in gates() if any(text in gate.name for text in options.only)]
+    known = [gate for gate in gates() if not options.few or gate.name in FEW]
+    chosen = [gate for gate in known if any(text in gate.name for text in options.only)]
     if not chosen:
         asked = " or ".join(options.only)
-        parser.error(f"no gate has {asked} in its name; there are {', '.join(g.name for g in gates())}")
-    stored = known_limits()
-    failed = 0
-    with tempfile.TemporaryDirectory() as directory:
-        dump = Path(directory)
-        prepare(dump, listings=any(gate.look is None for gate in chosen))
-        if not options.json:
-            print(
-                f"{versions()}\n{'gate':<46} {'s':>5} {'cpu s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut "
-                "blocks), spills"
-            )
-        for gate in chosen:
-            found = measure(gate, dump)
-            if options.update and not found.problems:
-                # Another process may have stored some, too.
-                stored = known_limits()
-                stored[gate.name] = stored.get(gate.name, {}) | found.limits()
-                LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
-            found.problems += over(found.limits(), stored.get(gate.name))
-            failed += bool(found.problems)
-            print(json.dumps({"gate": gate.name} | asdict(found)) if options.json else line(gate.name, found))
-            for problem in found.problems:
-                print(f"    {problem}", file=sys.stderr)
-            sys.stdout.flush()
+        parser.error(f"no gate has {asked} in its name; there are {', '.join(g.name for g in known)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: give how many gates to compile at a time, 1 or more")
+    failed, names = 0, {gate.name for gate in gates()}
+    if not options.json:
+        print(
+            f"{versions()}\n{'gate':<46} {'s':>5} {'cpu s':>5} {'temp MiB':>8}  kernel: bundles (on whole, cut "
+            "blocks), spills"
+        )
+    for gate, found in measured(chosen, options.jobs):
+        stored = known_limits()
+        if options.update and not found.problems:
+            stored[gate.name] = stored.get(gate.name, {}) | found.limits()
+            stored = {name: limits for name, limits in stored.items() if name in names}
+            LIMITS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+        found.problems += over(found.limits(), stored.get(gate.name))
+        failed += bool(found.problems)
+        print(json.dumps({"gate": gate.name} | asdict(found)) if options.json else line(gate.name, found))
+        for problem in found.problems:
+            print(f"    {problem}", file=sys.stderr)
+        sys.stdout.flush()
     if not options.json:
         print(
             f"{len(chosen)} gates, {failed} of them failed; {time.perf_counter() - start:.0f} s, {cpu():.0f} s of cores"
@@ -128,11 +133,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def prepare(dump: Path, *, listings: bool) -> None:
+def measured(chosen: list[Gate], jobs: int) -> Iterator[tuple["Gate", "Found"]]:
+    """Each with what came of it, in their order, by so many processes: a compiler uses one core most of the time."""
+    listings = any(gate.look is None for gate in chosen)
+    with tempfile.TemporaryDirectory() as directory:
+        # Not forked: each loads its own compilers, with its own folder to write to.
+        pool = ProcessPoolExecutor(min(jobs, len(chosen)), get_context("spawn"), prepare, (Path(directory), listings))
+        with pool:
+            try:
+                yield from zip(chosen, pool.map(_measure_named, [gate.name for gate in chosen]), strict=True)
+            except BrokenProcessPool:
+                for said in Path(directory).glob("*.stderr"):
+                    print(said.read_text(errors="replace")[-4000:], file=sys.stderr)
+                raise
+
+
+def _measure_named(name: str) -> "Found":
+    """In a process of `measured`."""
+    gate = next(gate for gate in gates() if gate.name == name)
+    return measure(gate, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+
+
+def prepare(directory: Path, listings: bool) -> None:
     """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, and if they are wanted
-    listings to `dump`."""
+    listings to a folder of this process in `directory`. What compilers say goes there, too: that of GPU complains of
+    each kernel that there is no disassembler, which nobody needs."""
     from jaxserve.planning.topology import environment
 
+    os.dup2(os.open(directory / f"{os.getpid()}.stderr", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    dump = Path(tempfile.mkdtemp(dir=directory))
     os.environ.update(environment(dump), MOSAIC_GPU_DUMP_TO=str(dump))
     if listings:
         os.environ["LIBTPU_INIT_ARGS"] = (
@@ -248,11 +277,28 @@ HEADS = {
     "deepseek-v2": Heads(128, 1, 576, devices=4, values=512),
 }
 
+FEW = {
+    "v5e/llama3-8b/bfloat16/page64/mixed",
+    "v6e/llama3-8b/int8/page128/mixed",
+    "v5e/bge-base-on-1/bfloat16/page64/mixed",
+    "v6e/deepseek-v2-lite-on-1/bfloat16/page64/mixed",
+    "h100/llama3-8b/bfloat16/page64/mixed-512",
+    "h100/llama3-8b/int8/page64/mixed-512",
+    "a100/llama3-8b/bfloat16/page64/mixed-512",  # Triton, as on all GPUs but Hopper
+    "v6e/mixtral-8x7b-on-8/up/bfloat16/64",
+    "h100/mixtral-8x7b-on-8/up/bfloat16/64",
+    "step/qwen3-0.6b/v5e:2x4/decode",
+    "step/llama-3.1-8b/h100:8/decode",
+}
+"""What CI compiles."""
+
 
 def gates() -> list[Gate]:
     """Every gate, those of the attention kernel first."""
-    found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in list(HEADS)[:3]]
-    found += [partial(attention, chip, model) for chip in ("v4", "v5e") for model in list(HEADS)[3:5]]
+    found = [partial(attention, chip, model) for chip in TOPOLOGIES for model in ("llama3-8b", "gemma2-9b")]
+    found += [partial(attention, chip, "qwen3-0.6b") for chip in ("v5e", "v6e")]
+    found += [partial(attention, chip, "llama3-8b-on-1") for chip in ("v4", "v5e")]
+    found += [partial(attention, "v4", "phi3-mini-on-1")]
     found += [partial(attention, "v6e", "llama3-8b", page=page) for page in (16, 128)]
     found += [partial(attention, "v6e", "llama3-8b", dtype=dtype) for dtype in ("float8_e4m3fn", "float32")]
     found += [partial(attention, "v5e", "llama3-8b", tokens=64)]  # a step that decodes only

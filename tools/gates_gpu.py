@@ -25,7 +25,6 @@ def described(chip: str, devices: int) -> Iterator[list[Any]]:
 HEADS = {
     "llama3-8b": Heads(32, 8, 128),
     "llama3-8b-on-8": Heads(32, 8, 128, devices=8),
-    "qwen3-0.6b": Heads(16, 8, 128),
     "gemma2-9b": Heads(16, 8, 256, window=4096, soft_cap=50.0),
     "phi3-mini": Heads(32, 32, 96),
     "phi2": Heads(32, 32, 80),

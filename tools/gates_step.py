@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
-NAMES = ("llama-3.1-8b", "qwen3-0.6b", "mixtral-8x7b")
 PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8"}
 """By topology its mesh: all chips together, and once two replicas."""
+DECODED = {
+    "llama-3.1-8b": tuple(PLACES),
+    "mixtral-8x7b": tuple(PLACES),
+    "qwen3-0.6b": ("v5e:2x4", "h100:8"),
+    "qwen3-30b-a3b": ("v6e:2x4",),
+    "deepseek-v2-lite": ("v5e:2x4",),
+    "llama-3.3-70b": ("v5p:2x2x2",),
+}
+"""Where a model's step of one token a sequence is compiled."""
 SHAPES = {"decode": (64, 64), "mixed": (512, 64), "mixed-8": (512, 8)}
 """Tokens and sequences of each kind of step."""
 MIXED = {
@@ -37,9 +45,8 @@ MESSAGES = {"all-reduce": 2}
 
 def gates() -> list[tuple[Any, ...]]:
     """The fields of compile_gate's Gate, of each."""
-    every = [(name, topology) for name in NAMES for topology in PLACES]
-    latents = step("deepseek-v2-lite", "v5e:2x4", "decode")
-    return [step(*at, "decode") for at in every] + [step(*at, kind) for at, kind in MIXED.items()] + [latents]
+    decoded = [step(name, topology, "decode") for name, where in DECODED.items() for topology in where]
+    return decoded + [step(*at, kind) for at, kind in MIXED.items()]
 
 
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
@@ -56,7 +63,8 @@ def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
             messages += found.count
             if found.part == "block":
                 blocks[found.kind] += found.count
-        programs = _draft(name, topology).programs
+        draft = _draft(name, topology)
+        programs = draft.programs
         copied = weight_copies(text, len(jax.tree.leaves(programs.params)))
         row = programs.model.cache_spec(programs.partition.config).row
         cache = programs.partition.cache(jax.ShapeDtypeStruct((1, 1, row), programs.dtype))
@@ -64,7 +72,12 @@ def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
         wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
         problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
         problems += [f"copies the cache: {what}" for what in large if re.search(rf"^[^\]]*,{row}\]", what)]
-        return {"messages": messages, "weight_copy_bytes": sum(copied.values())}, problems
+        planned = draft.weights + _pages(draft) * draft.sizing.page_bytes + draft.sizing.slots
+        padding = compiled.memory_analysis().argument_size_in_bytes - planned
+        if padding < 0:
+            problems.append(f"its arguments take {-padding} bytes less than the {planned} that a plan says")
+        found = {"messages": messages, "weight_copy_bytes": sum(copied.values()), "padding_bytes": padding}
+        return found, problems
 
     return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), look
 
@@ -75,9 +88,13 @@ def lowered(name: str, topology: str, kind: str) -> tuple[Any, int]:
     from jaxserve.sharding import bytes_per_device
 
     draft = _draft(name, topology)
-    sizes = draft.sizing.sizes(CACHE_BYTES // draft.sizing.page_bytes)
+    sizes = draft.sizing.sizes(_pages(draft))
     state = draft.programs.state(sizes)
     return draft.programs.step(Shape(*SHAPES[kind]), sizes).lower(), bytes_per_device(state.cache)
+
+
+def _pages(draft: Any) -> int:
+    return CACHE_BYTES // draft.sizing.page_bytes
 
 
 @cache
