@@ -118,9 +118,9 @@ def dequantise(format: Format, raw: np.ndarray) -> np.ndarray:
 
 
 def parts(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """What the numbers of a quantised matrix are made of: codes, int8 [N, K], and scales and minima, float32 [N, K / G].
+    """What a quantised matrix is made of: codes, int8 [N, K], scales and minima, float32 [N, K / G].
 
-    `dequantise` computes scale * code - minimum of them, in float32; minima are None where all are zero. Raises
+    `dequantise` gives scale * code - minimum, computed in float32; minima are None where all are zero. Raises
     ValueError when the bytes are no whole blocks.
     """
     format, (rows, width) = blocks.format, blocks.rows.shape

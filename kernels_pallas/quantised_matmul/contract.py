@@ -38,9 +38,7 @@ class QuantisedMatmul(Protocol):
     ) -> Float[Array, "T N"]: ...
 
 
-def group_of(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None, *, inputs_first: bool
-) -> int:
+def group_of(x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None, *, inputs_first: bool) -> int:
     """G, after shapes and types are checked at trace time. Raises ValueError saying what was found and expected."""
     order = "[K, N]" if inputs_first else "[N, K]"
     if x.ndim != 2 or codes.ndim != 2 or x.shape[1] != codes.shape[0 if inputs_first else 1]:

@@ -93,7 +93,8 @@ def _body(
     lines, places = depth // deep, blocks.outputs // wide
     shape, one = ((lines, places), (1, places)) if inputs_first else ((places, lines), (places, lines))
     of_k, of_n = (0, 1) if inputs_first else (1, 0)
-    turns = -(-(-(-inputs // depth)) // blocks.shares)
+    all_turns = pl.cdiv(inputs, depth)
+    turns = pl.cdiv(all_turns, blocks.shares)
     # float32 numbers are not rounded to TF32 on the way
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
@@ -120,7 +121,7 @@ def _body(
         return sums
 
     program_left = pl.program_id(0) * places
-    end = lax.min((share + 1) * turns, -(-inputs // depth))
+    end = lax.min((share + 1) * turns, all_turns)
     zeros = (jnp.zeros((blocks.rows, places), jnp.float32),) * wide
     for j, total in enumerate(lax.fori_loop(share * turns, end, step, zeros)):
         row, output = lie(total.shape, 0, top), lie(total.shape, 1, left + j, wide)

@@ -94,7 +94,7 @@ def quantised_matmul(
         if inputs_first
         else pl.BlockSpec((blocks.outputs, blocks.inputs), lambda t, n, k: (n, k))
     )
-    stored = (codes, scales) if minima is None else (codes, scales, minima)
+    stored: tuple[jax.Array, ...] = (codes, scales) if minima is None else (codes, scales, minima)
     if not interpret:  # else small ones are fetched whole before the kernel starts
         stored = tuple(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in stored)
     code_bits = 8 if codes.dtype == jnp.int8 else 4
@@ -181,7 +181,7 @@ def _across(codes: jax.Array, group: int, scales: jax.Array, minima: jax.Array |
     width, depth = codes.shape
     lane = lax.broadcasted_iota(jnp.int32, (width, LANES), 1)
     within = min(group, LANES).bit_length() - 1
-    turned = [None if a is None else _turned(a) for a in (scales, minima)]
+    own_scales, own_minima = _turned(scales), None if minima is None else _turned(minima)
 
     def spread(a: jax.Array, begin: int) -> jax.Array:
         """Of LANES inputs from `begin` on, each with its group's."""
@@ -191,8 +191,8 @@ def _across(codes: jax.Array, group: int, scales: jax.Array, minima: jax.Array |
 
     parts = []
     for begin in range(0, depth, LANES):
-        part = codes[:, begin : begin + LANES].astype(jnp.float32) * spread(turned[0], begin)
-        parts.append(part if turned[1] is None else part - spread(turned[1], begin))
+        part = codes[:, begin : begin + LANES].astype(jnp.float32) * spread(own_scales, begin)
+        parts.append(part if own_minima is None else part - spread(own_minima, begin))
     return jnp.concatenate(parts, axis=1)
 
 
