@@ -29,7 +29,7 @@ from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.taps import find_taps
 from jaxserve.weights import Checkpoint, open_checkpoint, open_header
 from jaxserve.weights.headless import as_stored
-from jaxserve.weights.keep import Keeper, only_plain, format_of, keeper, left_plain, scaled_leaf
+from jaxserve.weights.keep import Keeper, format_of, keeper, left_plain, only_plain, scaled_leaf
 from jaxserve.weights.load import check_params, load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 

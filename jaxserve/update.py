@@ -166,8 +166,9 @@ def _keep_alike(served: Loaded, options: ModelOptions, specs: list[ParamSpec]) -
     keep = keeper(options, served.partition, specs, served.dtype)
     leaves = {(spec.name, spec.rows): leaf for spec, leaf in zip(specs, _leaves(served.params), strict=True)}
 
-    def alike(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | None:
-        return keep(w, spec) if isinstance(leaves[spec.name, spec.rows], Scaled) else None
+    def alike(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | jax.Array | None:
+        quantised = options.quantization is not None or isinstance(leaves[spec.name, spec.rows], Scaled)
+        return keep(w, spec) if quantised else None
 
     return alike
 

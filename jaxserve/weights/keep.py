@@ -3,18 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxserve import quant
 from jaxserve.config import ModelOptions
 from jaxserve.errors import ConfigError
-from jaxserve.formats import Blocks, Format, quantise
+from jaxserve.formats import Blocks, Format, dequantise, quantise
 from jaxserve.scaled import Scaled, leaves_of
 from jaxserve.sharding import Partition
 from jaxserve.spec import Params, ParamSpec
 from jaxserve.weights import Checkpoint
 
-type Keeper = Callable[[np.ndarray | Blocks, ParamSpec], Scaled | None]
+type Keeper = Callable[[np.ndarray | Blocks, ParamSpec], Scaled | jax.Array | None]
 
 SCALED = ("q8_0", "q4_k", "q4_0")
 """What --quantization makes of matrices here: other formats would take more memory than the first."""
@@ -29,13 +30,15 @@ def keeper(options: ModelOptions, partition: Partition, specs: Sequence[ParamSpe
     if options.quantization is not None:
         check_scaled(options.quantization, specs)
 
-    def keep(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | None:
+    def keep(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | jax.Array | None:
         if options.quantization is not None and not spec.precise:
             w = only_plain(w, spec)
             format = format_of(None, options, spec, w.shape[1], packs=False)
-            if format is None or partition.scaled(spec, format, w.shape[0], dtype) is None:
+            if format is None:
                 return None
             w = Blocks(format, quantise(format, w.astype(np.float32)))
+            if partition.mesh.size > 1 and partition.scaled(spec, format, len(w.rows), dtype) is None:
+                return partition.put([dequantise(format, w.rows)], spec, dtype)  # the same numbers on every mesh
         return partition.put_scaled(w, spec, dtype) if isinstance(w, Blocks) else None
 
     return keep
