@@ -59,7 +59,7 @@ def is_scaled(leaf):
     return isinstance(leaf, Scaled)
 
 
-@pytest.mark.parametrize(("quantization", "tied"), [("q8_0", False), ("q4_0", True), ("q4_k", False)])
+@pytest.mark.parametrize(("quantization", "tied"), [("q8_0", False), ("q4_0", True)])
 def test_a_divided_model_is_the_same_model(checkpoint, quantization, tied):
     path = checkpoint / str(tied)
     single, said = loaded(path, None, quantization)

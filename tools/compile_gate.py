@@ -4,9 +4,9 @@
     tools/compile_gate --only v5e         those whose name holds "v5e"
     tools/compile_gate --update           store what is found as the new limits
 
-A gate is a program that keeps a KV cache, or a product of experts' or of quantised weights. Each must compile, update its cache in
-place, make no copy of it or of the weights on the way, and need no more memory, no more instructions (of a TPU's
-kernels: VLIW bundles, each one cycle of issue), no more registers (of a GPU's) and no more spills than
+A gate is a program that keeps a KV cache, or a product of experts' or of quantised weights. Each must compile, update
+its cache in place, make no copy of it or of the weights on the way, and need no more memory, no more instructions (of a
+TPU's kernels: VLIW bundles, each one cycle of issue), no more registers (of a GPU's) and no more spills than
 tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right. Those
 of the TPU's attention kernel are below, those of GPUs in gates_gpu.py, those of experts in gates_grouped.py, those of
 quantised matrices in gates_quantised.py, those of whole steps in gates_step.py.
