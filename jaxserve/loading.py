@@ -157,7 +157,8 @@ def load_model(
     seconds = time.perf_counter() - start
     if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
         progress(
-            f"{plain} quantised matrices are plain numbers here: experts', or such as the mesh would cut a group of"
+            f"{plain} matrices become plain numbers here instead of quantised ones: experts', rows that blocks do not "
+            "fill, or groups of inputs that the mesh would cut"
         )
     read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
     if len(partition.mesh.local_devices) < mesh.size:  # it is the shards of those that were read
