@@ -20,7 +20,7 @@ from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.loading import named_for
 from jaxserve.model_code import brief, place
 from jaxserve.page_groups import PageGroups
-from jaxserve.random_weights import draw_params, stored_shape
+from jaxserve.random_weights import draw_params
 from jaxserve.sharding import Partition
 from jaxserve.spec import Cache, Model, Params, ParamSpec
 from jaxserve.taps import find_taps, listed
@@ -173,7 +173,7 @@ def _trace_packed(model: Model, config: Any) -> None:
 
     def leaf(spec: ParamSpec) -> Any:
         if spec.matrix:
-            return packed(spec, stored_shape(spec), jnp.float32, jnp.float32)
+            return packed(spec, spec.stored_shape, jnp.float32, jnp.float32)
         return jax.ShapeDtypeStruct(spec.shape, jnp.float32)
 
     trace(model, config, jnp.float32, leaf)

@@ -181,7 +181,7 @@ _DTYPE_CURES = {
 
 
 def _cure(error: Exception) -> str:
-    if "Packed" in str(error):
+    if "Packed" in str(error) or "Scaled" in str(error):
         return (
             "; a weight that is declared with matrix() is laid out anew, or quantised, and only linear, linear_f32 and "
             "embed of jaxserve.quant may touch it: use them, or declare it with weight()"

@@ -22,6 +22,11 @@ class Format:
     def quantised(self) -> bool:
         return self.block > 1
 
+    @property
+    def group(self) -> int:
+        """Of a quantised format: weights that share a scale."""
+        return 16 if self.name in ("Q2_K", "Q3_K", "Q6_K") else 32
+
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of `k` weights. Raises ValueError when blocks do not fill the row."""
         if k % self.block:
@@ -104,12 +109,37 @@ def dequantise(format: Format, raw: np.ndarray) -> np.ndarray:
         raise ValueError(f"rows of {width} bytes are no whole blocks of {format.name}, which have {format.nbytes}")
     blocks = np.ascontiguousarray(raw).reshape(-1, format.nbytes)
     out = np.empty((len(blocks), format.block), np.float32)
-    decode = _DECODERS[format.name]
-    step = _CHUNK // format.block
+    plain, step = _PLAIN.get(format.name), _CHUNK // format.block
     with np.errstate(invalid="ignore", over="ignore"):  # bytes may say that a scale is infinite or NaN
         for i in range(0, len(blocks), step):
-            out[i : i + step] = decode(blocks[i : i + step])
+            some = blocks[i : i + step]
+            out[i : i + step] = plain(some) if plain is not None else _scaled(*_DECODERS[format.name](some))
     return out.reshape(rows, width // format.nbytes * format.block)
+
+
+def parts(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What a quantised matrix is made of: codes, int8 [N, K], scales and minima, float32 [N, K / G].
+
+    `dequantise` gives scale * code - minimum, computed in float32; minima are None where all are zero. Raises
+    ValueError when the bytes are no whole blocks.
+    """
+    format, (rows, width) = blocks.format, blocks.rows.shape
+    if width % format.nbytes:
+        raise ValueError(f"rows of {width} bytes are no whole blocks of {format.name}, which have {format.nbytes}")
+    raw = np.ascontiguousarray(blocks.rows).reshape(-1, format.nbytes)
+    decode, groups = _DECODERS[format.name], format.block // format.group
+    codes = np.empty((len(raw), format.block), np.int8)
+    scales = np.empty((2, len(raw), groups), np.float32)
+    found = 0
+    step = _CHUNK // format.block
+    with np.errstate(invalid="ignore", over="ignore"):
+        for i in range(0, len(raw), step):
+            codes[i : i + step], *others = decode(raw[i : i + step])
+            found = len(others)
+            for to, numbers in zip(scales, others, strict=False):
+                to[i : i + step] = numbers
+    per_row = [a.reshape(rows, -1) for a in (codes, *scales)]
+    return per_row[0], per_row[1], per_row[2] if found == 2 else None
 
 
 def quantise(format: Format, rows: np.ndarray, *, first: int = 0) -> np.ndarray:
@@ -263,7 +293,10 @@ _E2M1_DOUBLED = _Codebook((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -
 _E8M0_HALVED = np.ldexp(np.float32(1), np.arange(256) - 128)  # subnormal at the low end; 255 is no NaN in ggml
 
 
-# Decoders: blocks, uint8 [B, nbytes], to float32 [B, block].
+type _Parts = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray]
+
+# Decoders: blocks, uint8 [B, nbytes], of plain numbers to float32 [B, block], of others to whole numbers [B, block] and
+# the scales and, unless they are zero, minima [B, groups] with which they are numbers: scale * code - minimum.
 
 
 def _decode_f32(b: np.ndarray) -> np.ndarray:
@@ -278,65 +311,65 @@ def _decode_bf16(b: np.ndarray) -> np.ndarray:
     return (b.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def _decode_q8_0(b: np.ndarray) -> np.ndarray:
-    return _scaled(b[:, 2:].view(np.int8), _half(b[:, :2]))
+def _decode_q8_0(b: np.ndarray) -> _Parts:
+    return b[:, 2:].view(np.int8), _half(b[:, :2])
 
 
-def _decode_q4_0(b: np.ndarray) -> np.ndarray:
-    return _scaled(_unpack(b[:, 2:], 4, 16).view(np.int8) - np.int8(8), _half(b[:, :2]))
+def _decode_q4_0(b: np.ndarray) -> _Parts:
+    return _unpack(b[:, 2:], 4, 16).view(np.int8) - np.int8(8), _half(b[:, :2])
 
 
-def _decode_q4_1(b: np.ndarray) -> np.ndarray:
-    return _scaled(_unpack(b[:, 4:], 4, 16), _half(b[:, :2]), -_half(b[:, 2:4]))
+def _decode_q4_1(b: np.ndarray) -> _Parts:
+    return _unpack(b[:, 4:], 4, 16), _half(b[:, :2]), -_half(b[:, 2:4])
 
 
-def _decode_q5_0(b: np.ndarray) -> np.ndarray:
+def _decode_q5_0(b: np.ndarray) -> _Parts:
     codes = _unpack(b[:, 6:], 4, 16) | _unpack(b[:, 2:6], 1, 1) << 4
-    return _scaled(codes.view(np.int8) - np.int8(16), _half(b[:, :2]))
+    return codes.view(np.int8) - np.int8(16), _half(b[:, :2])
 
 
-def _decode_q5_1(b: np.ndarray) -> np.ndarray:
+def _decode_q5_1(b: np.ndarray) -> _Parts:
     codes = _unpack(b[:, 8:], 4, 16) | _unpack(b[:, 4:8], 1, 1) << 4
-    return _scaled(codes, _half(b[:, :2]), -_half(b[:, 2:4]))
+    return codes, _half(b[:, :2]), -_half(b[:, 2:4])
 
 
-def _decode_q2_k(b: np.ndarray) -> np.ndarray:
+def _decode_q2_k(b: np.ndarray) -> _Parts:
     scales, minima = b[:, :16] & 15, b[:, :16] >> 4
-    return _scaled(_unpack(b[:, 16:80], 2, 32), _half(b[:, 80:82]) * scales, _half(b[:, 82:84]) * minima)
+    return _unpack(b[:, 16:80], 2, 32), _half(b[:, 80:82]) * scales, _half(b[:, 82:84]) * minima
 
 
-def _decode_q3_k(b: np.ndarray) -> np.ndarray:
+def _decode_q3_k(b: np.ndarray) -> _Parts:
     codes = _unpack(b[:, 32:96], 2, 32) | _unpack(b[:, :32], 1, 32) << 2
-    return _scaled(codes.view(np.int8) - np.int8(4), _half(b[:, 108:110]) * _unpack_q3_scales(b[:, 96:108]))
+    return codes.view(np.int8) - np.int8(4), _half(b[:, 108:110]) * _unpack_q3_scales(b[:, 96:108])
 
 
-def _decode_q4_k(b: np.ndarray) -> np.ndarray:
+def _decode_q4_k(b: np.ndarray) -> _Parts:
     scales, minima = _unpack_scales_and_minima(b[:, 4:16])
-    return _scaled(_unpack(b[:, 16:], 4, 32), _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima)
+    return _unpack(b[:, 16:], 4, 32), _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima
 
 
-def _decode_q5_k(b: np.ndarray) -> np.ndarray:
+def _decode_q5_k(b: np.ndarray) -> _Parts:
     scales, minima = _unpack_scales_and_minima(b[:, 4:16])
     codes = _unpack(b[:, 48:], 4, 32) | _unpack(b[:, 16:48], 1, 32) << 4
-    return _scaled(codes, _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima)
+    return codes, _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima
 
 
-def _decode_q6_k(b: np.ndarray) -> np.ndarray:
+def _decode_q6_k(b: np.ndarray) -> _Parts:
     codes = _unpack(b[:, :128], 4, 64) | _unpack(b[:, 128:192], 2, 32) << 4
-    return _scaled(codes.view(np.int8) - np.int8(32), _half(b[:, 208:210]) * b[:, 192:208].view(np.int8))
+    return codes.view(np.int8) - np.int8(32), _half(b[:, 208:210]) * b[:, 192:208].view(np.int8)
 
 
-def _decode_iq4_nl(b: np.ndarray) -> np.ndarray:
-    return _scaled(_IQ4.values(_unpack(b[:, 2:], 4, 16)), _half(b[:, :2]))
+def _decode_iq4_nl(b: np.ndarray) -> _Parts:
+    return _IQ4.values(_unpack(b[:, 2:], 4, 16)), _half(b[:, :2])
 
 
-def _decode_iq4_xs(b: np.ndarray) -> np.ndarray:
+def _decode_iq4_xs(b: np.ndarray) -> _Parts:
     scales = (_unpack(b[:, 4:8], 4, 1) | _unpack(b[:, 2:4], 2, 1) << 4).view(np.int8) - np.int8(32)
-    return _scaled(_IQ4.values(_unpack(b[:, 8:], 4, 16)), _half(b[:, :2]) * scales)
+    return _IQ4.values(_unpack(b[:, 8:], 4, 16)), _half(b[:, :2]) * scales
 
 
-def _decode_mxfp4(b: np.ndarray) -> np.ndarray:
-    return _scaled(_E2M1_DOUBLED.values(_unpack(b[:, 1:], 4, 16)), _E8M0_HALVED[b[:, :1]])
+def _decode_mxfp4(b: np.ndarray) -> _Parts:
+    return _E2M1_DOUBLED.values(_unpack(b[:, 1:], 4, 16)), _E8M0_HALVED[b[:, :1]]
 
 
 # Encoders: finite float32 [B, block] to blocks, uint8 [B, nbytes]. First the formats whose definition says what the
@@ -611,10 +644,13 @@ def _encode_iq4_xs(x: np.ndarray) -> np.ndarray:
     return np.hstack([d, _pack(raised >> 4, 2, 1), _pack(raised, 4, 1), _pack(codes, 4, 16)])
 
 
-_DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "F32": _decode_f32,
     "F16": _decode_f16,
     "BF16": _decode_bf16,
+}
+
+_DECODERS: dict[str, Callable[[np.ndarray], _Parts]] = {
     "Q8_0": _decode_q8_0,
     "Q4_0": _decode_q4_0,
     "Q4_1": _decode_q4_1,

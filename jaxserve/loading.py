@@ -23,11 +23,13 @@ from jaxserve.host_memory import give_back, host_memory, peak_memory
 from jaxserve.model_code import load_model_code
 from jaxserve.models import find_model, own_config
 from jaxserve.request import EmbeddingInfo, TapInfo
+from jaxserve.scaled import scaled_shapes
 from jaxserve.sharding import Partition, bytes_per_device, meshes
 from jaxserve.spec import Model, Params, ParamSpec
 from jaxserve.taps import find_taps
 from jaxserve.weights import Checkpoint, open_checkpoint, open_header
 from jaxserve.weights.headless import as_stored
+from jaxserve.weights.keep import Keeper, format_of, keeper, left_plain, only_plain, scaled_leaf
 from jaxserve.weights.load import check_params, load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
@@ -132,9 +134,13 @@ def load_model(
         progress(f"model code: {options.model_code}")
         trace(model, config, dtype, stored_shapes(checkpoint, options, dtype, packs))
     taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
-    pack = packer(options, dtype, packs)
+    pack, keep = (
+        packer(options, dtype, packs),
+        None if packs else keeper(options, partition, _specs(model, config), dtype),
+    )
     if pack is None:
-        _check_fit(partition, model.param_specs(config), dtype, device, shape)
+        leaf = scaled_leaf(checkpoint, options, partition, dtype)
+        _check_fit(partition, [leaf(spec) for spec in _specs(model, config)], dtype, device, shape)
     if ahead:
         shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
         kv_dtype = kv_dtype_for(options, device, chosen.attention, shapes, dtype)
@@ -146,9 +152,14 @@ def load_model(
         size = total
         progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
 
-    params = place_params(model, config, checkpoint, partition, dtype, pack, report)
+    params = place_params(model, config, checkpoint, partition, dtype, pack, keep, report)
     give_back()
     seconds = time.perf_counter() - start
+    if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
+        progress(
+            f"{plain} matrices become plain numbers here instead of quantised ones: experts', rows that blocks do not "
+            "fill, or groups of inputs that the mesh would cut"
+        )
     read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
     if len(partition.mesh.local_devices) < mesh.size:  # it is the shards of those that were read
         read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
@@ -219,6 +230,7 @@ def place_params(
     partition: Partition,
     dtype: np.dtype,
     pack: Packer | None,
+    keep: Keeper | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """`load_params` onto the devices of `partition`."""
@@ -231,6 +243,7 @@ def place_params(
         device_put=lambda leaf, spec: jax.device_put(leaf, device),
         divide=partial(partition.put, dtype=dtype) if partition.mesh.size > 1 else None,
         pack=pack,
+        keep=keep,
         progress=progress,
     )
 
@@ -241,11 +254,11 @@ def _only_mesh(shape: MeshShape) -> Mesh:
     return meshes(shape, jax.local_devices())[0]
 
 
-def _check_fit(partition: Partition, specs: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
-    """Raises ConfigError for plain weights that are more than their devices' memory."""
+def _check_fit(partition: Partition, leaves: Any, dtype: np.dtype, options: DeviceOptions, shape: MeshShape) -> None:
+    """Raises ConfigError for weights, all but those for the CPU's kernels, that are more than their devices' memory."""
     device = partition.mesh.local_devices[0]
     total = device_memory(device, shape.data * len(partition.mesh.local_devices))
-    weights = bytes_per_device([partition.leaf(spec, dtype) for spec in jax.tree.leaves(specs)])
+    weights = bytes_per_device(leaves)
     share = 1.0 if options.num_kv_pages else memory_share(options, device.platform)
     if total is not None and weights > total * share:
         raise ConfigError(
@@ -275,14 +288,16 @@ def stored_shapes(
 
     def leaf(spec: ParamSpec) -> Any:
         first = spec.names[0]
-        stored = checkpoint.shape(first) if spec.matrix and packs and first in checkpoint.names() else ()
-        if len(stored) != 2:
+        stored = checkpoint.shape(first) if spec.matrix and first in checkpoint.names() else ()
+        if len(stored) != 2 or (spec.spread and not packs):
             return jax.ShapeDtypeStruct(spec.shape, dtype)
         outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
-        blocks = checkpoint.blocks(first)
-        format = None if blocks is None else blocks.format
-        if options.quantization is not None and not spec.precise and format is None:
-            format = quant.format_for(options.quantization.upper(), stored[1], vocabulary=spec.axes[0] == "vocab")
+        format = format_of(checkpoint, options, spec, stored[1], packs=packs)
+        if not packs:
+            if format is None:
+                return jax.ShapeDtypeStruct(spec.shape, dtype)
+            vocabulary = spec.axes[0] == "vocab"
+            return scaled_shapes(format, spec.shape, outputs, stored[1], dtype, vocabulary=vocabulary)
         plain = checkpoint.dtype(first) if options.dtype == "auto" else dtype
         return packed(spec, (outputs, stored[1]), format or plain, dtype)
 
@@ -308,10 +323,16 @@ def _param_shapes(
     if checkpoint.names():
         check_params(model, config, checkpoint)
     if not packs:
-        return jax.tree.map(lambda spec: partition.leaf(spec, dtype), model.param_specs(config), is_leaf=_is_spec)
+        leaf = scaled_leaf(checkpoint, options, partition, dtype)
+        return jax.tree.map(leaf, model.param_specs(config), is_leaf=_is_spec)
     shapes = jax.tree.map(stored_shapes(checkpoint, options, dtype, packs), model.param_specs(config), is_leaf=_is_spec)
     place = partition.everywhere
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+
+
+def _specs(model: Model, config: Any) -> list[ParamSpec]:
+    found: list[ParamSpec] = jax.tree.leaves(model.param_specs(config), is_leaf=_is_spec)
+    return found
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -321,18 +342,11 @@ def _is_spec(leaf: Any) -> bool:
 def packer(options: ModelOptions, dtype: np.dtype, available: bool) -> Packer | None:
     """Lays matrices out for the CPU kernels, if they are there; those multiply what is stored, cast only on demand."""
     if not available:
-        if options.quantization is not None:
-            raise ConfigError(
-                "quantization needs the CPU and its C++ kernels, and one device of it; leave it out, or see "
-                "`jaxserve doctor`"
-            )
         return None
 
     def pack(w: np.ndarray | Blocks, spec: ParamSpec) -> quant.Packed:
         if options.quantization is not None and not spec.precise:
-            if isinstance(w, Blocks):
-                raise ConfigError(f"quantization: {spec.name} is {w.format.name} already; leave the option out")
-            w = quant.quantised(w, options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
+            w = quant.quantised(only_plain(w, spec), options.quantization.upper(), vocabulary=spec.axes[0] == "vocab")
         if options.dtype != "auto" and not isinstance(w, Blocks):
             w = w.astype(dtype, copy=False)
         return quant.pack(w, spec.tensor_shape, dtype)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
+from jaxserve.scaled import Scaled, multiply, take_rows
 from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
 from kernels_pallas.grouped_matmul.groups import bounds, only
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
@@ -49,7 +50,7 @@ class Packed:
         return math.prod(self.shape[self.stacked :]) // self.outputs
 
 
-type Weight = Float[Array, "..."] | Packed
+type Weight = Float[Array, "..."] | Packed | Scaled
 
 
 def pack(w: np.ndarray | Blocks, shape: tuple[int, ...], dtype: DTypeLike) -> Packed:
@@ -126,6 +127,8 @@ def grouped_linear(
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
+    if isinstance(w, Scaled):
+        raise ValueError("stacks of matrices are not kept quantised on accelerators; they are plain numbers there")
     return _grouped_matmul(x.dtype)(x, w, sizes, first)
 
 
@@ -171,16 +174,21 @@ def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         if w.format is not None:
             return blocks.embed(w.panels, tokens, w.format, w.outputs, w.depth, w.dtype)
         return dense.embed(w.panels, tokens, w.outputs, w.depth, w.dtype)
+    if isinstance(w, Scaled):
+        return take_rows(w, tokens)
     return jnp.take(w, tokens, axis=0, mode="clip")
 
 
 def _product(x: Float[Array, "T I"], w: Weight, out: int, dtype: DTypeLike) -> Float[Array, "T O"]:
     outputs = math.prod(w.shape[:out])
-    if isinstance(w, Packed):
-        if outputs != w.outputs or w.stacked:
+    if isinstance(w, Packed | Scaled):
+        if outputs != w.outputs or getattr(w, "stacked", False):
             raise ValueError(f"a weight {list(w.shape)} of {w.outputs} outputs was multiplied as one of {outputs}")
         if x.shape[1] != w.depth:
             raise ValueError(f"a weight {list(w.shape)} of {w.depth} inputs was multiplied by rows of {x.shape[1]}")
+    if isinstance(w, Scaled):
+        return multiply(x, w, dtype)
+    if isinstance(w, Packed):
         if w.format is not None:
             return blocks.linear(x, w.panels, w.format, outputs, dtype)
         return dense.linear(x, w.panels, outputs, dtype)

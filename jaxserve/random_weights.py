@@ -32,25 +32,13 @@ def draw(spec: ParamSpec, seed: int = 0) -> np.ndarray:
     elif len(spec.shape) == 1:
         values = rng.uniform(0.5, 1.5, spec.shape)
     else:
-        values = rng.normal(0.0, 2.0 / math.sqrt(stored_shape(spec)[-1]), spec.shape)
+        values = rng.normal(0.0, 2.0 / math.sqrt(spec.stored_shape[-1]), spec.shape)
     return values.astype(np.float32)
 
 
 def draw_params(specs: Any, seed: int = 0) -> Any:
     """The tree of arrays for a tree of specs."""
     return jax.tree.map(lambda spec: draw(spec, seed), specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
-
-
-def stored_shape(spec: ParamSpec) -> tuple[int, ...]:
-    """The shape that a checkpoint most likely has: of a matrix [outputs, inputs], where the width is one of the two.
-
-    Of several tensors, that of each.
-    """
-    shape = spec.tensor_shape
-    if not spec.matrix or len(shape) < 3:
-        return shape
-    outputs = 1 if spec.axes[-len(shape)] == "width" else len(shape) - 1
-    return math.prod(shape[:outputs]), math.prod(shape[outputs:])
 
 
 def write_checkpoint(model: Model, hf: Mapping[str, Any], path: Path, seed: int = 0) -> int:
@@ -75,7 +63,7 @@ def write_checkpoint(model: Model, hf: Mapping[str, Any], path: Path, seed: int 
         raise ConfigError(f"cannot make {path}: {error.strerror}") from error
     parts: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for spec in specs:
-        drawn = draw(spec, seed).reshape(len(spec.names), *stored_shape(spec))
+        drawn = draw(spec, seed).reshape(len(spec.names), *spec.stored_shape)
         for name, part in zip(spec.names, drawn, strict=True):
             parts.setdefault(name, {})[spec.rows or ()] = part
     tensors = {name: np.concatenate([found[rows] for rows in sorted(found)]) for name, found in parts.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import MeshShape
 from jaxserve.errors import ConfigError
+from jaxserve.formats import Blocks, Format
+from jaxserve.scaled import Scaled, lay, scaled_shapes
 from jaxserve.spec import Model, ParamSpec
 from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, RaggedPagedAttention
 
@@ -204,6 +207,81 @@ class Partition:
             arrays.append(jax.device_put(blocks[bounds], device))
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
+    def scaled(self, spec: ParamSpec, format: Format, outputs: int, dtype: Any) -> Scaled | None:
+        """The shapes of a quantised matrix of `outputs` rows on the mesh, and where it lies.
+
+        None where it cannot lie there: a device's part, or a head's, would cut a group of inputs that share a scale.
+        """
+        laid = self._rows_and_inputs(spec, outputs)
+        if laid is None:
+            return None
+        (rows, inputs), cut = laid
+        group = format.group
+        shards = self._shards(cut[1]) if cut[1] else 1
+        if len(inputs) % (shards * group):
+            return None
+        groups = inputs.reshape(-1, group)
+        whole = (groups[:, :1] >= 0) & (groups[:, :1] % group == 0) & (groups == groups[:, :1] + np.arange(group))
+        if not (whole | (groups < 0)).all():
+            return None
+        vocabulary, shape = spec.axes[0] == "vocab", self.leaf(spec, dtype).shape
+        like = scaled_shapes(format, shape, len(rows), len(inputs), dtype, vocabulary=vocabulary)
+        like = replace(like, cut=cut)
+
+        def lie(a: Any, cut: P) -> Any:
+            return None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding(cut))
+
+        of_codes, of_scales = like.specs
+        return replace(
+            like,
+            codes=lie(like.codes, of_codes),
+            scales=lie(like.scales, of_scales),
+            minima=lie(like.minima, of_scales),
+        )
+
+    def put_scaled(self, blocks: Blocks, spec: ParamSpec, dtype: Any) -> Scaled | None:
+        """A quantised matrix of the host on its devices; None as `scaled`."""
+        outputs = len(blocks.rows)
+        like, laid = self.scaled(spec, blocks.format, outputs, dtype), self._rows_and_inputs(spec, outputs)
+        if like is None or laid is None:
+            return None
+
+        def put(a: np.ndarray | None, to: Any) -> Any:
+            if a is None:
+                return None
+            return jax.make_array_from_callback(a.shape, to.sharding, lambda index: np.ascontiguousarray(a[index]))
+
+        codes, scales, minima = lay(blocks, *laid[0], like)
+        return replace(
+            like, codes=put(codes, like.codes), scales=put(scales, like.scales), minima=put(minima, like.minima)
+        )
+
+    def _rows_and_inputs(
+        self, spec: ParamSpec, outputs: int
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[tuple[str, ...], tuple[str, ...]]] | None:
+        """Which of the file's rows, and which of its inputs, is at each place of a matrix of `outputs` rows, -1 none,
+        and the mesh axes that divide both; None if it is no matrix, or not divided in one piece a device."""
+        ends = [i for i in range(1, len(spec.shape)) if np.prod(spec.shape[:i], dtype=int) == outputs]
+        if not ends or spec.spread:
+            return None
+        names = _mesh_axes(spec) if self.mesh.size > 1 else [()] * len(spec.axes)
+        flat, cut = list[np.ndarray](), list[tuple[str, ...]]()
+        for of in (slice(0, ends[0]), slice(ends[0], None)):
+            if any(names[of][1:]):
+                return None
+            flat.append(self._flat(spec.axes[of], spec.shape[of]))
+            cut.append(names[of][0])
+        return (flat[0], flat[1]), (cut[0], cut[1])
+
+    def _flat(self, axes: Sequence[str], shape: Sequence[int]) -> np.ndarray:
+        """The places along several axes as those along one."""
+        found = np.zeros(1, int)
+        for axis, size in zip(axes, shape, strict=True):
+            places = self._places[axis] if self.mesh.size > 1 else np.arange(size)
+            both = found[:, None] * size + places
+            found = np.where((found[:, None] < 0) | (places < 0), -1, both).reshape(-1)
+        return found
+
     def over_heads(self, kernel: RaggedPagedAttention) -> RaggedPagedAttention:
         """The kernel, run by each device on its own heads and its own part of the cache."""
         if self.mesh.size == 1:
@@ -304,8 +382,12 @@ def _mesh_axes(spec: ParamSpec) -> list[tuple[str, ...]]:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes that a tree of arrays, or of their shapes, has on the device that holds most."""
+
+    def bits(dtype: Any) -> int:
+        return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
+
     return sum(
-        int(np.prod(a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape)) * a.dtype.itemsize
+        int(np.prod(a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape)) * bits(a.dtype) // 8
         for a in jax.tree.leaves(tree)
     )
 

@@ -56,6 +56,16 @@ class ParamSpec:
         """The shape of each of them."""
         return self.shape[1:] if self.spread else self.shape
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that each most likely has in a checkpoint: of a matrix [outputs, inputs], where the width is one of
+        the two."""
+        shape = self.tensor_shape
+        if not self.matrix or len(shape) < 3:
+            return shape
+        outputs = 1 if self.axes[-len(shape)] == "width" else len(shape) - 1
+        return math.prod(shape[:outputs]), math.prod(shape[outputs:])
+
 
 def weight(config: Any, axes: str, name: str, *, together: bool = False) -> ParamSpec:
     """A ParamSpec whose axis names are the config's field names, so shape and sharding cannot disagree.

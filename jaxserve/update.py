@@ -16,9 +16,11 @@ from jaxserve.formats import Blocks
 from jaxserve.host_memory import host_memory
 from jaxserve.loading import Loaded, Packer, limited, named_for, open_model, packer, place_params, stored_shapes
 from jaxserve.models import find_model, own_config
+from jaxserve.scaled import Scaled
 from jaxserve.sharding import Partition, bytes_per_device
 from jaxserve.spec import Params, ParamSpec
 from jaxserve.weights import Checkpoint, open_checkpoint
+from jaxserve.weights.keep import Keeper, keeper
 from jaxserve.weights.load import load_params, splits
 
 GIVEN = Path("(the arrays given)")
@@ -39,7 +41,8 @@ def weights_at(served: Loaded, options: ModelOptions, path: Path, workspace: int
     _check_room(served, workspace)
     specs = _leaves(specs_of(served.model, served.config))
     pack = _pack_alike(served, options, specs, path)
-    params = place_params(served.model, served.config, checkpoint, served.partition, served.dtype, pack)
+    keep = _keep_alike(served, options, specs) if pack is None else None
+    params = place_params(served.model, served.config, checkpoint, served.partition, served.dtype, pack, keep)
     return _checked_alike(served, params, [spec.name for spec in specs], path)
 
 
@@ -63,11 +66,18 @@ def weights_of(served: Loaded, options: ModelOptions, tree: Params, workspace: i
     _check_room(served, workspace)
     if pack is None:
         divide = partial(_spread, served.partition, served.dtype)
+        keep = _keep_alike(served, options, own)
         params = load_params(
-            named, served.config, given, dtype=served.dtype, device_put=lambda leaf, spec: leaf, divide=divide
+            named,
+            served.config,
+            given,
+            dtype=served.dtype,
+            device_put=lambda leaf, spec: leaf,
+            divide=divide,
+            keep=keep,
         )
     else:
-        params = place_params(named, served.config, given, served.partition, served.dtype, pack)
+        params = place_params(named, served.config, given, served.partition, served.dtype, pack, None)
     return _checked_alike(served, params, paths, GIVEN)
 
 
@@ -90,7 +100,8 @@ def edited(served: Loaded, options: ModelOptions, path: Path, workspace: int, *,
     else:
         _check_room(served, workspace)
         pack = packer(options, served.dtype, packs)
-        params = place_params(model, config, checkpoint, partition, served.dtype, pack)
+        keep = None if packs else keeper(options, partition, _leaves(specs_of(model, config)), served.dtype)
+        params = place_params(model, config, checkpoint, partition, served.dtype, pack, keep)
     return replace(served, model=model, config=config, partition=partition, params=params)
 
 
@@ -150,6 +161,18 @@ def _pack_alike(served: Loaded, options: ModelOptions, specs: list[ParamSpec], p
     return alike
 
 
+def _keep_alike(served: Loaded, options: ModelOptions, specs: list[ParamSpec]) -> Keeper:
+    """Puts matrices on the devices quantised where those that are served are."""
+    keep = keeper(options, served.partition, specs, served.dtype)
+    leaves = {(spec.name, spec.rows): leaf for spec, leaf in zip(specs, _leaves(served.params), strict=True)}
+
+    def alike(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | jax.Array | None:
+        quantised = options.quantization is not None or isinstance(leaves[spec.name, spec.rows], Scaled)
+        return keep(w, spec) if quantised else None
+
+    return alike
+
+
 def _checked_alike(served: Loaded, params: Params, names: list[str], path: Path) -> Params:
     """The params, if the programs of those that are served take them."""
     for name, new, now in zip(names, _leaves(params), _leaves(served.params), strict=True):
@@ -195,7 +218,11 @@ class _Given:
             for part, one in parts.items():
                 self._arrays[part] = one
                 # As a checkpoint would have it: [outputs, inputs] of a matrix that is laid out anew.
-                if isinstance(leaf, quant.Packed) and spec is not None and splits(one.shape, spec.tensor_shape):
+                if (
+                    isinstance(leaf, quant.Packed | Scaled)
+                    and spec is not None
+                    and splits(one.shape, spec.tensor_shape)
+                ):
                     self._stored[part] = (leaf.outputs, leaf.depth)
                 else:
                     self._stored[part] = tuple(one.shape)
@@ -211,7 +238,7 @@ class _Given:
 
     def read(self, name: str) -> Any:
         """The array itself if `raw`; else a view that nobody may write to, so that whoever keeps it copies it."""
-        if self._raw:
+        if self._raw and self._stored[name] == tuple(self._arrays[name].shape):
             return self._arrays[name]
         view = np.asarray(self._arrays[name]).reshape(self._stored[name]).view()
         view.flags.writeable = False
@@ -229,7 +256,7 @@ class _Given:
 
 def _leaves(tree: Any) -> list[Any]:
     """ParamSpecs or arrays, a matrix that is laid out anew being one."""
-    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, ParamSpec | quant.Packed))
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, ParamSpec | quant.Packed | Scaled))
 
 
 def _with_paths(tree: Any, is_leaf: Any) -> list[tuple[Any, Any]]:

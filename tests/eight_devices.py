@@ -372,7 +372,7 @@ def test_experts_are_divided_in_groups_and_all_else_over_every_device():
     ("model", "device", "message"),
     [
         ({}, {"attention": "cpu"}, "attention='cpu' runs on one device, not on 4"),
-        ({"quantization": "q8_0"}, {}, "quantization needs the CPU and its C\\+\\+ kernels, and one device of it"),
+        ({"quantization": "q6_k"}, {}, "quantization q6_k needs the CPU and its C\\+\\+ kernels, and one device of it"),
         ({}, {"memory_utilization": 1e-9}, r"weights of 0.00 GiB a device, float32, do not fit: 0% of its \d+"),
         ({}, {"mesh": "2x4"}, "mesh 2x4: this runs one replica only; give 1x4"),
         ({}, {"mesh": "1x16"}, "mesh 1x16 needs 16 devices, found 8; try --mesh 1x8"),

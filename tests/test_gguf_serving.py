@@ -55,7 +55,7 @@ def test_a_token_does_not_depend_on_its_neighbours(shared_data, kind):
         assert one.logprobs == other.logprobs
 
 
-def test_without_the_kernels_a_quantised_model_is_served_from_plain_numbers(shared_data):
+def test_without_the_kernels_a_quantised_model_is_multiplied_in_float32(shared_data):
     """And the kernels, which round activations to bytes, stay near to that."""
     path = shared_data / "models/babyllama361/babyllama361-Q5_0.gguf"
     cases = json.loads(path.with_name(path.name + ".golden.json").read_text())["cases"]
@@ -118,5 +118,7 @@ def test_a_plain_checkpoint_is_quantised_while_it_is_loaded(kind):
 def test_what_is_quantised_is_not_quantised_again(shared_data):
     with pytest.raises(ConfigError, match="Q8_0 already"):
         opened(shared_data / "models/stories260K/stories260K-Q8_0.gguf", quantization="q4_0")
-    with pytest.raises(ConfigError, match="quantization needs the CPU and its C"):
-        opened(shared_data / "models/stories260K", quantization="q8_0", attention="reference")
+    with pytest.raises(ConfigError, match="Q8_0 already"):
+        opened(shared_data / "models/stories260K/stories260K-Q8_0.gguf", quantization="q4_0", attention="reference")
+    with pytest.raises(ConfigError, match="quantization q5_k needs the CPU and its C"):
+        opened(shared_data / "models/stories260K", quantization="q5_k", attention="reference")

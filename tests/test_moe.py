@@ -20,7 +20,7 @@ from jaxserve.formats import FORMATS, Blocks, dequantise, quantise
 from jaxserve.layers import moe
 from jaxserve.loading import load_model
 from jaxserve.models import find_model
-from jaxserve.random_weights import draw, stored_shape
+from jaxserve.random_weights import draw
 from jaxserve.weights import open_checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -173,11 +173,11 @@ def test_drawn_weights_and_shapes_are_a_checkpoints(kernels, family):
     model, config = find_model(json.loads((path / "config.json").read_text()))
     checkpoint = open_checkpoint(path)
     for spec in jax.tree.leaves(model.param_specs(config), is_leaf=lambda leaf: hasattr(leaf, "axes")):
-        assert {checkpoint.shape(name) for name in spec.names} == {stored_shape(spec)}
+        assert {checkpoint.shape(name) for name in spec.names} == {spec.stored_shape}
         assert draw(spec).shape == spec.shape
     params = load_model(ModelOptions(dtype="float32"), DeviceOptions(attention="cpu"), path, lambda said: None).params
     spec, up = model.param_specs(config)["blocks"][0]["up"], params["blocks"][0]["up"]
-    traced = dry_run.packed(spec, stored_shape(spec), np.float32, np.float32)
+    traced = dry_run.packed(spec, spec.stored_shape, np.float32, np.float32)
     assert up.panels.shape == traced.panels.shape
     assert (up.shape, up.outputs, up.stacked) == (traced.shape, traced.outputs, traced.stacked)
 

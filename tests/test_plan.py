@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from gguf_files import LAYERS, WIDTH, write_model
 
 from jaxserve import cli
 from jaxserve.cli import options
@@ -168,10 +169,25 @@ def test_code_and_padding_count_too():
     assert found.device_bytes["padding"] == 15 * GIB - sum(found.device_bytes[k] for k in ("weights", "kv", "slots"))
 
 
+def test_quantised_weights_are_counted_as_they_are_kept(tmp_path):
+    found = planned(LLAMA_8B, "v5e:1x1", "1x1", quantization="q4_0", max_model_len=8192)
+    matrices, vocabulary = PARAMS_8B - NORMS_8B - 2 * EMBED_8B, 2 * EMBED_8B
+    scales = (matrices + vocabulary) // 32 * 4
+    weights = matrices // 2 + vocabulary + scales + 2 * NORMS_8B
+    assert found.device_bytes["weights"] == weights and found.fits, "16 GB in bfloat16 would not"
+    assert found.decode[0].bytes == weights - EMBED_8B * 9 // 8 + 1024 * 32 * 2 * 8 * 128 * 2
+    divided = planned(LLAMA_8B, "v5e:2x4", "1x8", quantization="q4_0", max_model_len=8192)
+    assert divided.device_bytes["weights"] == (weights - 2 * NORMS_8B) // 8 + 2 * NORMS_8B
+    path = write_model(tmp_path / "m.gguf", kind="Q8_0")
+    plain = planned(write_model(tmp_path / "plain.gguf"), "v5e:1x1", "1x1").device_bytes["weights"]
+    norms = 2 * (2 * LAYERS + 1) * WIDTH
+    assert planned(path, "v5e:1x1", "1x1").device_bytes["weights"] - norms == (plain - norms) // 2 * 9 // 8
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"quantization": "q8_0"}, "quantization needs the CPU"),
+        ({"quantization": "q5_k"}, "quantization q5_k needs the CPU"),
         ({"max_model_len": 200_000}, "exceeds the model's 131072 positions"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "is less than max_num_seqs"),
         ({"kv_cache_dtype": "float16"}, "with bfloat16 activations needs the CPU's kernels"),

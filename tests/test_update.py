@@ -25,6 +25,7 @@ from jaxserve.errors import CheckpointError, ConfigError, EngineStopped, Invalid
 from jaxserve.host_memory import HostMemory
 from jaxserve.loading import load_model
 from jaxserve.request import Update
+from jaxserve.scaled import Scaled, leaves_of
 from jaxserve.spec import ParamSpec
 
 HERE = Path(__file__).parent
@@ -263,6 +264,22 @@ def test_trees_and_checkpoints_become_what_loading_makes_of_them(name, compiler)
     assert leaves_equal(update.weights_at(quantised, ModelOptions(quantization="q8_0"), path, 0), quantised.params)
     with pytest.raises(CheckpointError, match="is not quantised, and in the weights that are served Q8_0"):
         update.weights_at(quantised, ModelOptions(), path, 0)
+
+
+def test_weights_that_are_kept_quantised_take_others_alike():
+    """Without the CPU's kernels."""
+    path, device = HERE / "goldens" / "llama3", DeviceOptions(compile_cache_dir="", attention="reference")
+    options = ModelOptions(quantization="q8_0")
+    now = served(path, device, quantization="q8_0")
+    assert any(isinstance(leaf, Scaled) for leaf in leaves_of(now.params))
+    assert leaves_equal(update.weights_at(now, options, path, 0), now.params)
+    tensors = {k: w for file in path.glob("*.safetensors") for k, w in load_file(file).items()}
+    specs = now.model.param_specs(now.config)
+    tree = jax.tree.map(lambda s: tensors[s.name].reshape(s.shape), specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    for given in (tree, jax.tree.map(jnp.asarray, tree)):
+        assert leaves_equal(update.weights_of(now, options, given, 0), now.params)
+    with pytest.raises(CheckpointError, match=r"becomes \[.* and in the weights that are served it is .* of int8"):
+        update.weights_at(now, ModelOptions(), path, 0)
 
 
 def test_llm_update_params(tmp_path):

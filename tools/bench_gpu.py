@@ -343,7 +343,6 @@ def draw(scale: Scale, model: str, folder: Path) -> None:
     from jaxserve.dry_run import specs_of
     from jaxserve.hub import resolve_model
     from jaxserve.models import find_model
-    from jaxserve.random_weights import stored_shape
     from jaxserve.spec import ParamSpec
 
     hf = _hf(scale, model)
@@ -353,7 +352,7 @@ def draw(scale: Scale, model: str, folder: Path) -> None:
     start, tensors = time.perf_counter(), {}
     normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     for i, spec in enumerate(specs):
-        shape = stored_shape(spec)
+        shape = spec.stored_shape
         if len(shape) == 1:
             tensors[spec.name] = np.asarray(jnp.ones(shape, jnp.bfloat16))
         else:

@@ -6,12 +6,12 @@
     tools/compile_gate --jobs 1           one at a time, not two
     tools/compile_gate --update           store what is found as the new limits
 
-A gate is a program that keeps a KV cache, or a product of experts' weights. Each must compile, update its cache in
-place, make no copy of it or of the weights on the way, and need no more memory, no more instructions (of a TPU's
-kernels: VLIW bundles, each one cycle of issue), no more registers (of a GPU's) and no more spills than
+A gate is a program that keeps a KV cache, or a product of experts' or of quantised weights. Each must compile, update
+its cache in place, make no copy of it or of the weights on the way, and need no more memory, no more instructions (of a
+TPU's kernels: VLIW bundles, each one cycle of issue), no more registers (of a GPU's) and no more spills than
 tools/compile_gate.json says. That is what can be known without the hardware: not speed, and not that it is right. Those
 of the TPU's attention kernel are below, those of GPUs in gates_gpu.py, those of experts in gates_grouped.py, those of
-whole steps in gates_step.py.
+quantised matrices in gates_quantised.py, those of whole steps in gates_step.py.
 """
 
 import argparse
@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import gates_gpu  # noqa: E402
 import gates_grouped  # noqa: E402
+import gates_quantised  # noqa: E402
 import gates_step  # noqa: E402
 from gates_attention import TOPOLOGIES, Heads, lowered  # noqa: E402
 
@@ -307,7 +308,7 @@ def gates() -> list[Gate]:
     found += [partial(attention, "v5e", "bge-base-on-1")]
     found += [partial(attention, chip, "deepseek-v2-lite-on-1") for chip in TOPOLOGIES]
     found += [partial(attention, "v6e", "deepseek-v2"), partial(attention, "v6e", "deepseek-v2", dtype="float8_e4m3fn")]
-    others = (gates_gpu, gates_grouped, gates_step)
+    others = (gates_gpu, gates_grouped, gates_quantised, gates_step)
     return [*(gate() for gate in found), *(Gate(*fields) for module in others for fields in module.gates())]
 
 

@@ -14,8 +14,9 @@ import msgspec
 
 from jaxserve.page_groups import PageGroups, longest, tokens_kept
 from jaxserve.planning.chips import Chip
-from jaxserve.sharding import Partition
-from jaxserve.spec import Model, ParamSpec
+from jaxserve.scaled import leaves_of
+from jaxserve.sharding import Partition, bytes_per_device
+from jaxserve.spec import Model, Params, ParamSpec
 
 FORMULA = (
     "step = max(bytes / bandwidth, operations / peak) of a device; tokens/s = tokens of the step * replicas / step"
@@ -64,22 +65,32 @@ class Work:
 
     @classmethod
     def of(
-        cls, model: Model, config: Any, partition: Partition, dtype: Any, groups: PageGroups, kv_row: float
+        cls,
+        model: Model,
+        config: Any,
+        partition: Partition,
+        dtype: Any,
+        params: Params,
+        groups: PageGroups,
+        kv_row: float,
     ) -> "Work":
-        """Of a model on a partition, with weights of `dtype`; `kv_row` as below."""
-        fixed = experts = per_token = per_row = 0
+        """Of a model on a partition, computed in `dtype`; `params` are its weights, or their shapes, some of which may
+        be quantised, and `kv_row` as below."""
+        fixed = experts = expert_numbers = per_token = per_row = 0
         named = jax.tree_util.tree_leaves_with_path(model.param_specs(config))
         last = {_name(path) for path, _ in named}
-        for path, spec in named:
+        for (path, spec), stored in zip(named, leaves_of(params), strict=True):
+            nbytes = bytes_per_device(stored)
             leaf = partition.leaf(spec, dtype)
             cut = math.prod(leaf.sharding.shard_shape(leaf.shape) if partition.mesh.size > 1 else leaf.shape)
             name = _name(path)
             if name == "embed" and "unembed" in last:  # a row of it is looked up
                 continue
             if _one_of_experts(spec):
-                experts += cut
+                experts += nbytes
+                expert_numbers += cut
             else:
-                fixed += cut
+                fixed += nbytes
                 if name in ("embed", "unembed"):
                     per_row += 2 * cut
                 elif spec.matrix or len(spec.shape) > 2:  # or a matrix a head
@@ -88,10 +99,10 @@ class Work:
         count = getattr(config, "experts", 1)
         chosen = getattr(config, "experts_used", count) / count
         return cls(
-            fixed=fixed * dtype.itemsize,
-            experts=experts * dtype.itemsize,
+            fixed=fixed,
+            experts=experts,
             chosen=chosen,
-            per_token=per_token + 2 * experts * chosen,
+            per_token=per_token + 2 * expert_numbers * chosen,
             per_row=per_row,
             kv_row=kv_row,
             attention=2 * partition.config.heads * (config.head_dim + values) / partition.mesh.size,

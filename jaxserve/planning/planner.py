@@ -17,7 +17,8 @@ from jaxserve.batch import Shape
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.dry_run import trace
 from jaxserve.errors import ConfigError, NoRoom
-from jaxserve.loading import Chosen, Progress, choose, kv_dtype_for, memory_share, packer
+from jaxserve.gguf import find_gguf
+from jaxserve.loading import Chosen, Progress, choose, kv_dtype_for, memory_share
 from jaxserve.models import find_model
 from jaxserve.page_groups import pages_held
 from jaxserve.planning.chips import CHIPS, Chip
@@ -27,7 +28,8 @@ from jaxserve.planning.topology import Topology
 from jaxserve.sharding import EVERY, bytes_per_device, meshes
 from jaxserve.sizing import Sizing
 from jaxserve.step import Programs, Sizes
-from jaxserve.weights import open_config
+from jaxserve.weights import Checkpoint, open_config, open_header
+from jaxserve.weights.keep import check_scaled, scaled_leaf
 
 USERS = (1, 16, 64)
 """Whose speed is estimated, besides as many as there may be."""
@@ -106,20 +108,23 @@ class Draft:
         topology: Topology,
         mesh: Mesh,
         progress: Progress = lambda message: None,
+        checkpoint: Checkpoint | None = None,
     ) -> "Draft":
-        """Of the model of a config.json `hf`, which lies at `path`. Raises ConfigError as a start would."""
+        """Of the model of a config.json `hf`, which lies at `path`; `checkpoint` says what is quantised in it. Raises
+        ConfigError as a start would."""
         model, device, platform = options.model, options.device, topology.chip.platform
         if platform == "cpu":  # one CPU has kernels for weights as they are stored, a mesh of them plain XLA
             device = replace(device, attention="reference")
         chosen = choose(
             model, device, path, hf, *find_model(hf, model.model_code), mesh, platform, topology.capability, progress
         )
-        packer(model, chosen.dtype, available=False)  # refuses what only these kernels serve
         if model.model_code is not None:
             trace(chosen.model, chosen.config, chosen.dtype)
         kv_dtype = kv_dtype_for(model, device, chosen.attention, {}, chosen.dtype)
         specs = chosen.model.param_specs(chosen.config)
-        params = jax.tree.map(lambda spec: chosen.partition.leaf(spec, chosen.dtype), specs)
+        if model.quantization is not None:
+            check_scaled(model.quantization, jax.tree.leaves(specs))
+        params = jax.tree.map(scaled_leaf(checkpoint, model, chosen.partition, chosen.dtype), specs)
         pooling = chosen.embedding.pooling if chosen.embedding is not None else None
         programs = Programs(chosen.model, chosen.config, chosen.partition, chosen.kernel, kv_dtype, params, pooling)
         num_params = sum(int(np.prod(spec.shape)) for spec in jax.tree.leaves(specs))
@@ -163,9 +168,9 @@ def plan(
 
     Raises ConfigError for everything else that a start would refuse.
     """
-    hf = open_config(path)
+    hf, checkpoint = open_config(path), open_header(path) if find_gguf(path) is not None else None
     shape = MeshShape.parse(options.device.mesh or "1")
-    draft = Draft.of(options, path, hf, topology, mesh(topology, shape), progress)
+    draft = Draft.of(options, path, hf, topology, mesh(topology, shape), progress, checkpoint)
     sizing, steps = draft.sizing, list[Step]()
     sizes: Sizes | None = None
     problem: str | None = None
@@ -184,7 +189,7 @@ def plan(
     except NoRoom as error:
         problem = error.message
         workspace = max((step.workspace for step in steps), default=GUESSED_WORKSPACE)
-        cure = smallest_change(options, path, hf, draft, workspace)
+        cure = smallest_change(options, path, hf, draft, workspace, checkpoint)
     device_bytes = _device_bytes(draft, steps, sizes)
     excess = sum(device_bytes.values()) - topology.chip.memory
     if sizes is not None and excess > 0:
@@ -234,7 +239,14 @@ def every_mesh(topology: Topology) -> list[MeshShape]:
     return [MeshShape(data=n, model=topology.count // n) for n in counts]
 
 
-def smallest_change(options: EngineOptions, path: Path, hf: dict[str, Any], draft: Draft, workspace: int) -> str | None:
+def smallest_change(
+    options: EngineOptions,
+    path: Path,
+    hf: dict[str, Any],
+    draft: Draft,
+    workspace: int,
+    checkpoint: Checkpoint | None = None,
+) -> str | None:
     """In words the first of some changes, the smallest first, with which the sizes fit; None if none of them helps.
 
     By arithmetic: a step is taken to need `workspace` bytes everywhere.
@@ -244,7 +256,8 @@ def smallest_change(options: EngineOptions, path: Path, hf: dict[str, Any], draf
     def fitted(where: Topology, at: MeshShape, changed: EngineOptions) -> Sizes | None:
         changed = replace(changed, device=replace(changed.device, mesh=str(at)))
         try:
-            return Draft.of(changed, path, hf, where, sketched(at)).sizing.fitted(workspace)
+            found = Draft.of(changed, path, hf, where, sketched(at), checkpoint=checkpoint)
+            return found.sizing.fitted(workspace)
         except ConfigError:
             return None
 
@@ -306,7 +319,8 @@ def _estimates(draft: Draft, sizes: Sizes, context: int) -> tuple[tuple[Estimate
         return (), None
     groups = draft.programs.groups
     kv_row = draft.sizing.page_bytes / sizes.page_size
-    work = Work.of(chosen.model, chosen.config, chosen.partition, chosen.dtype, groups, kv_row)
+    params = draft.programs.params
+    work = Work.of(chosen.model, chosen.config, chosen.partition, chosen.dtype, params, groups, kv_row)
     peak = chip.float32 if chosen.dtype.name == "float32" else chip.bf16
     most = sizes.max_num_seqs * replicas
     decode = []

@@ -25,6 +25,7 @@ def load_params(
     device_put: Callable[[Any, ParamSpec], Any],
     divide: Callable[[list[np.ndarray], ParamSpec], Any] | None = None,
     pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
+    keep: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> Params:
@@ -33,8 +34,11 @@ def load_params(
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
     not, to the leaf that `device_put` then gets. Experts are packed one by one and then stacked.
 
-    `divide` takes the place of all that, for weights of several devices: it gets the leaf's tensors as the checkpoint
-    has them, which may be memory maps that have not been read yet, and reads of them what it needs.
+    `keep` has the first word on a matrix, as it is stored, that is no stack: it puts it on its devices, quantised, and
+    returns the leaf, or None for one that is to be plain numbers.
+
+    `divide` takes the place of all the rest, for weights of several devices: it gets the leaf's tensors as the
+    checkpoint has them, which may be memory maps that have not been read yet, and reads of them what it needs.
 
     `threads` leaves (default: one a core, at most 8) are on their way at a time, so the host holds no more than that.
     Two specs may name one tensor, or rows of it. `progress(done, total)` counts the checkpoint's bytes.
@@ -51,7 +55,9 @@ def load_params(
     def load(spec: ParamSpec, nbytes: int) -> Any:
         nonlocal done
         # Waiting here is what bounds the staging: a thread takes its next leaf when this one has arrived.
-        if divide is not None:
+        if (kept := on_devices(spec)) is not None:
+            array = jax.block_until_ready(kept)
+        elif divide is not None:
             tensors = [_rows(checkpoint.read(name), spec) for name in spec.names]
             array = jax.block_until_ready(divide(tensors, spec))
         else:
@@ -63,6 +69,11 @@ def load_params(
             if progress is not None:
                 progress(done, total)
         return array
+
+    def on_devices(spec: ParamSpec) -> Any:
+        if keep is None or not spec.matrix or spec.spread or len(checkpoint.shape(spec.name)) != 2:
+            return None
+        return keep(next(_matrices(checkpoint, spec)), spec)
 
     def whole(spec: ParamSpec) -> Any:
         if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
