@@ -23,7 +23,7 @@ def pack(w: np.ndarray) -> np.ndarray:
     """
     assert w.ndim == 2 and w.dtype in WEIGHT_TYPES, f"{w.dtype} {w.shape}"
     w = np.ascontiguousarray(w)
-    panels = aligned(panels_shape(*w.shape, w.dtype), w.dtype)
+    panels = aligned(panels_shape(w.shape[0], w.shape[1], w.dtype), w.dtype)
     native.handlers().jaxserve_pack(
         ctypes.c_void_p(w.ctypes.data),
         ctypes.c_int64(w.shape[0]),
