@@ -134,10 +134,8 @@ def load_model(
         progress(f"model code: {options.model_code}")
         trace(model, config, dtype, stored_shapes(checkpoint, options, dtype, packs))
     taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
-    pack, keep = (
-        packer(options, dtype, packs),
-        None if packs else keeper(options, partition, _specs(model, config), dtype),
-    )
+    pack = packer(options, dtype, packs)
+    keep = None if packs else keeper(options, partition, _specs(model, config), dtype)
     if pack is None:
         leaf = scaled_leaf(checkpoint, options, partition, dtype)
         _check_fit(partition, [leaf(spec) for spec in _specs(model, config)], dtype, device, shape)

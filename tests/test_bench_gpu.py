@@ -34,8 +34,10 @@ def test_the_dry_run_measures_everything(tmp_path):
         "serve, 1 user: weights and KV of bandwidth": "> 85",
         "serve, prompts: of the peak": "> 60",
     }
-    assert all(f["value"] > 0 for name, f in figures.items() if not name.startswith("host gap"))
+    may_be_none = ("host gap", "products, ")  # of a product the reference may give the same bits
+    assert all(f["value"] > 0 for name, f in figures.items() if not name.startswith(may_be_none))
     assert figures["attention: largest error against float32"]["value"] < 1e-4
+    assert figures["products, experts, 2: largest error against float32"]["value"] < 1e-4
 
 
 def test_what_the_targets_are_about(bench):

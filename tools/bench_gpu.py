@@ -7,9 +7,9 @@
 
 Weights are random bfloat16, drawn on the device and kept in --folder (16 GB for Llama 3.1 8B). Each part is a process
 of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention over KV caches of 16
-and of 8 bits), `steps` (draws weights; compiled steps, queued so that the device never waits), `serve`
-(`jaxserve serve` under load, over HTTP). A host gap is the share of a served decode step that the queued step does not
-take.
+and of 8 bits), `products` (of experts and of quantised matrices, in gpu_products.py), `steps` (draws weights; compiled
+steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A host gap is the share
+of a served decode step that the queued step does not take.
 """
 
 import argparse
@@ -26,13 +26,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from gpu_figures import DRY, REAL, REPEATS, Figure, Scale, check_device, fastest  # noqa: E402
+from gpu_products import products  # noqa: E402
+
 MODELS = ("llama-3.1-8b", "qwen3-0.6b")
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
 TINY = {
@@ -40,53 +44,6 @@ TINY = {
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured; a dry run's is small."""
-
-    dry: bool
-    users: tuple[int, ...]
-    context: int
-    """Prompt tokens of a user."""
-    answer: int
-    prompt: int
-    """Tokens of the prompts whose prefill is measured."""
-    attention: tuple[tuple[int, int], ...]
-    """(sequences, context) of the attention kernel alone."""
-    copy_bytes: int
-    matrix: int
-    """Rows, columns and depth of the matrix product that the peak is measured with."""
-    rounds: int
-
-
-REAL = Scale(
-    False, (1, 4, 16, 64, 256), 1024, 256, 4096, ((1, 8192), (4, 8192), (16, 4096), (64, 2048), (256, 1024)), 8 << 30,
-    8192, 20,
-)  # fmt: skip
-DRY = Scale(True, (1, 2), 32, 4, 64, ((2, 70),), 1 << 20, 64, 2)
-
-
-@dataclass
-class Figure:
-    """A line of the table. With a target, `value` is a share in percent."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    """As `> 85` or `< 5`."""
-
-    def line(self) -> str:
-        return f"{self.name:<52} {self.value:>12.2f} {self.unit:<8} {self._verdict()}"
-
-    def _verdict(self) -> str:
-        if not self.target:
-            return ""
-        sign, bound = self.target.split()
-        met = self.value >= float(bound) if sign == ">" else self.value <= float(bound)
-        return f"target {self.target} %: {'met' if met else 'MISSED'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,21 +126,6 @@ def device_line() -> str:
     return f"{done.stdout.strip() or 'unknown GPU'}; jax {version('jax')}"
 
 
-def fastest(run: Any, rounds: int) -> float:
-    """Seconds of the fastest of some runs, after one that may compile. `run` gives an array to wait for."""
-    import jax
-
-    jax.block_until_ready(run())
-    best = math.inf
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-# Each repeats its work inside one program, so that launching it does not count.
-REPEATS = 10
 KINDS = ("the queries' type", "int8", "float8_e4m3fn")
 """What the KV cache keeps numbers as."""
 
@@ -192,7 +134,7 @@ def kernels(scale: Scale, model: str, folder: Path) -> list[Figure]:
     import jax
     import jax.numpy as jnp
 
-    _check_device(scale)
+    check_device(scale)
     n, m = scale.copy_bytes // 2, scale.matrix
     x = jnp.zeros(n, jnp.bfloat16)
     copying = jax.jit(lambda x: jax.lax.fori_loop(0, REPEATS, lambda _, x: -x, x), donate_argnums=0)
@@ -221,13 +163,6 @@ def kernels(scale: Scale, model: str, folder: Path) -> list[Figure]:
             figures.append(Figure(f"{name}: time", 1e6 * seconds, "us"))
             figures.append(Figure(f"{name}: keys and values of bandwidth", share, "%", target))
     return figures
-
-
-def _check_device(scale: Scale) -> None:
-    import jax
-
-    if jax.default_backend() != ("cpu" if scale.dry else "gpu"):
-        raise SystemExit(f"this is {jax.default_backend()}; the benchmark is for a GPU (--dry-run is for a CPU)")
 
 
 def _kernel(scale: Scale) -> Any:
@@ -373,7 +308,7 @@ def steps(scale: Scale, model: str, folder: Path) -> list[Figure]:
     from jaxserve.metrics import EngineMetrics
     from jaxserve.runner import Runner
 
-    _check_device(scale)
+    check_device(scale)
     draw(scale, model, folder)
     most = max(scale.users)
     options = EngineOptions(
@@ -518,7 +453,7 @@ def sanitize(tool: str) -> int:
     return subprocess.run([program, *flags, sys.executable, "-c", check], env=environment).returncode
 
 
-PARTS = {"kernels": kernels, "steps": steps, "serve": serve}
+PARTS = {"kernels": kernels, "products": products, "steps": steps, "serve": serve}
 
 if __name__ == "__main__":
     sys.exit(main())
