@@ -32,6 +32,16 @@ _SETTINGS = {
 }
 
 
+# GCC 12 takes only the first 8 of the 64 bytes of a configuration of tile registers to be read, and leaves out what
+# writes the others: where the processor has AMX llama.cpp then ends on an illegal instruction.
+_WHOLE_TILE_CONFIG = """#if defined(__AMX_TILE__)
+#include <immintrin.h>
+#undef _tile_loadconfig
+#define _tile_loadconfig(config) __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])(config)) : "memory")
+#endif
+"""
+
+
 def default_folder() -> Path:
     """Where sources, programs and models are kept unless another folder is given."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxserve", "llama.cpp")
@@ -50,7 +60,10 @@ def build(folder: Path, jobs: int = 2) -> Path:
         if shutil.which(tool) is None:
             raise SystemExit(f"building llama.cpp needs {tool}: apt-get install g++, pip install cmake ninja")
     folder.mkdir(parents=True, exist_ok=True)
+    header = folder / "whole_tile_config.h"
+    header.write_text(_WHOLE_TILE_CONFIG)
     settings = [f"-D{name}={value}" for name, value in _SETTINGS.items()]
+    settings.append(f"-DCMAKE_CXX_FLAGS=-include {header}")
     configure = ["cmake", "-G", "Ninja", "-S", str(_source(folder)), "-B", str(folder / "build"), *settings]
     subprocess.run(configure, check=True, stdout=sys.stderr)
     make = ["cmake", "--build", str(folder / "build"), "-j", str(jobs), "--target", *PROGRAMS]

@@ -190,7 +190,7 @@ void run_on_tiles(xla::ffi::ThreadPool& pool, const X* x, const bf16* w, Y* y, c
   parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
     const TileRows& layout = item.rows->layout;
-    const Tiles registers(layout.high, kTileSteps / 2);
+    const Tiles registers(layout.high);
     before_tiles();
     for (int64_t p = item.panel; p < item.panel + item.panels; p += 2) {
       const bf16* panel = w + (item.rows->group.matrix * panels + p) * steps * kTileNumbers;

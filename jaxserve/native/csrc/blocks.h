@@ -107,22 +107,6 @@ struct Panel {
   }
 };
 
-// A tile of rows of x is one stretch of memory a block: signed bytes [tile][32], then for each row its scale, for each run and
-// row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
-// scale (what a minimum is multiplied by).
-struct TileBlock {
-  int tile, runs;
-  int64_t bytes() const { return tile * (kRun + 4 + 8 * runs); }
-  int8_t* values(uint8_t* at, int t) const { return reinterpret_cast<int8_t*>(at) + t * kRun; }
-  float* scale(uint8_t* at) const { return reinterpret_cast<float*>(at + tile * kRun); }
-  int32_t* correction(uint8_t* at, int run) const {
-    return reinterpret_cast<int32_t*>(at + tile * (kRun + 4 + 4 * run));
-  }
-  float* weight(uint8_t* at, int run) const {
-    return reinterpret_cast<float*>(at + tile * (kRun + 4 + 4 * runs + 4 * run));
-  }
-};
-
 // The codes of one group of the block.
 template <class F, int j>
 inline Bytes group(const uint8_t* from) {

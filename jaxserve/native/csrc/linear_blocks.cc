@@ -7,11 +7,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "block_tiles.h"
 #include "blocks.h"
 #include "buffers.h"
 #include "groups.h"
@@ -22,15 +20,25 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTile = 12;   // rows of x that pass by a block's codes together: as many as the registers hold
-constexpr int kLarge = 16;  // the same on tile registers
-constexpr int kTiles = 6;   // tiles that one item of work takes: they stay in the second-level cache
-#if defined(JAXSERVE_TILES)
-constexpr int64_t kMany = 32;  // rows from which on tile registers gain more than a panel's unpacking costs
-#else
-constexpr int64_t kMany = std::numeric_limits<int64_t>::max();
-#endif
+constexpr int kTile = 12;  // rows of x that pass by a block's codes together: as many as the registers hold
+constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
 constexpr float kSmallest = 1e-30f;  // a run of values that are all nearer to zero is kept as zeros
+
+// A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
+// row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
+// scale (what a minimum is multiplied by).
+struct TileBlock {
+  int tile, runs;
+  int64_t bytes() const { return tile * (kRun + 4 + 8 * runs); }
+  int8_t* values(uint8_t* at, int t) const { return reinterpret_cast<int8_t*>(at) + t * kRun; }
+  float* scale(uint8_t* at) const { return reinterpret_cast<float*>(at + tile * kRun); }
+  int32_t* correction(uint8_t* at, int run) const {
+    return reinterpret_cast<int32_t*>(at + tile * (kRun + 4 + 4 * run));
+  }
+  float* weight(uint8_t* at, int run) const {
+    return reinterpret_cast<float*>(at + tile * (kRun + 4 + 4 * runs + 4 * run));
+  }
+};
 
 // One row's 32 values, to row t of a tile's block: to nearest, ties to even, the largest becoming 127.
 template <class F>
@@ -98,14 +106,11 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
   for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
 }
 
-// Rows in the next tile, when there are `left` of `all`: no more than needed, and at most kTile or kLarge.
-int tile_of(int64_t left, int64_t all) {
-  if (left > 8) return all < kMany ? kTile : kLarge;
-  return left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left);
-}
+// Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
+int tile_of(int64_t left) { return left > 8 ? kTile : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left); }
 
 template <class F>
-void multiply_rows(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
+void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
   switch (tile) {
     case 1: return multiply<F, 1>(panel, layout, x, y);
     case 2: return multiply<F, 2>(panel, layout, x, y);
@@ -114,38 +119,6 @@ void multiply_rows(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
     default: return multiply<F, kTile>(panel, layout, x, y);
   }
 }
-
-// A panel at a time by tiles of rows, of which the first is never smaller than the others.
-template <class F>
-class Multiplier {
- public:
-  Multiplier(const Panel<F>& layout, [[maybe_unused]] int largest) : layout_(layout) {
-#if defined(JAXSERVE_TILES)
-    if (largest == kLarge) large_.emplace(layout);
-#endif
-  }
-
-  void take(const uint8_t* panel) {
-    panel_ = panel;
-#if defined(JAXSERVE_TILES)
-    if (large_) large_->take(panel);
-#endif
-  }
-
-  void multiply(int tile, uint8_t* x, float* y) const {
-#if defined(JAXSERVE_TILES)
-    if (tile == kLarge) return large_->multiply(x, y);
-#endif
-    multiply_rows<F>(tile, panel_, layout_, x, y);
-  }
-
- private:
-  const Panel<F>& layout_;
-  const uint8_t* panel_ = nullptr;
-#if defined(JAXSERVE_TILES)
-  std::optional<LargeTiles<F>> large_;
-#endif
-};
 
 // The first rows of x, `tokens` of them, as a tile; its others are zero.
 template <class F>
@@ -179,8 +152,8 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
   int64_t bytes = 0, values = 0;
   for (const Group& group : groups) {
     const int64_t first = static_cast<int64_t>(tiles.size());
-    for (int64_t t = 0; t < group.count; t += tiles.back().count) {
-      const int size = tile_of(group.count - t, group.count);
+    for (int64_t t = 0; t < group.count; t += kTile) {
+      const int size = tile_of(group.count - t);
       tiles.push_back({group.first + t, std::min<int64_t>(size, group.count - t), size, bytes});
       bytes += TileBlock{size, F::runs}.bytes() * layout.blocks;
     }
@@ -205,14 +178,12 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
   }
   parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    Multiplier<F> multiplier(layout, tiles[item.tile].size);
     for (int64_t p = 0; p < item.panels; p++) {
       const int64_t column = (item.panel + p) * kPanel, count = std::min<int64_t>(kPanel, outputs - column);
-      multiplier.take(item.w + p * layout.bytes());
       for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
         const Tile& tile = tiles[j];
-        float sums[kLarge * kPanel];
-        multiplier.multiply(tile.size, rows + tile.at, sums);
+        float sums[kTile * kPanel];
+        multiply_tile<F>(tile.size, item.w + p * layout.bytes(), layout, rows + tile.at, sums);
         for (int64_t t = 0; t < tile.count; t++) {
           std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
         }

@@ -41,10 +41,9 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const std::function
   }
 }
 
-float* scratch(int64_t floats, Use use) {
+float* scratch(int64_t floats) {
   constexpr int64_t kAlign = 64;
-  static thread_local std::vector<float> both[2];
-  std::vector<float>& memory = both[static_cast<int>(use)];
+  static thread_local std::vector<float> memory;
   const size_t needed = static_cast<size_t>(floats) + kAlign / sizeof(float);
   if (memory.size() < needed) memory.resize(needed);
   const auto address = reinterpret_cast<uintptr_t>(memory.data());

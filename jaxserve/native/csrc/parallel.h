@@ -23,9 +23,7 @@ void each_row(xla::ffi::ThreadPool& pool, int64_t rows, int64_t width, const Row
   });
 }
 
-// At least `floats` floats of this thread's, aligned for any vector; the thread's next call for the same use gives the
-// same ones. A call's own may be read by items that ask for theirs on the same thread.
-enum class Use { kCall, kItem };
-float* scratch(int64_t floats, Use use = Use::kCall);
+// At least `floats` floats of this thread's, aligned for any vector; the next call on the thread gives the same ones.
+float* scratch(int64_t floats);
 
 }  // namespace jaxserve

@@ -4,7 +4,7 @@
 
 #include "simd.h"
 
-#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(JAXSERVE_AVX512)
+#if defined(__AMX_BF16__) && defined(JAXSERVE_AVX512)
 #define JAXSERVE_TILES
 
 namespace jaxserve {
@@ -12,22 +12,22 @@ namespace jaxserve {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 
-// The tile registers of this thread, until the end of the scope: 0 to 3 for sums [rows][16], 4 and 5 for the left factor
-// [rows][4 * steps bytes], 6 and 7 for the right one [steps][64 bytes]. The process must have been granted them
-// (native/build.py does it).
+// The tile registers of this thread, until the end of the scope: 0 to 3 for sums [rows][16], 4 and 5 for rows of
+// bfloat16 [rows][32], 6 and 7 for a panel [16 pairs][16][2]. The process must have been granted them (native/build.py
+// does it).
 class Tiles {
  public:
-  Tiles(int rows, int steps) {
+  explicit Tiles(int rows) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; i++) {
-      config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 4 * steps : kTileBytes);
-      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : steps);
+      config.row_bytes[i] = kTileBytes;
+      config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : kTileRows);
     }
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    asm volatile("ldtilecfg %0" ::"m"(config));  // a compiler's own function may lose what writes most of it
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
