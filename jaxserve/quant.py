@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
-from jaxserve.scaled import Scaled, multiply, take_rows
+from jaxserve.scaled import Scaled, multiply, take_rows, traced_for
 from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
 from kernels_pallas.grouped_matmul.groups import bounds, only
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
@@ -133,16 +133,14 @@ def grouped_linear(
 
 
 def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
-    """The body for the devices that are traced for, which `Partition.tracing` says; else XLA's own, by platform."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = None if device is None else device.platform
+    """The body for the devices that are traced for; else XLA's own, by platform."""
+    platform, capability = traced_for()
     try:
         if platform == "tpu":
             validate_for_tpu(dtype)
             return import_module("kernels_pallas.grouped_matmul.tpu").grouped_matmul
         if platform == "gpu":
-            here = jax.devices()[0] if jax.default_backend() == "gpu" else None  # else one that is only described
-            validate_for_gpu(dtype, "8.0" if here is None else here.compute_capability)
+            validate_for_gpu(dtype, capability)
             return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
     except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
         pass

@@ -173,17 +173,21 @@ def take_rows(w: Scaled, tokens: Int[Array, " T"]) -> Float[Array, "T K"]:
     return result
 
 
-def _kernel(x: Any, codes: Any, scales: Any, *, inputs_first: bool) -> QuantisedMatmul:
-    """The body for the devices that are traced for, which `Partition.tracing` says; else plain XLA."""
+def traced_for() -> tuple[str | None, str]:
+    """The platform of the devices that are traced for, as `Partition.tracing` says, and what a GPU can compute."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = None if device is None else device.platform
+    here = jax.devices()[0] if jax.default_backend() == "gpu" else None  # else one that is only described
+    return None if device is None else device.platform, "8.0" if here is None else here.compute_capability
+
+
+def _kernel(x: Any, codes: Any, scales: Any, *, inputs_first: bool) -> QuantisedMatmul:
+    """The body for the devices that are traced for; else plain XLA."""
+    platform, capability = traced_for()
     try:
         if platform == "tpu":
             validate_for_tpu(x.dtype, x.shape[1], inputs_first=inputs_first)
             return import_module("kernels_pallas.quantised_matmul.tpu").quantised_matmul
         if platform == "gpu":
-            here = jax.devices()[0] if jax.default_backend() == "gpu" else None  # else one that is only described
-            capability = "8.0" if here is None else here.compute_capability
             validate_for_gpu(x.dtype, capability, codes.dtype, x.shape[1], scales.shape[1])
             return import_module("kernels_pallas.quantised_matmul.gpu").quantised_matmul
     except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
