@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from jaxserve.weights.load import check_params, load_params
 from kernels_pallas.ragged_paged_attention.contract import RaggedPagedAttention
 
 type Progress = Callable[[str], None]
+type Progressed = Callable[[int, int], None]
+"""Called with the bytes that are done, and all."""
 type Packer = Callable[[np.ndarray | Blocks, ParamSpec], quant.Packed]
 
 
@@ -56,7 +59,7 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Loaded(Chosen):
-    """A model whose weights are on their devices, and what its steps are to be compiled with."""
+    """A model whose weights are on their devices, or their shapes only, and what its steps are to be compiled with."""
 
     params: Params
     kv_dtype: np.dtype
@@ -102,6 +105,48 @@ def choose(
     return Chosen(model, config, partition, dtype, name, kernel, embedding)
 
 
+class Loading:
+    """A model on its way to its devices: all that is known of it at once, and a thread that brings its weights.
+
+    As a context manager it gives the weights up when the body fails.
+    """
+
+    def __init__(self, outline: Loaded, memory: int | None, read: Callable[[Callable[[], None]], Params] | None):
+        self.outline = outline
+        """The model with the shapes of its weights, and where they will lie: what its steps can be compiled with."""
+        self.memory = memory
+        """Bytes that each of its devices has, the weights' own counted. None: the device does not say."""
+        self._given_up = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._params = None if read is None else self._pool.submit(read, self._check)
+        self._pool.shutdown(wait=False)
+
+    def result(self) -> Loaded:
+        """The model when its weights are there; its outline if it is to be compiled only. Raises CheckpointError."""
+        if self._params is None:
+            return self.outline
+        params = self._params.result()
+        known, found = (jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (self.outline.params, params))
+        assert known == found, "weights are not of the shapes that the steps are compiled for"
+        return replace(self.outline, params=params)
+
+    def give_up(self) -> None:
+        """Ends the thread, after the tensors that it is at."""
+        self._given_up = True
+        self._pool.shutdown(wait=True)
+
+    def __enter__(self) -> "Loading":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            self.give_up()
+
+    def _check(self) -> None:
+        if self._given_up:
+            raise CancelledError
+
+
 def load_model(
     options: ModelOptions,
     device: DeviceOptions,
@@ -112,11 +157,26 @@ def load_model(
     *,
     ahead: bool = False,
 ) -> Loaded:
+    """The result of `start_loading`. Raises as that does, and CheckpointError for damaged weights."""
+    return start_loading(options, device, path, progress, mesh, capture, ahead=ahead).result()
+
+
+def start_loading(
+    options: ModelOptions,
+    device: DeviceOptions,
+    path: Path,
+    progress: Progress,
+    mesh: Mesh | None = None,
+    capture: Sequence[str] = (),
+    *,
+    ahead: bool = False,
+) -> Loading:
     """The model at `path`, a checkpoint directory or GGUF file, on `mesh`, or on that of the options.
 
     `capture`: patterns of inner values that its steps are to bring back. Sets up the compile cache, too. With `ahead`
-    it is to be compiled only: no weight is read, and programs that cannot be kept are an error. Raises ConfigError for
-    options that the model or the machine does not serve, CheckpointError for damaged weights.
+    it is to be compiled only: no weight is read, and programs that cannot be kept are an error. `progress` is called by
+    other threads, too. Raises ConfigError for options that the model or the machine does not serve, CheckpointError for
+    weights that are not the model's.
     """
     checkpoint, model, config = open_model(path, options.model_code, ahead=ahead)
     shape = MeshShape.parse(device.mesh or "1")
@@ -139,31 +199,39 @@ def load_model(
     if pack is None:
         leaf = scaled_leaf(checkpoint, options, partition, dtype)
         _check_fit(partition, [leaf(spec) for spec in _specs(model, config)], dtype, device, shape)
-    if ahead:
-        shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
-        kv_dtype = kv_dtype_for(options, device, chosen.attention, shapes, dtype)
-        return Loaded(**vars(chosen), params=shapes, kv_dtype=kv_dtype, programs=programs, taps=taps)
-    start, size = time.perf_counter(), 0
+    memory = device_memory(mesh.local_devices[0], shape.data * len(mesh.local_devices))
+    shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
+    kv_dtype = kv_dtype_for(options, device, chosen.attention, shapes, dtype)
+    outline = Loaded(**vars(chosen), params=shapes, kv_dtype=kv_dtype, programs=programs, taps=taps)
 
-    def report(done: int, total: int) -> None:
-        nonlocal size
-        size = total
-        progress(f"loading weights {100 * done // max(total, 1)} % of {total / 2**20:.0f} MiB")
+    def read(check: Callable[[], None]) -> Params:
+        start, size, said = time.perf_counter(), 0, -1
 
-    params = place_params(model, config, checkpoint, partition, dtype, pack, keep, report)
-    give_back()
-    seconds = time.perf_counter() - start
-    if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
-        progress(
-            f"{plain} matrices become plain numbers here instead of quantised ones: experts', rows that blocks do not "
-            "fill, or groups of inputs that the mesh would cut"
-        )
-    read = f"{size / 1e6:.1f} MB read in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
-    if len(partition.mesh.local_devices) < mesh.size:  # it is the shards of those that were read
-        read = f"this host's part of {size / 1e6:.1f} MB read in {seconds:.1f} s"
-    progress(f"weights: {read}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
-    kv_dtype = kv_dtype_for(options, device, chosen.attention, params, dtype)
-    return Loaded(**vars(chosen), params=params, kv_dtype=kv_dtype, programs=programs, taps=taps)
+        def report(done: int, total: int) -> None:
+            nonlocal size, said
+            check()
+            size, percent = total, 100 * done // max(total, 1)
+            if percent > said:
+                said = percent
+                progress(f"loading weights {percent} % of {total / 2**20:.0f} MiB")
+
+        params = place_params(model, config, checkpoint, partition, dtype, pack, keep, report)
+        give_back()
+        seconds = time.perf_counter() - start
+        if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
+            progress(
+                f"{plain} matrices become plain numbers here instead of quantised ones: experts', rows that blocks do "
+                "not fill, or groups of inputs that the mesh would cut"
+            )
+        found = f"{size / 1e6:.1f} MB read in {seconds:.1f} s"
+        if len(mesh.local_devices) < mesh.size:  # it is the shards of those that were read
+            found = f"this host's part of {found}"
+        else:
+            found += f", {size / 1e9 / seconds:.2f} GB/s"
+        progress(f"weights: {found}; most memory that this process has had: {peak_memory() / 1e6:.0f} MB")
+        return params
+
+    return Loading(outline, memory, None if ahead else read)
 
 
 def open_model(path: Path, code: str | None, *, ahead: bool = False) -> tuple[Checkpoint, Model, Any]:
@@ -229,7 +297,7 @@ def place_params(
     dtype: np.dtype,
     pack: Packer | None,
     keep: Keeper | None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progressed | None = None,
 ) -> Params:
     """`load_params` onto the devices of `partition`."""
     device = partition.mesh.devices.flat[0]

@@ -25,7 +25,7 @@ from jaxserve.batch import Shape, SlotRows
 from jaxserve.config import EngineOptions, MeshShape
 from jaxserve.errors import ConfigError
 from jaxserve.host_memory import give_back
-from jaxserve.loading import Loaded, Progress, device_memory, load_model
+from jaxserve.loading import Loaded, Progress, start_loading
 from jaxserve.metrics import EngineMetrics
 from jaxserve.page_groups import capacity
 from jaxserve.plans import Plan, Sampled, Sequence
@@ -155,48 +155,47 @@ class Runner:
         ahead: bool = False,
     ):
         """With `ahead` there are no weights: everything is compiled and kept, and nothing can be launched."""
-        self._hosts = hosts
-        loaded = self._loaded = load_model(
-            options.model, options.device, path, progress, mesh, options.capture, ahead=ahead
-        )
+        self._hosts, self._metrics, self._closing = hosts, metrics, False
         self._options, self._path, self._reread = options.model, path, True
-        self.model, self.config = loaded.model, loaded.config
-        self._metrics = metrics
-        self._device = loaded.device
-        platform, devices = self._device.platform, loaded.partition.mesh.size
-        # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
-        self._wait = platform == "cpu" and devices > 1
-        here = len(loaded.partition.mesh.local_devices)
-        self._sharers = MeshShape.parse(options.device.mesh or "1").data * here
-        self._cache = loaded.programs
-        self._embeds = loaded.embedding is not None
-        self._params = jax.tree.leaves(loaded.params)
-        self.programs = _programs(loaded)
-        weights = bytes_per_device(self._params)
-        self._lock = threading.Lock()
-        self._closing, self._ahead = False, ahead
-        sizing = Sizing(
-            self.programs,
-            options,
-            platform=platform,
-            kernel=loaded.attention,
-            params=_num_params(loaded),
-            weights=weights,
-            memory=self._memory(weights),
-            taps=loaded.taps,
-            agreed=self._least_of_hosts,
-        )
-        self.sizes, self._compiled, needed = self._fit(sizing, progress)
-        self._layout = {shape: self.programs.layout(shape, self.sizes) for shape in sizing.shapes}
-        windows = self.programs.groups.windows
-        self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq, len(windows))
-        self.shapes = tuple(self._layout)
-        """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
-        self._state = self._get(self.programs.new_state(self.sizes, by_cpu_kernel=loaded.attention == "cpu"))()
-        # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
-        self._bind = self._get(self.programs.bind(self.sizes))
         self._pool: ThreadPoolExecutor | None = None
-        self._warm_up(options.device.warmup, progress)
+        self._lock = threading.Lock()
+        with start_loading(
+            options.model, options.device, path, progress, mesh, options.capture, ahead=ahead
+        ) as loading:  # while the weights are on their way, the steps are compiled
+            loaded = loading.outline
+            self.model, self.config = loaded.model, loaded.config
+            self._device = loaded.device
+            platform, devices = self._device.platform, loaded.partition.mesh.size
+            # Collectives of queued steps can take each other's threads on a CPU, which XLA ends the process for.
+            self._wait = platform == "cpu" and devices > 1
+            self._cache = loaded.programs
+            self._embeds = loaded.embedding is not None
+            self.programs = _programs(loaded)
+            weights = bytes_per_device(jax.tree.leaves(loaded.params))
+            sizing = Sizing(
+                self.programs,
+                options,
+                platform=platform,
+                kernel=loaded.attention,
+                params=_num_params(loaded),
+                weights=weights,
+                memory=loading.memory,
+                taps=loaded.taps,
+                agreed=self._least_of_hosts,
+            )
+            self.sizes, self._compiled, needed = self._fit(sizing, progress)
+            self._layout = {shape: self.programs.layout(shape, self.sizes) for shape in sizing.shapes}
+            windows = self.programs.groups.windows
+            self._rows = SlotRows(self.sizes.max_num_seqs, self.sizes.pages_per_seq, len(windows))
+            self.shapes = tuple(self._layout)
+            """Shapes that may be launched: the compiled ones, or with lazy warm-up all."""
+            new_state = self._get(self.programs.new_state(self.sizes, by_cpu_kernel=loaded.attention == "cpu"))
+            # Compiled ahead, as the steps are: called as it is, jit would compile again for every origin of the state.
+            self._bind = self._get(self.programs.bind(self.sizes))
+            self._warm_up(options.device.warmup, progress)
+            loaded = self._loaded = loading.result()
+        self._params = jax.tree.leaves(loaded.params)
+        self._state = new_state()
         kv, slots = bytes_per_device(self._state.cache), bytes_per_device(self._state.slots)
         by_kind = {"weights": weights, "kv": kv, "slots": slots, "workspace": needed}
         self.info = EngineInfo(
@@ -379,14 +378,6 @@ class Runner:
                 f"max_model_len lowered from {sizing.length} to {found.max_model_len}: that is what the KV cache holds"
             )
         return found, {sizing.largest: compiled}, needed
-
-    def _memory(self, weights: int) -> int | None:
-        """Bytes of each device; on CPU those that were free before the weights."""
-        free = device_memory(self._device, self._sharers)
-        if free is None or self._device.platform != "cpu":
-            return free
-        here = 0 if self._ahead else len(self.programs.partition.mesh.local_devices)
-        return free + weights * here // self._sharers
 
     def _least_of_hosts(self, pages: int) -> int:
         """Hosts have memory of their own, and programs of one size."""
