@@ -92,8 +92,6 @@ def choose(
             if name != "auto":
                 raise ConfigError(f"attention='cpu': {error}") from error
             chosen, reason = "reference", f"slower by far than the C++ kernels, but {error}"
-        if latent and chosen == "cpu":
-            reason += "; of latents in plain XLA"
     if chosen == "tpu":
         try:
             validate_for_tpu(block_size or _usual_page("tpu", kv_dtype), jnp.dtype(kv_dtype), 0, 0)

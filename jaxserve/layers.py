@@ -6,6 +6,7 @@ T tokens in the step, D width, N heads, H head_dim, F ffn
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve import native
 from jaxserve.errors import ConfigError
+from jaxserve.native.heads import by_head as native_by_head
 from jaxserve.native.norm import layer_norm as native_layer_norm
 from jaxserve.native.norm import rms_norm as native_rms_norm
 from jaxserve.native.rope import rotate as native_rotate
@@ -174,6 +176,26 @@ def project(p: Mapping[str, Any], name: str, x: Float[Array, "T ..."], *, out: i
         y = linear(x, p[name], out=out)
         bias = p.get(f"{name}_bias")
         return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+def by_head(
+    x: Float[Array, "T N I"], w: Float[Array, "N M R"], rows: slice, *, transposed: bool = False
+) -> Float[Array, "T N O"]:
+    """Each head's numbers times `rows` of a matrix of its own, x [T, N, rows] -> [T, N, R]; or with `transposed`
+    x [T, N, R] -> [T, N, rows]. Summed in float32 and rounded once.
+
+    On CPU the C++ kernel does it where it is loaded, so that a token's bits do not depend on other tokens.
+    """
+
+    def xla(x: jax.Array, w: jax.Array) -> jax.Array:
+        sums = "tnr,nir->tni" if transposed else "tni,nir->tnr"
+        return jnp.einsum(sums, x, w[:, rows], preferred_element_type=jnp.float32).astype(x.dtype)
+
+    first, end, _ = rows.indices(w.shape[1])
+    outputs = end - first if transposed else w.shape[2]
+    cpu = partial(native_by_head, first=first, outputs=outputs, transposed=transposed)
+    known = {x.dtype, w.dtype} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
+    return native.by_platform(cpu if known else xla, xla, x, w)
 
 
 def swiglu(p: Mapping[str, Any], x: Float[Array, "T D"]) -> Float[Array, "T D"]:

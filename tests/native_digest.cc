@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "attention.cc"
+#include "heads.cc"
 #include "linear.cc"
 #include "linear_blocks.cc"
 #include "norm.cc"
@@ -42,24 +43,28 @@ std::vector<int8_t> numbers(size_t count, uint32_t seed) {  // any bytes
 }
 
 template <class Q, class C>
-void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks, bool causal = true) {
-  const int64_t heads = 6, kv_heads = 2, length = 150, queries = 20, pages = 30;
+void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, bool with_sinks, bool causal = true,
+               int64_t value_dim = 0) {
+  const bool latent = value_dim > 0;
+  const int64_t heads = 6, kv_heads = latent ? 1 : 2, length = 150, queries = 20, pages = 30;
   const auto q = numbers<Q>(queries * heads * head_dim, 1);
-  const auto cache = numbers<C>(pages * page * kv_heads * 2 * head_dim, 2);
+  const int64_t row = latent ? head_dim + 4 : kv_heads * 2 * head_dim, values = latent ? value_dim : head_dim;
+  const auto cache = numbers<C>(pages * page * row, 2);
   const auto sinks = numbers<float>(heads, 6);
   auto scales = numbers<float>(pages * kv_heads * 2 * page, 7);
   for (float& scale : scales) scale *= 0.02f;
-  std::vector<Q> out(q.size());
+  std::vector<Q> out(queries * heads * values);
   std::vector<int32_t> table(pages);
   for (int i = 0; i < pages; i++) table[i] = i * 7 % pages;
   const int32_t kv_lens[] = {static_cast<int32_t>(length)}, cu_q_lens[] = {0, static_cast<int32_t>(queries)};
-  const int64_t row = kv_heads * 2 * head_dim;
-  const jaxserve::Step step{heads, kv_heads, head_dim, page, row, pages, 0.3f, soft_cap, window, causal,
+  const jaxserve::Step step{heads, kv_heads, head_dim, values, page, row, pages, latent, 0.3f, soft_cap, window, causal,
                             kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr, scales.data()};
   for (int64_t first : {0, 7, 8}) {
-    const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12;
+    const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12, all = heads / kv_heads;
     for (int64_t h = 0; h < kv_heads; h++) {
-      jaxserve::attend_tile(step, 0, first, count, h, 1, q.data(), cache.data(), out.data());
+      for (int64_t skip = 0; skip < all; skip += 3) {  // of latents in two parts
+        jaxserve::attend_tile(step, 0, first, count, {h, 1, skip, 3}, q.data(), cache.data(), out.data());
+      }
     }
   }
   add(out);
@@ -96,6 +101,17 @@ void product(int64_t tokens, int64_t depth, int64_t outputs) {
   std::vector<float> y(tokens * columns);
   jaxserve::pack(w.data(), outputs, depth, panels.data());
   jaxserve::block(x.data(), tokens, panels.data(), depth, columns, y.data());
+  add(y);
+}
+
+template <class W>
+void by_head(int64_t tokens, int64_t inputs, int64_t outputs) {
+  const auto x = numbers<float>(tokens * 2 * inputs, 3);  // of two heads, of which one is computed
+  const auto w = numbers<W>(inputs * outputs, 4);
+  std::vector<float> y(tokens * outputs);
+  jaxserve::by_rows(x.data(), tokens, 2 * inputs, w.data(), inputs, outputs, y.data(), outputs);
+  add(y);
+  jaxserve::by_columns(x.data(), tokens, 2 * inputs, w.data(), inputs, outputs, y.data(), outputs);
   add(y);
 }
 
@@ -178,6 +194,8 @@ int main() {
       attention<float, jaxserve::f16>(page, head_dim, 0, 30.0f, true);
       attention<float, int8_t>(page, head_dim, 0, 0.0f, false);
       attention<jaxserve::bf16, int8_t>(page, head_dim, 40, 30.0f, true);
+      attention<float, float>(page, head_dim, 0, 0.0f, true, true, head_dim - 8);
+      attention<jaxserve::bf16, jaxserve::f16>(page, head_dim, 40, 30.0f, false, true, head_dim / 2 + 1);
     }
   }
   for (const int64_t apart : {1, 16}) {
@@ -191,6 +209,8 @@ int main() {
     product<float>(tokens, 100, 30);
     product<jaxserve::bf16>(tokens, 1100, 32);
     product<jaxserve::f16>(tokens, 512, 17);
+    by_head<float>(tokens, 24, 33);
+    by_head<jaxserve::bf16>(tokens, 33, 48);
   }
   for (const int64_t tokens : {1, 2, 3, 7, 11}) {
     for (const int64_t code : {2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 39}) {

@@ -26,6 +26,7 @@ ATTENTION, LINEAR, EMBED = "jaxserve_ragged_paged_attention", "jaxserve_linear",
 LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
 GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_blocks"
 SAMPLE, LOGPROBS, ROTATE = "jaxserve_sample", "jaxserve_token_logprobs", "jaxserve_rotate"
+BY_HEAD = "jaxserve_by_head"
 
 
 def random_case(rng):
@@ -34,6 +35,8 @@ def random_case(rng):
     Returns arrays, lengths and tables, attributes, and how many tokens there are.
     """
     kv_heads, group = int(rng.choice([1, 2, 4])), int(rng.choice([1, 2, 3, 7, 8]))
+    latent = rng.random() < 0.2
+    kv_heads, group = (1, 3 * group) if latent else (kv_heads, group)
     head_dim = int(rng.choice([1, 8, 12, 16, 32, 40, 64, 80, 128]))
     page = int(rng.choice([1, 4, 16, 48]))
     pages = 1100 // page + 8
@@ -45,13 +48,14 @@ def random_case(rng):
     width = -(-max(1, *lens) // page) + 1
     free = iter(rng.permutation(pages))
     table = rng.integers(-5, pages + 5, (rows, width)).astype(np.int32)  # what lies past a sequence is never looked at
-    cache = np.full((pages, page, kv_heads * 2 * head_dim), np.nan, np.float32)
+    width = head_dim + int(rng.integers(0, 5)) if latent else kv_heads * 2 * head_dim
+    cache = np.full((pages, page, width), np.nan, np.float32)
     for s, length in enumerate(lens):
         for i in range(-(-length // page)):
             table[s, i] = next(free)
         for i in range(length - q_lens[s]):
             cache[table[s, i // page], i % page] = rng.normal(size=cache.shape[2])
-    cache = kept_by("cpu", cache, kv_heads)
+    cache = cache if latent else kept_by("cpu", cache, kv_heads)
     tokens = max(1, sum(q_lens) + int(rng.integers(0, 5)))
     cu = np.full(rows + 1, sum(q_lens), np.int32)
     cu[: seqs + 1] = np.concatenate([[0], np.cumsum(q_lens)])
@@ -62,23 +66,28 @@ def random_case(rng):
         kv_lens=kv_lens, page_table=table, cu_q_lens=cu, distribution=np.array([decodes, decodes, seqs], np.int32)
     )
     compute = rng.choice(["float32", "bfloat16"])
-    held = rng.choice(["float32", "bfloat16", "float16", "int8"])
+    held = rng.choice(["float32", "bfloat16", "float16", "int8"][: 3 if latent else 4])
     scales = np.zeros(0, np.float32)
     if held == "int8":  # its unwritten memory is in the scales
         unwritten = np.isnan(rows_of("cpu", cache, kv_heads).reshape(pages, page, kv_heads * 2, -1)[..., 0])
         scales = np.where(unwritten, np.nan, 0.02).transpose(0, 2, 1).astype(np.float32)
         cache = rng.integers(-128, 128, cache.shape)
+    if latent:
+        v = np.zeros((0, 0, 0))
     data = [jnp.asarray(a, compute) for a in (q, k, v)] + [jnp.asarray(cache, held), jnp.asarray(scales)]
     step["sinks"] = rng.normal(size=int(rng.choice([0, kv_heads * group]))).astype(np.float32)  # often none
     window, soft_cap = np.int64(rng.choice([0, 0, 1, 5, 70])), np.float32(rng.choice([0, 0, 0.5, 50]))
     causal = bool(window or rng.random() < 0.7)
     attributes = {"scale": np.float32(0.3), "window": window, "soft_cap": soft_cap, "causal": causal}
+    attributes["value_dim"] = np.int64(rng.integers(1, head_dim + 1) if latent else 0)
     return data, step, attributes, sum(q_lens)
 
 
 def attend(q, k, v, cache, scales, *step, **attributes):
     """The step's result, and the cache's values and scales; none of these where they are an empty array."""
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, cache, scales)]
+    if value_dim := int(attributes["value_dim"]):
+        results[0] = jax.ShapeDtypeStruct((*q.shape[:2], value_dim), q.dtype)
     aliases = {3: 1, 4: 2} if scales.size else {3: 1}
     call = jax.ffi.ffi_call(ATTENTION, results, input_output_aliases=aliases)
     return call(q, k, v, cache, scales, *step, **attributes)
@@ -382,7 +391,48 @@ def misfit(rng, heads, scales):
         ({}, {"soft_cap": np.float32(rng.choice([-1, np.inf, np.nan]))}),
         ({}, {"window": np.int64(-1)}),
         ({}, {"window": np.int64(3), "causal": False}),
-    ][rng.integers(0, 7)]
+        ({}, {"value_dim": np.int64(1000)}),
+    ][rng.integers(0, 8)]
+
+
+def multiplied_by_head(rng, digest):
+    """Each head's numbers times rows of a matrix of its own, either way, against numpy; bad calls refused."""
+    tokens, heads, rows, rank = (int(rng.choice(sizes)) for sizes in (
+        [1, 3, 48, 130], [1, 5], [1, 8, 24, 33], [1, 16, 40, 65]
+    ))  # fmt: skip
+    first, more, transposed = int(rng.integers(0, 4)), int(rng.integers(0, 4)), bool(rng.random() < 0.5)
+    w = jnp.asarray(rng.normal(size=(heads, first + rows + more, rank)), rng.choice(["float32", "bfloat16"]))
+    inputs, outputs = (rank, rows) if transposed else (rows, rank)
+    x = jnp.asarray(rng.normal(size=(tokens, heads, inputs)), rng.choice(["float32", "bfloat16"]))
+
+    def multiply(x, w=w, first=first, outputs=outputs, transposed=transposed):
+        result = jax.ShapeDtypeStruct((*x.shape[:-1], outputs), x.dtype)
+        return jax.ffi.ffi_call(BY_HEAD, result)(x, w, first=np.int64(first), transposed=transposed)
+
+    used = np.asarray(w, np.float64)[:, first : first + rows]
+    want = np.einsum("tnr,nir->tni" if transposed else "tni,nir->tnr", np.asarray(x, np.float64), used)
+    y = np.asarray(multiply(x))
+    np.testing.assert_allclose(y.astype(np.float64), want, atol=(1e-4 if x.dtype == jnp.float32 else 0.2), rtol=1e-2)
+    assert np.asarray(multiply(x[-1:])).tobytes() == y[-1:].tobytes(), "a token depends on its neighbours"
+    digest.update(y.tobytes())
+    refused = 0
+    for wrong in (
+        lambda: multiply(x, first=-1),
+        lambda: multiply(x, first=first + more + 1),
+        lambda: multiply(x, w[..., :-1] if rank > 1 else w[:0]),
+        lambda: multiply(x, w[0]),
+        lambda: multiply(x, jnp.concatenate([w, w])),
+        lambda: multiply(x, outputs=outputs + 4),
+        lambda: multiply(x.astype(jnp.float16)),
+        lambda: multiply(x, w.astype(jnp.float16)),
+    ):
+        try:
+            jax.block_until_ready(wrong())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            assert "by_head: " in str(error), error
+            refused += 1
+    assert refused == 8
+    return refused
 
 
 def main() -> None:
@@ -402,6 +452,7 @@ def main() -> None:
         SAMPLE,
         LOGPROBS,
         ROTATE,
+        BY_HEAD,
     ):
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(handlers, target)), platform="cpu")
     digest, with_bf16, refused = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16), 0
@@ -456,6 +507,7 @@ def main() -> None:
                 assert "linear: " in str(error) or "embed: " in str(error), error
                 refused += 1
         refused += quantised_product(handlers, rng, digest) + sampled(rng, digest) + rotated(rng, digest)
+        refused += multiplied_by_head(rng, digest)
     print(digest.hexdigest(), with_bf16.hexdigest(), refused)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.errors import ConfigError
-from jaxserve.layers import Rope, moe, project, rms_norm, rotate, swiglu
+from jaxserve.layers import Rope, by_head, moe, project, rms_norm, rotate, swiglu
 from jaxserve.quant import embed, linear_f32
 from jaxserve.spec import Attend, Cache, expert_counts, matrix, only_served, weight
 from jaxserve.taps import tap
@@ -212,18 +212,13 @@ def attention(
     shared_key = rotate(_halves(shared_key[:, None]), positions, c.rope)  # [T, 1, P]
     latent = jnp.concatenate([compressed[:, None], shared_key], axis=-1)  # [T, 1, H]
 
-    to_key, to_value = jnp.split(p["kv_b"], [c.nope_dim], axis=1)  # [N, nope_dim, R], [N, v_dim, R]
+    to_key, to_value = slice(0, c.nope_dim), slice(c.nope_dim, None)  # of kv_b's rows [N, nope_dim + v_dim, R]
     h = x if c.q_rank is None else rms_norm(project(p, "q_a", x), p["q_norm"], RANK_EPS)
     plain, rotated = jnp.split(project(p, "q", h, out=2), [c.nope_dim], axis=-1)
     rotated = rotate(_halves(rotated), positions, c.rope)  # [T, N, P]
-    q = jnp.concatenate([_by_head("tni,nir->tnr", plain, to_key), rotated], axis=-1)  # [T, N, H]
+    q = jnp.concatenate([by_head(plain, p["kv_b"], to_key), rotated], axis=-1)  # [T, N, H]
     o, cache = attend(layer, q, latent, None, cache, scale=c.scale, value_dim=c.value_dim)  # [T, N, R]
-    return project(p, "o", _by_head("tnr,nor->tno", o, to_value)), cache
-
-
-def _by_head(sums: str, x: Float[Array, "T N I"], w: Float[Array, "N ..."]) -> Float[Array, "T N O"]:
-    """Each head's numbers times a matrix of its own; summed and rounded as by `linear`."""
-    return jnp.einsum(sums, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    return project(p, "o", by_head(o, p["kv_b"], to_value, transposed=True)), cache
 
 
 def _halves(x: Float[Array, "T N P"]) -> Float[Array, "T N P"]:

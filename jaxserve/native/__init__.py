@@ -21,6 +21,7 @@ TARGETS = (
     "jaxserve_rms_norm",
     "jaxserve_layer_norm",
     "jaxserve_rotate",
+    "jaxserve_by_head",
     "jaxserve_sample",
     "jaxserve_token_logprobs",
 )

@@ -1,4 +1,4 @@
-"""Ragged paged attention for CPU in C++, of latents in plain XLA: the body named `cpu`; see csrc/attention.cc."""
+"""Ragged paged attention for CPU in C++: the body named `cpu`; see csrc/attention.cc."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.ragged_paged_attention import reference
 from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, validate
 
 
@@ -30,27 +29,29 @@ def ragged_paged_attention(
     """See kernels_pallas/ragged_paged_attention/contract.py; `jaxserve.native.load` must have been called.
 
     The softmax and both products are float32 whatever the types of q and of the cache. A token's result depends on
-    its own sequence alone, bit for bit; that of latents, which XLA multiplies, but for rounding.
+    its own sequence alone, bit for bit.
     """
-    if v is None:
-        return reference.ragged_paged_attention(
-            q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, scale=scale, window=window,
-            soft_cap=soft_cap, sinks=sinks, causal=causal, value_dim=value_dim,
-        )  # fmt: skip
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
     if not isinstance(cache, Int8Cache) and cache.dtype.itemsize == 1:
         raise ValueError(f"the CPU's kernel does not read a cache of {cache.dtype}; use the reference, or an Int8Cache")
     none = jnp.zeros(0, jnp.float32)
+    if value_dim is not None and isinstance(cache, Int8Cache):
+        raise ValueError("the CPU's kernel does not read latents of bytes; give a cache of floats")
+    values = jnp.zeros((0, 0, 0), q.dtype) if v is None else v
     held, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, none)
     call = jax.ffi.ffi_call(
         "jaxserve_ragged_paged_attention",
-        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, held, scales)),
+        (
+            jax.ShapeDtypeStruct((*q.shape[:2], value_dim or q.shape[2]), q.dtype),
+            *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (held, scales)),
+        ),
         input_output_aliases={3: 1, 4: 2} if scales.size else {3: 1},
     )
     out, held, scales = call(
-        q, k, v, held, scales, kv_lens, page_table, cu_q_lens, distribution,
+        q, k, values, held, scales, kv_lens, page_table, cu_q_lens, distribution,
         none if sinks is None else jnp.asarray(sinks, jnp.float32),
         scale=np.float32(scale), window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0), causal=causal,
+        value_dim=np.int64(value_dim or 0),
     )  # fmt: skip
     return out, Int8Cache(held, scales) if isinstance(cache, Int8Cache) else held
 

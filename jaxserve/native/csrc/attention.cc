@@ -9,6 +9,9 @@
 // head keys [D][16], then values [16][D]. In other pages each position has its row, as the contract has it, and keys
 // are turned around each time that they are read.
 //
+// Of latents there is one row a position, key and value in one; a tile has query heads of one token or several, all of
+// them or a part.
+//
 // A cache of bytes is read as floats. Its scales, which lie in any page as the contract has them, multiply whole sums: a
 // key's its scores, a value's its weights.
 
@@ -30,12 +33,14 @@ namespace ffi = xla::ffi;
 constexpr int kBlock = 64;     // positions scored at once; half the contract's KV_BLOCK
 constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
 constexpr int kPositions = 16;     // positions whose keys lie side by side
+constexpr int kLeastHeads = 4;  // of a latent that are worth reading it once more
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLeast = 1e-30f;  // the contract's LEAST
 
 struct Step {
-  int64_t heads, kv_heads, head_dim, page, row, table_width;
+  int64_t heads, kv_heads, head_dim, value_dim, page, row, table_width;
+  bool latent;  // values are the first numbers of keys
   float scale, soft_cap;  // 0: no cap
   int64_t window;         // 0: none
   bool causal;            // otherwise every token attends to the whole sequence
@@ -51,7 +56,12 @@ struct Step {
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Positions from one entry of the cache to the next that is contiguous in itself: a group, or a row.
-int64_t entry(const Step& p) { return p.page % kPositions == 0 ? kPositions : 1; }
+int64_t entry(const Step& p) { return p.page % kPositions == 0 && !p.latent ? kPositions : 1; }
+
+// Query heads of a tile: `group` of each of the kv heads [first, first + count), from its `skip`th on.
+struct Heads {
+  int64_t first, count, skip, group;
+};
 
 // The keys of one kv head in groups of 16 positions; see product.h.
 template <class T>
@@ -60,9 +70,10 @@ struct GroupedKeys {
   const T* operator()(int64_t i, int64_t j) const { return groups[j / kPositions] + i * kPositions + j % kPositions; }
 };
 
-// Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded`.
-int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded) {
-  return heads * rows * (kSums + 1) + rows * kBlock + 2 * kBlock * padded;
+// Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded` and
+// value_dim to `wide`.
+int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded, int64_t wide) {
+  return heads * rows * (kSums + 1) + rows * kBlock + kBlock * (padded + wide);
 }
 
 // soft_cap * tanh(score / soft_cap) of `count` scores, a multiple of 16.
@@ -71,35 +82,36 @@ void cap(float* scores, int count, float soft_cap) {
   for (int t = 0; t < count; t += kLanes) store(scores + t, mul(factor, tanh(mul(load(scores + t), inverse))));
 }
 
-// Query tokens [first, first + count) of sequence s, the heads of kv heads [h, h + heads): queries
-// [heads][rows][padded], times the scale and padded with zeros, to results [heads][rows][padded].
+// Query tokens [first, first + count) of sequence s, some of their heads: queries [heads][rows][padded], times the scale
+// and padded with zeros, to results [heads][rows][wide].
 template <class C>
-void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, int64_t heads, const float* queries,
+void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads& of, const float* queries,
             const C* cache, float* results, float* scratch) {
-  const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads;
+  const int64_t D = p.head_dim, V = p.value_dim, padded = round_up(D, kLanes), wide = round_up(V, kLanes);
+  const int64_t h = of.first, heads = of.count, group = of.group, after = p.latent ? 0 : D;  // of a row's values
   const int rows = static_cast<int>(count * group);
   const int64_t position = p.kv_lens[s] - (p.cu_q_lens[s + 1] - p.cu_q_lens[s]) + first;  // of the first token
   const int32_t* pages = p.page_table + s * p.table_width;
 
   float* scores = scratch;                               // [rows][kBlock]
   float* keys = scores + rows * kBlock;                  // [D][kBlock]
-  float* values = keys + kBlock * padded;                // [kBlock][padded], unless they can be read where they are
-  float* all_denominators = values + kBlock * padded;    // [heads][rows][kSums]
+  float* values = keys + kBlock * padded;                // [kBlock][wide], unless they can be read where they are
+  float* all_denominators = values + kBlock * wide;      // [heads][rows][kSums]
   float* all_best = all_denominators + heads * rows * kSums;  // [heads][rows]
-  std::fill(results, results + heads * rows * padded, 0.0f);
+  std::fill(results, results + heads * rows * wide, 0.0f);
   std::fill(all_denominators, all_denominators + heads * rows * kSums, 0.0f);
   std::fill(all_best, all_best + heads * rows, kNone);
   if (p.sinks) {  // as if a position without a value had been scored already
     for (int64_t r = 0; r < heads * rows; r++) {
-      all_best[r] = p.sinks[(h + r / rows) * group + r % rows % group];
+      all_best[r] = p.sinks[(h + r / rows) * (p.heads / p.kv_heads) + of.skip + r % rows % group];
       all_denominators[r * kSums] = 1.0f;
     }
   }
 
   const int64_t end = p.causal ? position + count : p.kv_lens[s];  // positions [0, end) are written
   const int64_t low = p.window ? std::max<int64_t>(0, position - p.window + 1) : 0;
-  const int64_t step = entry(p), size = 2 * D * step;  // of a head's part of an entry
-  const bool in_place = D == padded && (step == kPositions ? rows <= kRows || std::is_same_v<C, float>
+  const int64_t step = entry(p), size = p.latent ? p.row : 2 * D * step;  // of a head's part of an entry
+  const bool in_place = V == wide && (step == kPositions ? rows <= kRows || std::is_same_v<C, float>
                                                        : std::is_same_v<C, float>);  // values, and keys of groups
 
   constexpr bool scaled = std::is_same_v<C, int8_t>;
@@ -152,7 +164,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
     for (int64_t head = 0; head < heads; head++) {
       if (head + 1 < heads) fetch(found[turn], n, head + 1);
       else if (heads > 1) fetch(found[1 - turn], next, 0);
-      float *sums = results + head * rows * padded, *best = all_best + head * rows;
+      float *sums = results + head * rows * wide, *best = all_best + head * rows;
       float* denominators = all_denominators + head * rows * kSums;
       const C* at[kBlock];
       const float* query = queries + head * rows * padded;
@@ -205,24 +217,24 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
           store(score + t, scaled ? mul(weight, load(value_scales + t)) : weight);
           store(denominator + t % kSums, add(load(denominator + t % kSums), weight));
         }
-        for (int64_t i = 0; i < padded; i += kLanes) {
-          store(sums + r * padded + i, mul(load(sums + r * padded + i), fade));
+        for (int64_t i = 0; i < wide; i += kLanes) {
+          store(sums + r * wide + i, mul(load(sums + r * wide + i), fade));
         }
       }
       if (!in_place) {
         for (int t = unseen; t < n; t++) {
-          const C* from = step == kPositions ? at[t / kPositions] + (kPositions + t % kPositions) * D : at[t] + D;
-          to_floats(from, D, padded, values + t * padded);
+          const C* from = step == kPositions ? at[t / kPositions] + (kPositions + t % kPositions) * D : at[t] + after;
+          to_floats(from, V, wide, values + t * wide);
         }
-        const Strided<float> seen{values + unseen * padded, padded};
-        product<true>(rows, padded, scores + unseen, kBlock, n - unseen, seen, sums, padded);
+        const Strided<float> seen{values + unseen * wide, wide};
+        product<true>(rows, wide, scores + unseen, kBlock, n - unseen, seen, sums, wide);
       } else if (step == kPositions) {
         for (int t = unseen; t < n; t += kPositions) {
           const Strided<C> part{at[t / kPositions] + kPositions * D, D};
-          product<true>(rows, padded, scores + t, kBlock, std::min(kPositions, n - t), part, sums, padded);
+          product<true>(rows, wide, scores + t, kBlock, std::min(kPositions, n - t), part, sums, wide);
         }
       } else if constexpr (std::is_same_v<C, float>) {
-        product<true>(rows, padded, scores + unseen, kBlock, n - unseen, Scattered{at + unseen, D}, sums, padded);
+        product<true>(rows, wide, scores + unseen, kBlock, n - unseen, Scattered{at + unseen, after}, sums, wide);
       }
     }
     n = next;
@@ -231,31 +243,32 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, i
     float denominator = 0.0f;
     for (int i = 0; i < kSums; i++) denominator += all_denominators[r * kSums + i];
     const Vec factor = splat(denominator > 0.0f ? 1.0f / denominator : 0.0f);
-    float* row = results + r * padded;
-    for (int64_t i = 0; i < padded; i += kLanes) store(row + i, mul(load(row + i), factor));
+    float* row = results + r * wide;
+    for (int64_t i = 0; i < wide; i += kLanes) store(row + i, mul(load(row + i), factor));
   }
 }
 
 // The same from and to the step's own arrays.
 template <class Q, class C>
-void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, int64_t h, int64_t heads, const Q* q,
-                 const C* cache, Q* out) {
-  const int64_t D = p.head_dim, padded = round_up(D, kLanes), group = p.heads / p.kv_heads, rows = count * group;
-  float* queries = scratch(2 * heads * rows * padded + scratch_size(heads, rows, padded));
-  float* results = queries + heads * rows * padded;
-  auto start = [&](int64_t i) {  // of row i % rows of head i / rows, in q and in out
-    const int64_t r = i % rows;
-    return ((p.cu_q_lens[s] + first + r / group) * p.heads + (h + i / rows) * group + r % group) * D;
+void attend_tile(const Step& p, int64_t s, int64_t first, int64_t count, const Heads& of, const Q* q, const C* cache,
+                 Q* out) {
+  const int64_t D = p.head_dim, V = p.value_dim, padded = round_up(D, kLanes), wide = round_up(V, kLanes);
+  const int64_t rows = count * of.group, all = of.count * rows;
+  float* queries = scratch(all * (padded + wide) + scratch_size(of.count, rows, padded, wide));
+  float* results = queries + all * padded;
+  auto place = [&](int64_t i) {  // of row i % rows of head i / rows, among the heads of all tokens in q and in out
+    const int64_t r = i % rows, head = (of.first + i / rows) * (p.heads / p.kv_heads) + of.skip + r % of.group;
+    return (p.cu_q_lens[s] + first + r / of.group) * p.heads + head;
   };
-  for (int64_t i = 0; i < heads * rows; i++) {
+  for (int64_t i = 0; i < all; i++) {
     float* query = queries + i * padded;
-    to_floats(q + start(i), D, padded, query);
+    to_floats(q + place(i) * D, D, padded, query);
     for (int64_t d = 0; d < padded; d += kLanes) store(query + d, mul(load(query + d), splat(p.scale)));
   }
-  attend(p, s, first, count, h, heads, queries, cache, results, results + heads * rows * padded);
-  for (int64_t i = 0; i < heads * rows; i++) {
-    Q* to = out + start(i);
-    for (int64_t d = 0; d < D; d++) from_float(results[i * padded + d], to + d);
+  attend(p, s, first, count, of, queries, cache, results, results + all * wide);
+  for (int64_t i = 0; i < all; i++) {
+    Q* to = out + place(i) * V;
+    for (int64_t d = 0; d < V; d++) from_float(results[i * wide + d], to + d);
   }
 }
 
@@ -334,6 +347,11 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
       const int64_t in_page = i % p.page, lane = in_page % step;
       const int64_t id = p.page_table[s * p.table_width + i / p.page];
       C* to = cache + (id * p.page + in_page - lane) * p.row;
+      if (p.latent) {
+        if constexpr (!std::is_same_v<C, int8_t>) keep(k + t * D, D, to, 1);
+        std::fill(to + D, to + p.row, C{});
+        continue;
+      }
       for (int64_t h = 0; h < p.kv_heads; h++, to += 2 * D * step) {
         const int64_t from = (t * p.kv_heads + h) * D;
         C *key = to + lane, *value = to + (step + lane) * D;
@@ -356,15 +374,21 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
     for (size_t tile = 0; tile < tiles.size(); tile++) write(static_cast<int64_t>(tile));
   }
   // All kv heads of a position lie in one row of the cache: where there is work for every thread, an item takes several.
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  int64_t heads = count < 4 * pool.num_threads() ? 1 : std::clamp<int64_t>(kTileRows / longest / group, 1, p.kv_heads);
+  // Of latents, whose row is for all heads, it takes a part of these where there is not.
+  const int64_t count = static_cast<int64_t>(tiles.size()), threads = pool.num_threads();
+  int64_t heads = count < 4 * threads ? 1 : std::clamp<int64_t>(kTileRows / longest / group, 1, p.kv_heads);
   while (p.kv_heads % heads) heads--;
-  const int64_t parts = p.kv_heads / heads;
+  int64_t pieces = p.latent && count < 4 * threads ? std::clamp<int64_t>(group / kLeastHeads, 1, threads) : 1;
+  while (group % pieces) pieces--;
+  const int64_t parts = p.kv_heads / heads * pieces;
   parallel_for(pool, count * parts, [&](int64_t i) {
     const Tile& tile = tiles[i / parts];
-    attend_tile(p, tile.sequence, tile.first, tile.count, i % parts * heads, heads, q, cache, out);
+    const int64_t part = i % parts;
+    const Heads of{part / pieces * heads, heads, part % pieces * (group / pieces), group / pieces};
+    attend_tile(p, tile.sequence, tile.first, tile.count, of, q, cache, out);
   });
-  std::memset(static_cast<void*>(out + used * p.heads * D), 0, (tokens - used) * p.heads * D * sizeof(Q));
+  std::memset(static_cast<void*>(out + used * p.heads * p.value_dim), 0,
+              (tokens - used) * p.heads * p.value_dim * sizeof(Q));
 }
 
 ffi::Error refused(const std::string& message) { return invalid("ragged_paged_attention", message); }
@@ -420,7 +444,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
                                   ffi::Buffer<ffi::S32> distribution, ffi::Buffer<ffi::F32> sinks,
                                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache,
                                   ffi::ResultBuffer<ffi::F32> new_scales, float scale, int64_t window,
-                                  float soft_cap, bool causal) {
+                                  float soft_cap, bool causal, int64_t value_dim) {
   const auto qs = q.dimensions(), ks = k.dimensions(), vs = v.dimensions(), cs = cache.dimensions();
   const auto ts = page_table.dimensions();
   if (qs.size() != 3 || ks.size() != 3 || vs.size() != 3 || cs.size() != 3 || ts.size() != 2) {
@@ -428,17 +452,27 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   }
   const int64_t tokens = qs[0], all_seqs = ts[0];
   const bool heads_fit = ks[1] > 0 && qs[1] > 0 && qs[1] % ks[1] == 0 && ks[0] == tokens && ks[2] == qs[2];
-  if (!heads_fit || !same(ks, vs) || qs[2] < 1) return refused("q " + text(qs) + ", k " + text(ks) + ", v " + text(vs));
-  if (cs[2] != ks[1] * 2 * ks[2] || cs[1] < 1) return refused("cache " + text(cs) + " for k " + text(ks));
+  const bool latent = value_dim != 0;
+  const bool values_fit = latent ? v.element_count() == 0 && ks[1] == 1 : same(ks, vs);
+  if (!heads_fit || !values_fit || qs[2] < 1) return refused("q " + text(qs) + ", k " + text(ks) + ", v " + text(vs));
+  if (latent && (value_dim < 1 || value_dim > ks[2])) return refused("value_dim " + std::to_string(value_dim));
+  if ((latent ? cs[2] < ks[2] : cs[2] != ks[1] * 2 * ks[2]) || cs[1] < 1) {
+    return refused("cache " + text(cs) + " for k " + text(ks));
+  }
+  if (latent && cache.element_type() == ffi::DataType::S8) return refused("a cache of bytes for latents");
   if (static_cast<int64_t>(kv_lens.element_count()) != all_seqs ||
       static_cast<int64_t>(cu_q_lens.element_count()) != all_seqs + 1 || distribution.element_count() != 3) {
     return refused("kv_lens, cu_q_lens or distribution do not fit page_table " + text(ts));
   }
-  if (k.element_type() != q.element_type() || v.element_type() != q.element_type() ||
+  if (k.element_type() != q.element_type() || (!latent && v.element_type() != q.element_type()) ||
       out->element_type() != q.element_type() || new_cache->element_type() != cache.element_type()) {
     return refused("q, k, v and the result must be of one type, and the cache keep its own");
   }
-  if (!same(out->dimensions(), qs) || !same(new_cache->dimensions(), cs)) return refused("results of other shapes than q, cache");
+  const auto os = out->dimensions();
+  const int64_t values = latent ? value_dim : qs[2];
+  if (os.size() != 3 || os[0] != tokens || os[1] != qs[1] || os[2] != values || !same(new_cache->dimensions(), cs)) {
+    return refused("results " + text(os) + ", " + text(new_cache->dimensions()) + " for q " + text(qs));
+  }
   if (window < 0) return refused("a negative window");
   if (window > 0 && !causal) return refused("a window of attention that is not causal");
   if (!(soft_cap >= 0.0f && std::isfinite(soft_cap))) return refused("a soft cap that is negative or no number");
@@ -457,7 +491,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
     return refused("scales for a cache that is not of bytes");
   }
 
-  const Step p{qs[1], ks[1], qs[2], cs[1], cs[2], ts[1], scale, soft_cap, window, causal, kv_lens.typed_data(),
+  const Step p{qs[1], ks[1], qs[2], values, cs[1], cs[2], ts[1], latent, scale, soft_cap, window, causal, kv_lens.typed_data(),
                page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr,
                new_scales->typed_data()};
   const int64_t seqs = distribution.typed_data()[2];
@@ -491,4 +525,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("soft_cap")
-                                  .Attr<bool>("causal"));
+                                  .Attr<bool>("causal")
+                                  .Attr<int64_t>("value_dim"));
