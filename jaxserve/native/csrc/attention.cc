@@ -53,8 +53,6 @@ struct Step {
   }
 };
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Positions from one entry of the cache to the next that is contiguous in itself: a group, or a row.
 int64_t entry(const Step& p) { return p.page % kPositions == 0 && !p.latent ? kPositions : 1; }
 

@@ -13,16 +13,14 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kTokens = 48;  // of an item of work
-
-int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t kTogether = 48;  // tokens of an item of work
 
 // x [tokens][inputs], rows `apart` floats from each other, times w [inputs][outputs], to y [tokens][outputs] with rows
 // `y_apart` from each other.
 template <class W>
 void by_rows(const float* x, int64_t tokens, int64_t apart, const W* w, int64_t inputs, int64_t outputs, float* y,
              int64_t y_apart) {
-  const int64_t wide = whole_lanes(outputs);
+  const int64_t wide = round_up(outputs, kLanes);
   if (wide == outputs) return product<false>(tokens, outputs, x, apart, inputs, Strided<W>{w, outputs}, y, y_apart);
   float* const filled = scratch((inputs + tokens) * wide);
   float* const sums = filled + inputs * wide;
@@ -60,13 +58,13 @@ ffi::Error by_head(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi
   if (!is_float(x) || !is_float(*y) || !is_float(w)) {
     return invalid("by_head", "x, w and the result must be float32 or bfloat16");
   }
-  const int64_t tokens = xs[0], tiles = (tokens + kTokens - 1) / kTokens;
+  const int64_t tokens = xs[0], tiles = (tokens + kTogether - 1) / kTogether;
   std::vector<float> copy;
   const float* from = floats_of(x, copy);
   fill_floats(*y, [&](float* to) {
     with_floats(w, [&](const auto* matrices) {
       parallel_for(pool, heads * tiles, [&](int64_t item) {
-        const int64_t n = item / tiles, t = item % tiles * kTokens, count = std::min(kTokens, tokens - t);
+        const int64_t n = item / tiles, t = item % tiles * kTogether, count = std::min(kTogether, tokens - t);
         const auto* matrix = matrices + (n * ws[1] + first) * ws[2];
         const float* rows = from + (t * heads + n) * inputs;
         float* sums = to + (t * heads + n) * outputs;

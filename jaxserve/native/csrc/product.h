@@ -9,6 +9,8 @@ namespace jaxserve {
 
 constexpr int kPanel = 16;  // columns of a panel, whatever the vector width
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes.
 template <class T>
 struct Strided {
