@@ -19,7 +19,13 @@ from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 from jaxserve.scaled import Scaled, multiply, take_rows, traced_for
-from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
+from kernels_pallas.grouped_matmul.contract import (
+    GroupedMatmul,
+    Quantised,
+    Weights,
+    validate_for_gpu,
+    validate_for_tpu,
+)
 from kernels_pallas.grouped_matmul.groups import bounds, only
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
 
@@ -115,7 +121,7 @@ def grouped_linear(
 
     sizes[0] rows from row `first` (None: 0) on are the first matrix's, and so on, and rows of none become zeros; with
     packed weights there may be none. Summed and rounded as by `linear`. Only matrices that have rows are read, but by
-    `ragged`.
+    `ragged`. Of a stack that a mesh divides x and w are what one device has.
     """
     if isinstance(w, Packed):
         if not w.stacked:
@@ -127,12 +133,13 @@ def grouped_linear(
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
-    if isinstance(w, Scaled):
-        raise ValueError("stacks of matrices are not kept quantised on accelerators; they are plain numbers there")
-    return _grouped_matmul(x.dtype)(x, w, sizes, first)
+    if isinstance(w, Scaled) and not w.stacked:
+        raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
+    stored = Quantised(w.codes, w.scales, w.minima) if isinstance(w, Scaled) else w
+    return _grouped_matmul(x.dtype, stored)(x, stored, sizes, first)
 
 
-def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
+def _grouped_matmul(dtype: np.dtype, w: Weights) -> GroupedMatmul:
     """The body for the devices that are traced for; else XLA's own, by platform."""
     platform, capability = traced_for()
     try:
@@ -140,11 +147,11 @@ def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
             validate_for_tpu(dtype)
             return import_module("kernels_pallas.grouped_matmul.tpu").grouped_matmul
         if platform == "gpu":
-            validate_for_gpu(dtype, capability)
+            validate_for_gpu(dtype, capability, w)
             return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
     except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
         pass
-    return _by_xla
+    return one_by_one if isinstance(w, Quantised) else _by_xla
 
 
 def _by_xla(

@@ -1,6 +1,6 @@
 """Matrices of GGUF's block formats on accelerators: how they lie there, and products with them. Knows no checkpoint.
 
-T tokens, K inputs, N outputs, G inputs that share a scale, V vocabulary
+E matrices of a stack, T tokens, K inputs, N outputs, G inputs that share a scale, V vocabulary
 """
 
 from dataclasses import dataclass, field
@@ -37,19 +37,20 @@ _COPIED = 64
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scaled:
-    """A quantised matrix as XLA and the kernels of Pallas multiply it: exactly what the checkpoint stores.
+    """A quantised matrix, or a stack of them, as XLA and the kernels of Pallas multiply it: exactly what the checkpoint
+    stores.
 
     A weight is code * scale - minimum in float32, rounded to `dtype`.
     """
 
     codes: jax.Array
-    """int8, int4 or uint4: [K, N], of a vocabulary, whose rows are looked up, [N, K]."""
+    """int8, int4 or uint4: [K, N], of a vocabulary, whose rows are looked up, [N, K], of a stack [E, K, N]."""
     scales: jax.Array
-    """float32 [K / G, N]"""
+    """float32 [K / G, N], of a stack [E, K / G, N]."""
     minima: jax.Array | None
     """As the scales, where the format has them."""
     shape: tuple[int, ...] = field(metadata=_STATIC)
-    """What the model sees, outputs first."""
+    """What the model sees, outputs first, and before them how many matrices a stack has."""
     outputs: int = field(metadata=_STATIC)
     """N: the product of the leading axes that are outputs."""
     dtype: DTypeLike = field(metadata=_STATIC)
@@ -58,17 +59,24 @@ class Scaled:
     inputs_first: bool = field(metadata=_STATIC)
     cut: tuple[tuple[str, ...], tuple[str, ...]] = field(default=((), ()), metadata=_STATIC)
     """The mesh axes that divide outputs and inputs."""
+    over: tuple[str, ...] | None = field(default=None, metadata=_STATIC)
+    """Of a stack those that divide its matrices; None: it is none."""
+
+    @property
+    def stacked(self) -> bool:
+        return self.over is not None
 
     @property
     def specs(self) -> tuple[P, P]:
         """How codes are divided, and how scales and minima are."""
         outputs, inputs = (names or None for names in self.cut)
-        return P(inputs, outputs) if self.inputs_first else P(outputs, inputs), P(inputs, outputs)
+        stack = () if self.over is None else (self.over or None,)
+        return P(*stack, *((inputs, outputs) if self.inputs_first else (outputs, inputs))), P(*stack, inputs, outputs)
 
     @property
     def depth(self) -> int:
         """K."""
-        return int(self.codes.shape[0 if self.inputs_first else 1])
+        return int(self.codes.shape[self.stacked + (0 if self.inputs_first else 1)])
 
 
 def leaves_of(params: Any) -> list[Any]:
@@ -77,24 +85,32 @@ def leaves_of(params: Any) -> list[Any]:
 
 
 def scaled_shapes(
-    format: Format, shape: tuple[int, ...], outputs: int, depth: int, dtype: DTypeLike, *, vocabulary: bool
+    format: Format,
+    shape: tuple[int, ...],
+    outputs: int,
+    depth: int,
+    dtype: DTypeLike,
+    *,
+    vocabulary: bool,
+    stacked: bool = False,
 ) -> Scaled:
-    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`."""
+    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`, or of `shape[0]` such."""
 
-    def array(shape: tuple[int, ...], kind: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind)
+    def array(own: tuple[int, ...], kind: Any) -> Any:
+        return jax.ShapeDtypeStruct((*shape[:stacked], *own), kind)
 
     lies = (outputs, depth) if vocabulary else (depth, outputs)
     scales = array((depth // format.group, outputs), jnp.float32)
     minima = scales if format.name in _WITH_MINIMA else None
     codes = array(lies, _NARROW.get(format.name, np.int8))
-    return Scaled(codes, scales, minima, shape, outputs, np.dtype(dtype), format, inputs_first=not vocabulary)
+    over = () if stacked else None
+    return Scaled(codes, scales, minima, shape, outputs, np.dtype(dtype), format, not vocabulary, over=over)
 
 
 def lay(
     blocks: Blocks, outputs: np.ndarray, inputs: np.ndarray, like: Scaled
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes, scales and minima of a matrix on the host, as `like` has them on its devices.
+    """Codes, scales and minima of one matrix on the host, as `like` has them on its devices.
 
     `outputs` and `inputs` say which of the file's is at each place, -1 none: zeros. Groups of inputs are whole.
     """
@@ -127,17 +143,24 @@ def _transposed(a: np.ndarray) -> np.ndarray:
 
 
 def multiply(x: Float[Array, "T K"], w: Scaled, dtype: DTypeLike) -> Float[Array, "T N"]:
-    """x times w, summed in float32 and rounded once to `dtype`; on a mesh by each device with its part of w."""
+    """x times w, summed in float32 and rounded once to `dtype`; on a mesh by each device with its part of w.
+
+    Under a shard_map of the caller's it is the part that the device has, which the caller adds up.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
     outputs, inputs = w.cut
 
-    def own(x: Any, codes: Any, scales: Any, minima: Any) -> jax.Array:
+    def part(x: Any, codes: Any, scales: Any, minima: Any, dtype: DTypeLike) -> jax.Array:
         kernel = _kernel(x, codes, scales, inputs_first=w.inputs_first)
-        to = jnp.float32 if inputs else dtype
-        y = kernel(x, codes, scales, minima, inputs_first=w.inputs_first, dtype=to)
-        return jax.lax.psum(y, inputs).astype(dtype) if inputs else y
+        return kernel(x, codes, scales, minima, inputs_first=w.inputs_first, dtype=dtype)
 
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return own(x, w.codes, w.scales, w.minima)
+    def own(*given: Any) -> jax.Array:
+        if not inputs:
+            return part(*given, dtype)
+        return jax.lax.psum(part(*given, jnp.float32), inputs).astype(dtype)
+
+    if mesh.size <= 1 or mesh.manual_axes:
+        return part(x, w.codes, w.scales, w.minima, dtype)
     codes, scales = w.specs
     divided = jax.shard_map(  # a kernel does not say what varies
         own,

@@ -4,8 +4,9 @@ R rows, I inputs, O outputs, E groups, M rows of a tile, N outputs of a block
 
 XLA's ragged_dot wants all weights inputs first and makes a copy of those that are not; of those that are XLA fetches
 whole stacks to the chip before it, rows or none. Here a block of a matrix is fetched as it lies, once, and of a matrix
-without rows nothing. That groups are listed ahead and chosen by prefetched scalars is the idea of MegaBlocks (Gale et
-al. 2022), as JAX's own megablox kernel has it.
+without rows nothing. A block of a quantised matrix becomes weights on the chip, once for all of its group's rows. That
+groups are listed ahead and chosen by prefetched scalars is the idea of MegaBlocks (Gale et al. 2022), as JAX's own
+megablox kernel has it.
 """
 
 from functools import partial
@@ -18,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_matmul.contract import validate, validate_for_tpu
+from kernels_pallas.grouped_matmul.contract import Quantised, Weights, validate, validate_for_tpu
 from kernels_pallas.grouped_matmul.groups import bounds, only
+from kernels_pallas.quantised_matmul.tpu import weights
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 
 LANES = 128
@@ -31,6 +33,8 @@ turn of the kernel does."""
 ROW_BYTES = 2 << 20
 """And so does a tile of rows."""
 MOST_OUTPUTS = 2048
+STEP = 256
+"""Inputs of which codes are made weights at once, or those of 8 groups."""
 USUAL_VMEM = 14 << 20
 """What a kernel may use on every chip unless it says more: 16 MiB, less what the compiler needs itself."""
 type Interpret = bool | pltpu.InterpretParams
@@ -62,18 +66,21 @@ class Blocks(NamedTuple):
         even = -(-outputs // count // LANES) * LANES
         return cls(min(most, -(-rows // LEAST_ROWS) * LEAST_ROWS), outputs if count == 1 else even)
 
-    def vmem(self, inputs: int, itemsize: int) -> int:
-        """Bytes of on-chip memory that they take: two of each, and what is on its way."""
+    def vmem(self, inputs: int, itemsize: int, quantised: int = 0) -> int:
+        """Bytes of on-chip memory that they take: two of each, and what is on its way. `quantised`: bytes of a block of
+        codes, scales and minima, of which the block of weights is made."""
         depth, width = (-(-n // LANES) * LANES for n in (inputs, self.outputs))
         moved = (self.rows + self.outputs) * depth + self.rows * width
         columns = min(width, _columns(self.outputs))
         split = 6 * (self.rows + columns) * depth if itemsize == 4 else 0  # float32 is multiplied as three of bfloat16
+        if quantised:  # there is one block of weights
+            moved, split = moved - self.outputs * depth // 2, split + 2 * quantised
         return 2 * moved * itemsize + split + 3 * self.rows * columns * 4
 
 
 def grouped_matmul(
     x: Float[Array, "R I"],
-    w: Float[Array, "E O I"],
+    w: Weights,
     sizes: Int[Array, " E"],
     first: Int[Array, ""] | None = None,
     *,
@@ -91,23 +98,32 @@ def grouped_matmul(
     last = jnp.where(end > begin, (end - 1) // blocks.rows, -1)
     group_of, tile_of, count = pieces(begin // blocks.rows, last, tiles + groups - 1)
     tile_of = jnp.minimum(tile_of, tiles - 1)  # where no group has a row
-    vmem = blocks.vmem(inputs, itemsize)
-    turned = _turned(outputs, inputs)
-    if turned:
-        w = w.swapaxes(1, 2)  # [E, I, O], which is how it lies
+    turned, quantised = False, 0
+    if isinstance(w, Quantised):
+        stored, made = w.arrays, [pltpu.VMEM((inputs, blocks.outputs), x.dtype)]
+        body = partial(_quantised_body, rows=blocks.rows, group=w.group)
+        in_block = [pl.BlockSpec((None, a.shape[1], blocks.outputs), _inputs_first) for a in stored]
+        quantised = sum(_padded(a.shape[1], blocks.outputs) * _bits(a.dtype) // 8 for a in stored)
+    else:
+        turned = _turned(outputs, inputs)
+        stored, made = ((w.swapaxes(1, 2) if turned else w),), []  # [E, I, O] where that is how it lies
+        body = partial(_body, rows=blocks.rows, turned=turned)
+        in_block = [_of_matrix(blocks.outputs, inputs, turned)]
+    vmem = blocks.vmem(inputs, itemsize, quantised)
     if not interpret:
-        w = pltpu.with_memory_space_constraint(w, pltpu.HBM)
+        stored = tuple(pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in stored)
     # A matrix's pieces follow each other, so each block of it is fetched once; so do a tile's, which stays meanwhile.
     out = pl.pallas_call(
-        partial(_body, rows=blocks.rows, turned=turned),
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(-(-outputs // blocks.outputs), jnp.maximum(count, 1)),
             in_specs=[
                 pl.BlockSpec((blocks.rows, inputs), lambda n, i, group, tile, *_: (tile[i], 0)),
-                _of_matrix(blocks.outputs, inputs, turned),
+                *in_block,
             ],
             out_specs=pl.BlockSpec((blocks.rows, blocks.outputs), lambda n, i, group, tile, *_: (tile[i], n)),
+            scratch_shapes=made,
         ),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], outputs), x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -116,28 +132,38 @@ def grouped_matmul(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inputs * outputs,
-            bytes_accessed=(rows * (inputs + outputs) + min(groups, rows) * inputs * outputs) * itemsize,
+            bytes_accessed=rows * (inputs + outputs) * itemsize
+            + min(groups, rows) * sum(a.size // groups * _bits(a.dtype) // 8 for a in stored),
             transcendentals=0,
         ),
         interpret=interpret,
         name="jaxserve_grouped_matmul",
-    )(group_of, tile_of, begin, end, x, w)
+    )(group_of, tile_of, begin, end, x, *stored)
     return only(out[:rows], begin, end)  # tiles of no group were never written
 
 
 def _turned(outputs: int, inputs: int) -> bool:
     """Whether XLA lays matrices [outputs, inputs] out inputs first, as it does where that fills whole tiles better."""
 
-    def padded(rows: int, lanes: int) -> int:
-        return -(-rows // 8) * 8 * (-(-lanes // LANES) * LANES)
-
-    return padded(inputs, outputs) < padded(outputs, inputs)
+    return _padded(inputs, outputs) < _padded(outputs, inputs)
 
 
 def _of_matrix(outputs: int, inputs: int, turned: bool) -> pl.BlockSpec:
     if turned:
-        return pl.BlockSpec((None, inputs, outputs), lambda n, i, group, *_: (group[i], 0, n))
+        return pl.BlockSpec((None, inputs, outputs), _inputs_first)
     return pl.BlockSpec((None, outputs, inputs), lambda n, i, group, *_: (group[i], n, 0))
+
+
+def _inputs_first(n: Any, i: Any, group: Any, *_: Any) -> tuple[Any, ...]:
+    return group[i], 0, n
+
+
+def _padded(inputs: int, outputs: int) -> int:
+    return -(-inputs // 8) * 8 * -(-outputs // LANES) * LANES
+
+
+def _bits(dtype: Any) -> int:
+    return 4 if dtype in (jnp.int4, jnp.uint4) else 8 * dtype.itemsize
 
 
 def _columns(outputs: int) -> int:
@@ -168,3 +194,36 @@ def _body(
         compute(slice(None))
     else:
         pl.loop(0, out.shape[1] // columns)(lambda n: compute(pl.ds(pl.multiple_of(n * columns, columns), columns)))
+
+
+def _quantised_body(
+    group_of: Any, tile_of: Any, begin: Any, end: Any, x: Any, codes: Any, scales: Any, *others: Any, rows: int,
+    group: int,
+) -> None:  # fmt: skip
+    """The same with codes [I, N], scales and, if there are, minima [I / G, N]; the last one of all is room for weights,
+    [I, N], which stay there for as long as pieces are of one group."""
+    minima, (out, w) = others[0] if len(others) == 3 else None, others[-2:]
+    i = pl.program_id(1)
+
+    @pl.when((i == 0) | (group_of[i] != group_of[jnp.maximum(i - 1, 0)]))
+    def make() -> None:
+        (inputs, outputs), step = w.shape, max(STEP, 8 * group)
+        columns = _columns(outputs)
+
+        def some(first: Any, depth: int) -> None:
+            def of(at: Any) -> None:
+                own, its = pl.ds(first, depth), pl.ds(lax.div(first, group), depth // group)
+                lowest = None if minima is None else minima[its, at]
+                w[own, at] = weights(codes[own, at], group, scales[its, at], lowest).astype(w.dtype)
+
+            if columns == outputs:
+                of(slice(None))
+            else:
+                pl.loop(0, outputs // columns)(lambda n: of(pl.ds(pl.multiple_of(n * columns, columns), columns)))
+
+        if inputs >= step:
+            pl.loop(0, inputs // step)(lambda k: some(pl.multiple_of(k * step, step), step))
+        if rest := inputs % step:
+            some(inputs - rest, rest)
+
+    _body(group_of, tile_of, begin, end, x, w, out, rows=rows, turned=True)
