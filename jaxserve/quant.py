@@ -106,7 +106,7 @@ def linear(x: Float[Array, "T ..."], w: Weight, *, out: int = 1) -> Float[Array,
     Contracting the last axes needs no transposed copy, and is XLA:CPU's fastest layout at batch 1 by far.
     """
     y = _product(x.reshape(x.shape[0], -1), w, out, x.dtype)
-    return y.reshape(x.shape[0], *w.shape[:out])
+    return y if out == 1 else y.reshape(x.shape[0], *w.shape[:out])
 
 
 def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
@@ -135,8 +135,10 @@ def grouped_linear(
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
     if isinstance(w, Scaled) and not w.stacked:
         raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
-    stored = Quantised(w.codes, w.scales, w.minima) if isinstance(w, Scaled) else w
-    return _grouped_matmul(x.dtype, stored)(x, stored, sizes, first)
+    if isinstance(w, Scaled):
+        stack = Quantised(w.codes, w.scales, w.minima, w.format.group)
+        return _grouped_matmul(x.dtype, stack)(x, stack, sizes, first)[:, : w.own_outputs]
+    return _grouped_matmul(x.dtype, w)(x, w, sizes, first)
 
 
 def _grouped_matmul(dtype: np.dtype, w: Weights) -> GroupedMatmul:

@@ -3,6 +3,7 @@
 E matrices of a stack, T tokens, K inputs, N outputs, G inputs that share a scale, V vocabulary
 """
 
+import math
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -30,6 +31,8 @@ _NARROW: dict[str, Any] = {
 }
 """The types of codes that 4 bits hold; others, and what a codebook says, take 8."""
 _WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+LANES, SUBLANES = 128, 8
+"""Of a TPU's registers, and of a tile of float32 in its memory."""
 _COPIED = 64
 """Rows that are transposed at once: of so many the caches hold what a column needs."""
 
@@ -46,7 +49,8 @@ class Scaled:
     codes: jax.Array
     """int8, int4 or uint4: [K, N], of a vocabulary, whose rows are looked up, [N, K], of a stack [E, K, N]."""
     scales: jax.Array
-    """float32 [K / G, N], of a stack [E, K / G, N]."""
+    """float32 [K / G, N], of a stack [E, K / G, N]. A stack's axes fill tiles of TPUs on each device: with zeros N
+    becomes whole LANES, and K / G whole SUBLANES."""
     minima: jax.Array | None
     """As the scales, where the format has them."""
     shape: tuple[int, ...] = field(metadata=_STATIC)
@@ -65,6 +69,12 @@ class Scaled:
     @property
     def stacked(self) -> bool:
         return self.over is not None
+
+    @property
+    def own_outputs(self) -> int:
+        """N of one device, under a shard_map."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return self.outputs if mesh.size <= 1 else self.outputs // math.prod(mesh.shape[name] for name in self.cut[0])
 
     @property
     def specs(self) -> tuple[P, P]:
@@ -93,22 +103,34 @@ def scaled_shapes(
     *,
     vocabulary: bool,
     stacked: bool = False,
+    shards: tuple[int, int] = (1, 1),
 ) -> Scaled:
-    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`, or of `shape[0]` such."""
+    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`, or of `shape[0]` such.
+
+    `shards`: over how many devices outputs and inputs are divided.
+    """
 
     def array(own: tuple[int, ...], kind: Any) -> Any:
         return jax.ShapeDtypeStruct((*shape[:stacked], *own), kind)
 
-    lies = (outputs, depth) if vocabulary else (depth, outputs)
-    scales = array((depth // format.group, outputs), jnp.float32)
+    places, groups = outputs, depth // format.group
+    if stacked:
+        places, groups = _whole(outputs, shards[0], LANES), _whole(groups, shards[1], SUBLANES)
+    lies = (places, depth) if vocabulary else (depth, places)
+    scales = array((groups, places), jnp.float32)
     minima = scales if format.name in _WITH_MINIMA else None
     codes = array(lies, _NARROW.get(format.name, np.int8))
     over = () if stacked else None
     return Scaled(codes, scales, minima, shape, outputs, np.dtype(dtype), format, not vocabulary, over=over)
 
 
+def _whole(count: int, shards: int, tile: int) -> int:
+    """Places of so many tiles on each of the shards that all find one."""
+    return -(-count // (shards * tile)) * shards * tile
+
+
 def lay(
-    blocks: Blocks, outputs: np.ndarray, inputs: np.ndarray, like: Scaled
+    blocks: Blocks, outputs: np.ndarray, inputs: np.ndarray, like: Scaled, shards: tuple[int, int] = (1, 1)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Codes, scales and minima of one matrix on the host, as `like` has them on its devices.
 
@@ -116,6 +138,8 @@ def lay(
     """
     codes, scales, minima = parts(blocks)
     groups = np.where(inputs[:: blocks.format.group] < 0, -1, inputs[:: blocks.format.group] // blocks.format.group)
+    if like.stacked:
+        outputs, groups = _filled(outputs, shards[0], LANES), _filled(groups, shards[1], SUBLANES)
     codes = _placed(codes, outputs, inputs)
     if like.inputs_first:
         codes = _transposed(codes)
@@ -125,6 +149,11 @@ def lay(
         return _transposed(_placed(a, outputs, groups))
 
     return codes, laid(scales), None if minima is None else laid(minima)
+
+
+def _filled(places: np.ndarray, shards: int, tile: int) -> np.ndarray:
+    own = places.reshape(shards, -1)
+    return np.pad(own, ((0, 0), (0, -own.shape[1] % tile)), constant_values=-1).reshape(-1)
 
 
 def _placed(a: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -216,9 +216,8 @@ class Partition:
         if laid is None:
             return None
         (rows, inputs), cut = laid
-        group = format.group
-        shards = self._shards(cut[1]) if cut[1] else 1
-        if len(inputs) % (shards * group):
+        group, shards = format.group, (self._shards(cut[0]), self._shards(cut[1]))
+        if len(inputs) % (shards[1] * group):
             return None
         groups = inputs.reshape(-1, group)
         whole = (groups[:, :1] >= 0) & (groups[:, :1] % group == 0) & (groups == groups[:, :1] + np.arange(group))
@@ -226,7 +225,7 @@ class Partition:
             return None
         vocabulary, shape = spec.axes[0] == "vocab", self.leaf(spec, dtype).shape
         like = scaled_shapes(
-            format, shape, len(rows), len(inputs), dtype, vocabulary=vocabulary, stacked=spec.spread
+            format, shape, len(rows), len(inputs), dtype, vocabulary=vocabulary, stacked=spec.spread, shards=shards
         )
         over = _mesh_axes(spec)[0] if spec.spread and self.mesh.size > 1 else like.over
         like = replace(like, cut=cut, over=over)
@@ -258,24 +257,26 @@ class Partition:
                 return None
             return jax.make_array_from_callback(a.shape, to.sharding, lambda index: np.ascontiguousarray(a[index]))
 
-        if spec.spread:
-            codes, scales, minima = self._stacked(lambda i: matrix(i) if i else first, *laid[0], like)
-        else:
-            codes, scales, minima = lay(first, *laid[0], like)
+        shards = self._shards(like.cut[0]), self._shards(like.cut[1])
+
+        def one(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+            return lay(matrix(i) if i else first, *laid[0], like, shards)
+
+        codes, scales, minima = self._stacked(one, like) if spec.spread else one(0)
         return replace(
             like, codes=put(codes, like.codes), scales=put(scales, like.scales), minima=put(minima, like.minima)
         )
 
     def _stacked(
-        self, matrix: Callable[[int], Blocks], rows: np.ndarray, inputs: np.ndarray, like: Scaled
+        self, one: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray | None]], like: Scaled
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """`lay` of a stack's matrices one after the other, those that are on no device of this host left out."""
         found = [None if a is None else np.empty(a.shape, a.dtype) for a in (like.codes, like.scales, like.minima)]
         its = like.codes.sharding.addressable_devices_indices_map(like.codes.shape).values()
         for i in sorted({i for index in its for i in range(*(index or (slice(None),))[0].indices(like.shape[0]))}):
-            for whole, one in zip(found, lay(matrix(i), rows, inputs, like), strict=True):
+            for whole, its_own in zip(found, one(i), strict=True):
                 if whole is not None:
-                    whole[i] = one
+                    whole[i] = its_own
         codes, scales, minima = found
         return codes, scales, minima
 

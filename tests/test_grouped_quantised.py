@@ -1,5 +1,6 @@
 """The experts' product with quantised matrices, for TPU and GPU without either: right in interpreters, what is refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -56,7 +57,9 @@ def case(groups, kind, dtype=np.float32):
         scales[e] = scales[e] if size else np.nan
         at += size
     x[nobodys] = np.nan
-    stored = Quantised(jnp.asarray(codes).astype(kind), jnp.asarray(scales), lowest)
+    beyond = [(0, 0), (0, -scales.shape[1] % 8), (0, 0)]  # of the scales, nobody's
+    scales, lowest = (None if a is None else np.pad(a, beyond, constant_values=np.nan) for a in (scales, lowest))
+    stored = Quantised(jnp.asarray(codes).astype(kind), jnp.asarray(scales), lowest, group)
     return (x, stored, np.asarray(sizes, np.int32), np.int32(first)), want
 
 
@@ -82,23 +85,6 @@ def test_weights_and_sums_are_rounded_once(body):
     np.testing.assert_allclose(got.astype(np.float64), want, rtol=2**-8, atol=1e-5 * np.abs(want).max())
 
 
-def test_weights_are_made_once_for_all_rows_of_a_group(monkeypatch):
-    """And anew for each block of outputs, and each group that has rows."""
-    made = []
-    weights = tpu.weights
-
-    def counted(*arguments):
-        jax.debug.callback(lambda: made.append(1))
-        return weights(*arguments)
-
-    monkeypatch.setattr(tpu, "weights", counted)
-    given, want = case("empty groups, and one of many tiles", "int8, two groups")
-    got = tpu.grouped_matmul(*given, blocks=tpu.Blocks(16, 256), interpret=True)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
-    jax.effects_barrier()
-    assert len(made) == 3 * 2, "three groups have rows, 44 in four tiles, and there are two blocks of outputs"
-
-
 def test_no_two_cores_touch_one_block(capfd):
     """In the TPU's interpreter, whose memory is NaN until it is written, and which looks for races."""
     given, want = case(EDGES, "int8, two groups")
@@ -116,12 +102,13 @@ def test_no_two_cores_touch_one_block(capfd):
 @pytest.mark.parametrize(("outputs", "inputs"), [(14336, 4096), (4096, 14336), (768, 2048), (2048, 768), (2048, 96)])
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 32), (8, 16), (8, 32)])
 def test_blocks_by_rule_fit_the_smallest_chip(rows, outputs, inputs, bits, group):
-    found = tpu.Blocks.by_rule(rows, inputs, 128, outputs, 2)
+    found = tpu.Blocks.by_rule(rows, inputs, 128, outputs, 2, quantised=True)
+    assert min(rows, 32) <= found.rows <= max(rows, 16) and found.rows % tpu.LEAST_ROWS == 0
     codes, scales = found.outputs * inputs * bits // 8, 4 * found.outputs * -(-inputs // group // 8) * 8
     assert found.vmem(inputs, 2, codes + 2 * scales) <= tpu.USUAL_VMEM
 
 
-GOOD = Quantised(*(np.ones(shape, kind) for shape, kind in (((2, 64, 3), np.int8), ((2, 2, 3), np.float32))))
+GOOD = Quantised(np.ones((2, 64, 3), np.int8), np.ones((2, 2, 3), np.float32), None, 32)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +117,8 @@ GOOD = Quantised(*(np.ones(shape, kind) for shape, kind in (((2, 64, 3), np.int8
         (dict(codes=np.ones((2, 32, 3), np.int8)), r"x must be \[R, I\] and w \[E, O, I\]; found .* \[2, 3, 32\]"),
         (dict(codes=np.ones((2, 64, 3), np.int32)), "codes must be int8, int4 or uint4; found int32"),
         (dict(scales=np.ones((1, 2, 3), np.float32)), "codes, scales and minima must be of 2 matrices each"),
-        (dict(scales=np.ones((2, 3, 3), np.float32)), "64 inputs have 3 scales an output"),
+        (dict(scales=np.ones((2, 1, 3), np.float32)), "64 inputs have 1 scales an output, not one for 32"),
+        (dict(group=24), "64 inputs are no whole groups of 24"),
         (dict(minima=np.ones((2, 2, 4), np.float32)), "minima must be like scales"),
     ],
 )
@@ -138,11 +126,11 @@ def test_what_does_not_fit_is_refused(change, message):
     x, sizes = np.ones((4, 64), np.float32), np.array([1, 3], np.int32)
     for body in (reference, tpu, gpu):
         with pytest.raises(ValueError, match=message):
-            body.grouped_matmul(x, GOOD._replace(**change), sizes)
+            body.grouped_matmul(x, replace(GOOD, **change), sizes)
 
 
 def test_what_a_gpu_does_not_multiply_is_refused():
-    odd = Quantised(jnp.ones((2, 64, 3), jnp.int4), GOOD.scales)
+    odd = replace(GOOD, codes=jnp.ones((2, 64, 3), jnp.int4))
     with pytest.raises(ValueError, match="4 bits lie in pairs; found 64 inputs and 3 outputs"):
         validate_for_gpu(np.dtype(np.float32), "8.0", odd)
     validate_for_gpu(np.dtype(np.float32), "8.0", GOOD)

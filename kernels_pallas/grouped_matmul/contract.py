@@ -11,7 +11,8 @@ The groups must end at row R or before. Rows of none are zeros: where each devic
 of all add up to the whole. A row depends on no other, and nothing that a matrix without rows holds shows.
 """
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,24 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.quantised_matmul import contract as quantised
 
 
-class Quantised(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantised:
     """A stack of quantised matrices, each as quantised_matmul's contract has one whose inputs lie first. Rows are
-    multiplied by the numbers that they stand for, rounded to the rows' type."""
+    multiplied by the numbers that they stand for, rounded to the rows' type.
 
-    codes: Int[Array, "E I O"]
-    scales: Float[Array, "E G O"]
-    minima: Float[Array, "E G O"] | None = None
+    For a TPU axes should fill its tiles, O whole 128s and S whole 8s: else XLA may lay a stack out matrices last, and
+    copy it before each product. So there may be more scales than I / G, the last of them nobody's.
+    """
+
+    codes: jax.Array
+    """int8, int4 or uint4 [E, I, O]"""
+    scales: jax.Array
+    """float32 [E, S, O]"""
+    minima: jax.Array | None
+    """As the scales, or None: zeros."""
+    group: int = field(metadata={"static": True})
+    """G: inputs that share a scale."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,11 +50,6 @@ class Quantised(NamedTuple):
     def arrays(self) -> tuple[jax.Array, ...]:
         """Those that there are."""
         return (self.codes, self.scales) if self.minima is None else (self.codes, self.scales, self.minima)
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a scale."""
-        return int(self.codes.shape[1] // self.scales.shape[1])
 
 
 type Weights = Float[Array, "E O I"] | Quantised
@@ -69,8 +76,15 @@ def validate(x: jax.Array, w: Weights, sizes: jax.Array, first: jax.Array | None
     if isinstance(w, Quantised):
         if any(a.shape[:1] != w.shape[:1] for a in w.arrays):
             raise ValueError(f"codes, scales and minima must be of {w.shape[0]} matrices each")
-        one = [None if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in w]
-        quantised.group_of(x, *one, inputs_first=True)  # type: ignore[arg-type]  # shapes and types are all it asks
+        codes, *others = (jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in w.arrays)
+        used = [jax.ShapeDtypeStruct((w.shape[2] // w.group, *a.shape[1:]), a.dtype) for a in others]
+        scales, minima = used[0], used[1] if len(used) == 2 else None
+        if any(a.shape[0] < b.shape[0] for a, b in zip(others, used, strict=True)):
+            raise ValueError(f"{w.shape[2]} inputs have {others[0].shape[0]} scales an output, not one for {w.group}")
+        # Shapes and types are all that it asks for.
+        found = quantised.group_of(x, codes, scales, minima, inputs_first=True)  # type: ignore[arg-type]
+        if found != w.group:
+            raise ValueError(f"{w.shape[2]} inputs are no whole groups of {w.group}")
     elif not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != w.dtype:
         raise ValueError(f"x and w must be floats of one type; found {x.dtype} and {w.dtype}")
     if sizes.shape != w.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):

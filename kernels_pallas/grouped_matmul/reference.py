@@ -18,7 +18,9 @@ def grouped_matmul(
 
     def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
         if isinstance(w, Quantised):
-            own = rounded(w.codes[e], w.scales[e], None if w.minima is None else w.minima[e], x.dtype).T
+            count = x.shape[1] // w.group
+            scales, minima = w.scales[e, :count], None if w.minima is None else w.minima[e, :count]
+            own = rounded(w.codes[e], scales, minima, x.dtype).T
         else:
             own = w[e]
         product = jax.lax.dot_general(x, own, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
