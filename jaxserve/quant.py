@@ -153,12 +153,14 @@ def _grouped_matmul(dtype: np.dtype, w: Weights) -> GroupedMatmul:
             return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
     except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
         pass
-    return one_by_one if isinstance(w, Quantised) else _by_xla
+    return _by_xla
 
 
 def _by_xla(
-    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+    x: Float[Array, "R I"], w: Weights, sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
 ) -> Float[Array, "R O"]:
+    if isinstance(w, Quantised):
+        return one_by_one(x, w, sizes, first)
     given = (x, w, sizes) if first is None else (x, w, sizes, first)
     y: jax.Array = jax.lax.platform_dependent(*given, cpu=one_by_one, default=ragged)
     return y

@@ -179,17 +179,16 @@ def multiply(x: Float[Array, "T K"], w: Scaled, dtype: DTypeLike) -> Float[Array
     mesh = jax.sharding.get_abstract_mesh()
     outputs, inputs = w.cut
 
-    def part(x: Any, codes: Any, scales: Any, minima: Any, dtype: DTypeLike) -> jax.Array:
+    def part(x: Any, codes: Any, scales: Any, minima: Any, *, dtype: DTypeLike) -> jax.Array:
         kernel = _kernel(x, codes, scales, inputs_first=w.inputs_first)
         return kernel(x, codes, scales, minima, inputs_first=w.inputs_first, dtype=dtype)
 
     def own(*given: Any) -> jax.Array:
-        if not inputs:
-            return part(*given, dtype)
-        return jax.lax.psum(part(*given, jnp.float32), inputs).astype(dtype)
+        y = part(*given, dtype=jnp.float32 if inputs else dtype)
+        return jax.lax.psum(y, inputs).astype(dtype) if inputs else y
 
     if mesh.size <= 1 or mesh.manual_axes:
-        return part(x, w.codes, w.scales, w.minima, dtype)
+        return part(x, w.codes, w.scales, w.minima, dtype=dtype)
     codes, scales = w.specs
     divided = jax.shard_map(  # a kernel does not say what varies
         own,

@@ -271,20 +271,21 @@ class Partition:
         self, one: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray | None]], like: Scaled
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """`lay` of a stack's matrices one after the other, those that are on no device of this host left out."""
-        found = [None if a is None else np.empty(a.shape, a.dtype) for a in (like.codes, like.scales, like.minima)]
+        codes, scales = np.empty(like.codes.shape, like.codes.dtype), np.empty(like.scales.shape, np.float32)
+        minima = None if like.minima is None else np.empty(like.minima.shape, np.float32)
         its = like.codes.sharding.addressable_devices_indices_map(like.codes.shape).values()
         for i in sorted({i for index in its for i in range(*(index or (slice(None),))[0].indices(like.shape[0]))}):
-            for whole, its_own in zip(found, one(i), strict=True):
-                if whole is not None:
-                    whole[i] = its_own
-        codes, scales, minima = found
+            codes[i], scales[i], lowest = one(i)
+            if minima is not None:
+                minima[i] = lowest
         return codes, scales, minima
 
     def _rows_and_inputs(
         self, spec: ParamSpec, outputs: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[tuple[str, ...], tuple[str, ...]]] | None:
-        """Which of the file's rows, and which of its inputs, is at each place of a matrix of `outputs` rows, or of each of
-        a stack, -1 none, and the mesh axes that divide both; None if it is no matrix, or not divided in one piece a device."""
+        """Which of the file's rows, and which of its inputs, is at each place of a matrix of `outputs` rows, or of a
+        stack's, -1 none, and the mesh axes that divide both; None if it is none, or not divided in one piece a device.
+        """
         shape, axes = spec.tensor_shape, spec.axes[len(spec.shape) - len(spec.tensor_shape) :]
         ends = [i for i in range(1, len(shape)) if np.prod(shape[:i], dtype=int) == outputs]
         if not ends:

@@ -1,4 +1,4 @@
-"""The experts' product with quantised matrices, for TPU and GPU without either: right in interpreters, what is refused."""
+"""The experts' product with quantised matrices, for TPU and GPU without either, in interpreters; what is refused."""
 
 from dataclasses import replace
 from functools import partial

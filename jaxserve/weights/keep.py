@@ -24,8 +24,8 @@ SCALED = ("q8_0", "q4_k", "q4_0")
 
 
 def keeper(options: ModelOptions, partition: Partition, dtype: np.dtype) -> Keeper:
-    """Puts matrices and stacks of them on the devices of `partition` as the checkpoint stores them, or as the option says, quantised; None
-    for those that are to be plain numbers.
+    """Puts matrices and stacks of them on the devices of `partition` as the checkpoint stores them, or as the option
+    says, quantised; None for those that are to be plain numbers.
 
     Raises ConfigError for what is quantised for the CPU's kernels only.
     """
@@ -34,19 +34,15 @@ def keeper(options: ModelOptions, partition: Partition, dtype: np.dtype) -> Keep
 
     def keep(matrix: Matrix, spec: ParamSpec) -> Scaled | jax.Array | None:
         first = matrix(0)
-
-        def stored(i: int) -> np.ndarray | Blocks:
-            return first if i == 0 else matrix(i)
-
         if options.quantization is None or spec.precise:
-            return partition.put_scaled(stored, spec, dtype) if isinstance(first, Blocks) else None  # type: ignore[arg-type]
+            return partition.put_scaled(matrix, spec, dtype) if isinstance(first, Blocks) else None  # type: ignore[arg-type]
         rows, depth = only_plain(first, spec).shape
         format = format_of(None, options, spec, depth, packs=False)
         if format is None:
             return None
 
         def made(i: int) -> Blocks:
-            return Blocks(format, quantise(format, only_plain(stored(i), spec).astype(np.float32)))
+            return Blocks(format, quantise(format, only_plain(matrix(i), spec).astype(np.float32)))
 
         if partition.mesh.size == 1 or partition.scaled(spec, format, rows, dtype) is not None:
             return partition.put_scaled(made, spec, dtype)

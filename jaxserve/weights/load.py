@@ -34,8 +34,8 @@ def load_params(
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
     not, to the leaf that `device_put` then gets. Experts are packed one by one and then stacked.
 
-    `keep` has the first word on a matrix or a stack of them: of a function that reads the i-th, as it is stored, it puts
-    them on their devices, quantised, and returns the leaf, or None for one that is to be plain numbers.
+    `keep` has the first word on a matrix or a stack of them: given a function that reads the i-th as it is stored, it
+    puts them on their devices, quantised, and returns the leaf, or None for one that is to be plain numbers.
 
     `divide` takes the place of all the rest, for weights of several devices: it gets the leaf's tensors as the
     checkpoint has them, which may be memory maps that have not been read yet, and reads of them what it needs.

@@ -4,8 +4,8 @@ R rows, I inputs, O outputs, E groups, M rows of a tile, N outputs of a block
 
 XLA's ragged_dot wants all weights inputs first and makes a copy of those that are not; of those that are XLA fetches
 whole stacks to the chip before it, rows or none. Here a block of a matrix is fetched as it lies, once, and of a matrix
-without rows nothing; a block of codes becomes weights on the chip. That groups are listed ahead and chosen by prefetched
-scalars is the idea of MegaBlocks (Gale et al. 2022), as JAX's own megablox kernel has it.
+without rows nothing; a block of codes becomes weights on the chip. That groups are listed ahead and chosen by
+prefetched scalars is the idea of MegaBlocks (Gale et al. 2022), as JAX's own megablox kernel has it.
 """
 
 from collections.abc import Callable
