@@ -105,14 +105,13 @@ def grouped_matmul(
     last = jnp.where(end > begin, (end - 1) // blocks.rows, -1)
     group_of, tile_of, count = pieces(begin // blocks.rows, last, tiles + groups - 1)
     tile_of = jnp.minimum(tile_of, tiles - 1)  # where no group has a row
-    turned, quantised = False, 0
     if isinstance(w, Quantised):
         stored = w.arrays
         body = partial(_quantised_body, rows=blocks.rows, group=w.group)
         in_block = [pl.BlockSpec((None, a.shape[1], blocks.outputs), _inputs_first) for a in stored]
         quantised = sum(_padded(a.shape[1], blocks.outputs) * _bits(a.dtype) // 8 for a in stored)
     else:
-        turned = _turned(outputs, inputs)
+        turned, quantised = _turned(outputs, inputs), 0
         stored = (w.swapaxes(1, 2) if turned else w,)  # [E, I, O] where that is how it lies
         body = partial(_body, rows=blocks.rows, turned=turned)
         in_block = [_of_matrix(blocks.outputs, inputs, turned)]
