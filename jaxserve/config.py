@@ -85,9 +85,8 @@ class ModelOptions:
     """Precision of activations and of plain weights. auto: float32 on CPU, whose kernels multiply matrices in the type
     that the checkpoint stores, bfloat16 on TPU and GPU."""
     quantization: Literal["q8_0", "q6_k", "q5_k", "q4_k", "q4_0"] | None = None
-    """Quantise the matrices of a plain checkpoint at load, to a block format of GGUF; on TPU, GPU and meshes, where
-    experts cannot be, to q8_0, q4_k or q4_0. The K formats take a minute or two a billion weights: `jaxserve quantize`
-    does it once and for all."""
+    """Quantise the matrices of a plain checkpoint at load, to a block format of GGUF; on TPU, GPU and meshes to q8_0,
+    q4_k or q4_0. The K formats take a minute or two a billion weights: `jaxserve quantize` does it once and for all."""
     max_model_len: int | None = None
     """Longest prompt plus completion, in tokens. Default: what the model was made for, if the memory holds it."""
 

@@ -22,6 +22,7 @@ from jaxserve.native.norm import layer_norm as native_layer_norm
 from jaxserve.native.norm import rms_norm as native_rms_norm
 from jaxserve.native.rope import rotate as native_rotate
 from jaxserve.quant import grouped_linear, linear, linear_f32
+from jaxserve.scaled import Scaled
 
 
 @jax.named_scope("norm")
@@ -261,11 +262,17 @@ def moe(
     every = "expert", "model"
     outputs, inputs = P("expert", "model", None), P("expert", None, "model")
     of_stacks = {"gate": outputs, "up": outputs, "down": inputs}
-    of_shared = None if shared is None else {"gate": P(every, None), "up": P(every, None), "down": P(None, every)}
-    specs = (P(), P(), P(), P("expert"), P("expert"), of_stacks, of_shared)
+    of_shared = {"gate": P(every, None), "up": P(every, None), "down": P(None, every)}
+    lie = _as_they_lie(stacks, of_stacks), None if shared is None else _as_they_lie(shared, of_shared)
+    specs = (P(), P(), P(), P("expert"), P("expert"), *lie)
     divided = jax.shard_map(own, in_specs=specs, out_specs=P(), check_vma=False)  # a kernel does not say what varies
     result: jax.Array = divided(x, weights, order, sizes, jnp.cumsum(sizes) - sizes, stacks, shared)
     return result
+
+
+def _as_they_lie(weights: Mapping[str, Any], plain: Mapping[str, P]) -> dict[str, P]:
+    """How weights are divided, `plain` those that are not quantised; all arrays of one that is are divided alike."""
+    return {name: w.specs[0] if isinstance(w, Scaled) else plain[name] for name, w in weights.items()}
 
 
 def _through_experts(

@@ -195,7 +195,7 @@ def start_loading(
         trace(model, config, dtype, stored_shapes(checkpoint, options, dtype, packs))
     taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
     pack = packer(options, dtype, packs)
-    keep = None if packs else keeper(options, partition, _specs(model, config), dtype)
+    keep = None if packs else keeper(options, partition, dtype)
     if pack is None:
         leaf = scaled_leaf(checkpoint, options, partition, dtype)
         _check_fit(partition, [leaf(spec) for spec in _specs(model, config)], dtype, device, shape)
@@ -220,8 +220,8 @@ def start_loading(
         seconds = time.perf_counter() - start
         if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
             progress(
-                f"{plain} matrices become plain numbers here instead of quantised ones: experts', rows that blocks do "
-                "not fill, or groups of inputs that the mesh would cut"
+                f"{plain} matrices become plain numbers here instead of quantised ones: rows that blocks do not fill, "
+                "or groups of inputs that the mesh would cut"
             )
         found = f"{size / 1e6:.1f} MB read in {seconds:.1f} s"
         if len(mesh.local_devices) < mesh.size:  # it is the shards of those that were read
@@ -355,7 +355,7 @@ def stored_shapes(
     def leaf(spec: ParamSpec) -> Any:
         first = spec.names[0]
         stored = checkpoint.shape(first) if spec.matrix and first in checkpoint.names() else ()
-        if len(stored) != 2 or (spec.spread and not packs):
+        if len(stored) != 2:
             return jax.ShapeDtypeStruct(spec.shape, dtype)
         outputs = stored[0] if spec.rows is None else spec.rows[1] - spec.rows[0]
         format = format_of(checkpoint, options, spec, stored[1], packs=packs)
@@ -363,7 +363,9 @@ def stored_shapes(
             if format is None:
                 return jax.ShapeDtypeStruct(spec.shape, dtype)
             vocabulary = spec.axes[0] == "vocab"
-            return scaled_shapes(format, spec.shape, outputs, stored[1], dtype, vocabulary=vocabulary)
+            return scaled_shapes(
+                format, spec.shape, outputs, stored[1], dtype, vocabulary=vocabulary, stacked=spec.spread
+            )
         plain = checkpoint.dtype(first) if options.dtype == "auto" else dtype
         return packed(spec, (outputs, stored[1]), format or plain, dtype)
 

@@ -19,7 +19,13 @@ from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
 from jaxserve.scaled import Scaled, multiply, take_rows, traced_for
-from kernels_pallas.grouped_matmul.contract import GroupedMatmul, validate_for_gpu, validate_for_tpu
+from kernels_pallas.grouped_matmul.contract import (
+    GroupedMatmul,
+    Quantised,
+    Weights,
+    validate_for_gpu,
+    validate_for_tpu,
+)
 from kernels_pallas.grouped_matmul.groups import bounds, only
 from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
 
@@ -100,7 +106,7 @@ def linear(x: Float[Array, "T ..."], w: Weight, *, out: int = 1) -> Float[Array,
     Contracting the last axes needs no transposed copy, and is XLA:CPU's fastest layout at batch 1 by far.
     """
     y = _product(x.reshape(x.shape[0], -1), w, out, x.dtype)
-    return y.reshape(x.shape[0], *w.shape[:out])
+    return y if out == 1 else y.reshape(x.shape[0], *w.shape[:out])
 
 
 def linear_f32(x: Float[Array, "S D"], w: Weight) -> Float[Array, "S V"]:
@@ -115,7 +121,7 @@ def grouped_linear(
 
     sizes[0] rows from row `first` (None: 0) on are the first matrix's, and so on, and rows of none become zeros; with
     packed weights there may be none. Summed and rounded as by `linear`. Only matrices that have rows are read, but by
-    `ragged`.
+    `ragged`. Of a stack that a mesh divides x and w are what one device has.
     """
     if isinstance(w, Packed):
         if not w.stacked:
@@ -127,12 +133,15 @@ def grouped_linear(
         if w.format is not None:
             return blocks.grouped_linear(x, w.panels, sizes, w.format, w.outputs, x.dtype)
         return dense.grouped_linear(x, w.panels, sizes, w.outputs, x.dtype)
+    if isinstance(w, Scaled) and not w.stacked:
+        raise ValueError(f"a weight {list(w.shape)} is no stack of matrices")
     if isinstance(w, Scaled):
-        raise ValueError("stacks of matrices are not kept quantised on accelerators; they are plain numbers there")
-    return _grouped_matmul(x.dtype)(x, w, sizes, first)
+        stack = Quantised(w.codes, w.scales, w.minima, w.format.group)
+        return _grouped_matmul(x.dtype, stack)(x, stack, sizes, first)[:, : w.own_outputs]
+    return _grouped_matmul(x.dtype, w)(x, w, sizes, first)
 
 
-def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
+def _grouped_matmul(dtype: np.dtype, w: Weights) -> GroupedMatmul:
     """The body for the devices that are traced for; else XLA's own, by platform."""
     platform, capability = traced_for()
     try:
@@ -140,7 +149,7 @@ def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
             validate_for_tpu(dtype)
             return import_module("kernels_pallas.grouped_matmul.tpu").grouped_matmul
         if platform == "gpu":
-            validate_for_gpu(dtype, capability)
+            validate_for_gpu(dtype, capability, w)
             return import_module("kernels_pallas.grouped_matmul.gpu").grouped_matmul
     except (ValueError, ImportError):  # Pallas' GPU backends come and go with JAX
         pass
@@ -148,8 +157,10 @@ def _grouped_matmul(dtype: np.dtype) -> GroupedMatmul:
 
 
 def _by_xla(
-    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+    x: Float[Array, "R I"], w: Weights, sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
 ) -> Float[Array, "R O"]:
+    if isinstance(w, Quantised):
+        return one_by_one(x, w, sizes, first)
     given = (x, w, sizes) if first is None else (x, w, sizes, first)
     y: jax.Array = jax.lax.platform_dependent(*given, cpu=one_by_one, default=ragged)
     return y

@@ -1,8 +1,9 @@
 """Matrices of GGUF's block formats on accelerators: how they lie there, and products with them. Knows no checkpoint.
 
-T tokens, K inputs, N outputs, G inputs that share a scale, V vocabulary
+E matrices of a stack, T tokens, K inputs, N outputs, G inputs that share a scale, V vocabulary
 """
 
+import math
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -30,6 +31,8 @@ _NARROW: dict[str, Any] = {
 }
 """The types of codes that 4 bits hold; others, and what a codebook says, take 8."""
 _WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+LANES, SUBLANES = 128, 8
+"""Of a TPU's registers, and of a tile of float32 in its memory."""
 _COPIED = 64
 """Rows that are transposed at once: of so many the caches hold what a column needs."""
 
@@ -37,19 +40,21 @@ _COPIED = 64
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scaled:
-    """A quantised matrix as XLA and the kernels of Pallas multiply it: exactly what the checkpoint stores.
+    """A quantised matrix, or a stack of them, as XLA and the kernels of Pallas multiply it: exactly what the checkpoint
+    stores.
 
     A weight is code * scale - minimum in float32, rounded to `dtype`.
     """
 
     codes: jax.Array
-    """int8, int4 or uint4: [K, N], of a vocabulary, whose rows are looked up, [N, K]."""
+    """int8, int4 or uint4: [K, N], of a vocabulary, whose rows are looked up, [N, K], of a stack [E, K, N]."""
     scales: jax.Array
-    """float32 [K / G, N]"""
+    """float32 [K / G, N], of a stack [E, K / G, N]. A stack's axes fill tiles of TPUs on each device: with zeros N
+    becomes whole LANES, and K / G whole SUBLANES."""
     minima: jax.Array | None
     """As the scales, where the format has them."""
     shape: tuple[int, ...] = field(metadata=_STATIC)
-    """What the model sees, outputs first."""
+    """What the model sees, outputs first, and before them how many matrices a stack has."""
     outputs: int = field(metadata=_STATIC)
     """N: the product of the leading axes that are outputs."""
     dtype: DTypeLike = field(metadata=_STATIC)
@@ -58,17 +63,30 @@ class Scaled:
     inputs_first: bool = field(metadata=_STATIC)
     cut: tuple[tuple[str, ...], tuple[str, ...]] = field(default=((), ()), metadata=_STATIC)
     """The mesh axes that divide outputs and inputs."""
+    over: tuple[str, ...] | None = field(default=None, metadata=_STATIC)
+    """Of a stack those that divide its matrices; None: it is none."""
+
+    @property
+    def stacked(self) -> bool:
+        return self.over is not None
+
+    @property
+    def own_outputs(self) -> int:
+        """N of one device, under a shard_map."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return self.outputs if mesh.size <= 1 else self.outputs // math.prod(mesh.shape[name] for name in self.cut[0])
 
     @property
     def specs(self) -> tuple[P, P]:
         """How codes are divided, and how scales and minima are."""
         outputs, inputs = (names or None for names in self.cut)
-        return P(inputs, outputs) if self.inputs_first else P(outputs, inputs), P(inputs, outputs)
+        stack = () if self.over is None else (self.over or None,)
+        return P(*stack, *((inputs, outputs) if self.inputs_first else (outputs, inputs))), P(*stack, inputs, outputs)
 
     @property
     def depth(self) -> int:
         """K."""
-        return int(self.codes.shape[0 if self.inputs_first else 1])
+        return int(self.codes.shape[self.stacked + (0 if self.inputs_first else 1)])
 
 
 def leaves_of(params: Any) -> list[Any]:
@@ -77,29 +95,51 @@ def leaves_of(params: Any) -> list[Any]:
 
 
 def scaled_shapes(
-    format: Format, shape: tuple[int, ...], outputs: int, depth: int, dtype: DTypeLike, *, vocabulary: bool
+    format: Format,
+    shape: tuple[int, ...],
+    outputs: int,
+    depth: int,
+    dtype: DTypeLike,
+    *,
+    vocabulary: bool,
+    stacked: bool = False,
+    shards: tuple[int, int] = (1, 1),
 ) -> Scaled:
-    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`."""
+    """The shapes of a matrix of `outputs` rows of `depth` that the model sees as `shape`, or of `shape[0]` such.
 
-    def array(shape: tuple[int, ...], kind: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, kind)
+    `shards`: over how many devices outputs and inputs are divided.
+    """
 
-    lies = (outputs, depth) if vocabulary else (depth, outputs)
-    scales = array((depth // format.group, outputs), jnp.float32)
+    def array(own: tuple[int, ...], kind: Any) -> Any:
+        return jax.ShapeDtypeStruct((*shape[:stacked], *own), kind)
+
+    places, groups = outputs, depth // format.group
+    if stacked:
+        places, groups = _whole(outputs, shards[0], LANES), _whole(groups, shards[1], SUBLANES)
+    lies = (places, depth) if vocabulary else (depth, places)
+    scales = array((groups, places), jnp.float32)
     minima = scales if format.name in _WITH_MINIMA else None
     codes = array(lies, _NARROW.get(format.name, np.int8))
-    return Scaled(codes, scales, minima, shape, outputs, np.dtype(dtype), format, inputs_first=not vocabulary)
+    over = () if stacked else None
+    return Scaled(codes, scales, minima, shape, outputs, np.dtype(dtype), format, not vocabulary, over=over)
+
+
+def _whole(count: int, shards: int, tile: int) -> int:
+    """Places of so many tiles on each of the shards that all find one."""
+    return -(-count // (shards * tile)) * shards * tile
 
 
 def lay(
-    blocks: Blocks, outputs: np.ndarray, inputs: np.ndarray, like: Scaled
+    blocks: Blocks, outputs: np.ndarray, inputs: np.ndarray, like: Scaled, shards: tuple[int, int] = (1, 1)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes, scales and minima of a matrix on the host, as `like` has them on its devices.
+    """Codes, scales and minima of one matrix on the host, as `like` has them on its devices.
 
     `outputs` and `inputs` say which of the file's is at each place, -1 none: zeros. Groups of inputs are whole.
     """
     codes, scales, minima = parts(blocks)
     groups = np.where(inputs[:: blocks.format.group] < 0, -1, inputs[:: blocks.format.group] // blocks.format.group)
+    if like.stacked:
+        outputs, groups = _filled(outputs, shards[0], LANES), _filled(groups, shards[1], SUBLANES)
     codes = _placed(codes, outputs, inputs)
     if like.inputs_first:
         codes = _transposed(codes)
@@ -109,6 +149,11 @@ def lay(
         return _transposed(_placed(a, outputs, groups))
 
     return codes, laid(scales), None if minima is None else laid(minima)
+
+
+def _filled(places: np.ndarray, shards: int, tile: int) -> np.ndarray:
+    own = places.reshape(shards, -1)
+    return np.pad(own, ((0, 0), (0, -own.shape[1] % tile)), constant_values=-1).reshape(-1)
 
 
 def _placed(a: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -127,17 +172,23 @@ def _transposed(a: np.ndarray) -> np.ndarray:
 
 
 def multiply(x: Float[Array, "T K"], w: Scaled, dtype: DTypeLike) -> Float[Array, "T N"]:
-    """x times w, summed in float32 and rounded once to `dtype`; on a mesh by each device with its part of w."""
+    """x times w, summed in float32 and rounded once to `dtype`; on a mesh by each device with its part of w.
+
+    Under a shard_map of the caller's it is the part that the device has, which the caller adds up.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
     outputs, inputs = w.cut
 
-    def own(x: Any, codes: Any, scales: Any, minima: Any) -> jax.Array:
+    def part(x: Any, codes: Any, scales: Any, minima: Any, *, dtype: DTypeLike) -> jax.Array:
         kernel = _kernel(x, codes, scales, inputs_first=w.inputs_first)
-        to = jnp.float32 if inputs else dtype
-        y = kernel(x, codes, scales, minima, inputs_first=w.inputs_first, dtype=to)
+        return kernel(x, codes, scales, minima, inputs_first=w.inputs_first, dtype=dtype)
+
+    def own(*given: Any) -> jax.Array:
+        y = part(*given, dtype=jnp.float32 if inputs else dtype)
         return jax.lax.psum(y, inputs).astype(dtype) if inputs else y
 
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return own(x, w.codes, w.scales, w.minima)
+    if mesh.size <= 1 or mesh.manual_axes:
+        return part(x, w.codes, w.scales, w.minima, dtype=dtype)
     codes, scales = w.specs
     divided = jax.shard_map(  # a kernel does not say what varies
         own,

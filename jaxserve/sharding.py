@@ -208,7 +208,7 @@ class Partition:
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def scaled(self, spec: ParamSpec, format: Format, outputs: int, dtype: Any) -> Scaled | None:
-        """The shapes of a quantised matrix of `outputs` rows on the mesh, and where it lies.
+        """The shapes of a quantised matrix of `outputs` rows, or of a stack of them, on the mesh, and where it lies.
 
         None where it cannot lie there: a device's part, or a head's, would cut a group of inputs that share a scale.
         """
@@ -216,17 +216,19 @@ class Partition:
         if laid is None:
             return None
         (rows, inputs), cut = laid
-        group = format.group
-        shards = self._shards(cut[1]) if cut[1] else 1
-        if len(inputs) % (shards * group):
+        group, shards = format.group, (self._shards(cut[0]), self._shards(cut[1]))
+        if len(inputs) % (shards[1] * group):
             return None
         groups = inputs.reshape(-1, group)
         whole = (groups[:, :1] >= 0) & (groups[:, :1] % group == 0) & (groups == groups[:, :1] + np.arange(group))
         if not (whole | (groups < 0)).all():
             return None
         vocabulary, shape = spec.axes[0] == "vocab", self.leaf(spec, dtype).shape
-        like = scaled_shapes(format, shape, len(rows), len(inputs), dtype, vocabulary=vocabulary)
-        like = replace(like, cut=cut)
+        like = scaled_shapes(
+            format, shape, len(rows), len(inputs), dtype, vocabulary=vocabulary, stacked=spec.spread, shards=shards
+        )
+        over = _mesh_axes(spec)[0] if spec.spread and self.mesh.size > 1 else like.over
+        like = replace(like, cut=cut, over=over)
 
         def lie(a: Any, cut: P) -> Any:
             return None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._sharding(cut))
@@ -239,10 +241,14 @@ class Partition:
             minima=lie(like.minima, of_scales),
         )
 
-    def put_scaled(self, blocks: Blocks, spec: ParamSpec, dtype: Any) -> Scaled | None:
-        """A quantised matrix of the host on its devices; None as `scaled`."""
-        outputs = len(blocks.rows)
-        like, laid = self.scaled(spec, blocks.format, outputs, dtype), self._rows_and_inputs(spec, outputs)
+    def put_scaled(self, matrix: Callable[[int], Blocks], spec: ParamSpec, dtype: Any) -> Scaled | None:
+        """A quantised matrix of the host, matrix(0), or a stack of them, on its devices; None as `scaled`.
+
+        Of a stack only those are asked for that are this host's.
+        """
+        first = matrix(0)
+        outputs = len(first.rows)
+        like, laid = self.scaled(spec, first.format, outputs, dtype), self._rows_and_inputs(spec, outputs)
         if like is None or laid is None:
             return None
 
@@ -251,25 +257,45 @@ class Partition:
                 return None
             return jax.make_array_from_callback(a.shape, to.sharding, lambda index: np.ascontiguousarray(a[index]))
 
-        codes, scales, minima = lay(blocks, *laid[0], like)
+        shards = self._shards(like.cut[0]), self._shards(like.cut[1])
+
+        def one(i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+            return lay(matrix(i) if i else first, *laid[0], like, shards)
+
+        codes, scales, minima = self._stacked(one, like) if spec.spread else one(0)
         return replace(
             like, codes=put(codes, like.codes), scales=put(scales, like.scales), minima=put(minima, like.minima)
         )
 
+    def _stacked(
+        self, one: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray | None]], like: Scaled
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """`lay` of a stack's matrices one after the other, those that are on no device of this host left out."""
+        codes, scales = np.empty(like.codes.shape, like.codes.dtype), np.empty(like.scales.shape, np.float32)
+        minima = None if like.minima is None else np.empty(like.minima.shape, np.float32)
+        its = like.codes.sharding.addressable_devices_indices_map(like.codes.shape).values()
+        for i in sorted({i for index in its for i in range(*(index or (slice(None),))[0].indices(like.shape[0]))}):
+            codes[i], scales[i], lowest = one(i)
+            if minima is not None:
+                minima[i] = lowest
+        return codes, scales, minima
+
     def _rows_and_inputs(
         self, spec: ParamSpec, outputs: int
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[tuple[str, ...], tuple[str, ...]]] | None:
-        """Which of the file's rows, and which of its inputs, is at each place of a matrix of `outputs` rows, -1 none,
-        and the mesh axes that divide both; None if it is no matrix, or not divided in one piece a device."""
-        ends = [i for i in range(1, len(spec.shape)) if np.prod(spec.shape[:i], dtype=int) == outputs]
-        if not ends or spec.spread:
+        """Which of the file's rows, and which of its inputs, is at each place of a matrix of `outputs` rows, or of a
+        stack's, -1 none, and the mesh axes that divide both; None if it is none, or not divided in one piece a device.
+        """
+        shape, axes = spec.tensor_shape, spec.axes[len(spec.shape) - len(spec.tensor_shape) :]
+        ends = [i for i in range(1, len(shape)) if np.prod(shape[:i], dtype=int) == outputs]
+        if not ends:
             return None
-        names = _mesh_axes(spec) if self.mesh.size > 1 else [()] * len(spec.axes)
+        names = _mesh_axes(spec)[-len(axes) :] if self.mesh.size > 1 else [()] * len(axes)
         flat, cut = list[np.ndarray](), list[tuple[str, ...]]()
         for of in (slice(0, ends[0]), slice(ends[0], None)):
             if any(names[of][1:]):
                 return None
-            flat.append(self._flat(spec.axes[of], spec.shape[of]))
+            flat.append(self._flat(axes[of], shape[of]))
             cut.append(names[of][0])
         return (flat[0], flat[1]), (cut[0], cut[1])
 

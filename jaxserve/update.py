@@ -20,7 +20,7 @@ from jaxserve.scaled import Scaled
 from jaxserve.sharding import Partition, bytes_per_device
 from jaxserve.spec import Params, ParamSpec
 from jaxserve.weights import Checkpoint, open_checkpoint
-from jaxserve.weights.keep import Keeper, keeper
+from jaxserve.weights.keep import Keeper, Matrix, keeper
 from jaxserve.weights.load import load_params, splits
 
 GIVEN = Path("(the arrays given)")
@@ -100,7 +100,7 @@ def edited(served: Loaded, options: ModelOptions, path: Path, workspace: int, *,
     else:
         _check_room(served, workspace)
         pack = packer(options, served.dtype, packs)
-        keep = None if packs else keeper(options, partition, _leaves(specs_of(model, config)), served.dtype)
+        keep = None if packs else keeper(options, partition, served.dtype)
         params = place_params(model, config, checkpoint, partition, served.dtype, pack, keep)
     return replace(served, model=model, config=config, partition=partition, params=params)
 
@@ -163,12 +163,12 @@ def _pack_alike(served: Loaded, options: ModelOptions, specs: list[ParamSpec], p
 
 def _keep_alike(served: Loaded, options: ModelOptions, specs: list[ParamSpec]) -> Keeper:
     """Puts matrices on the devices quantised where those that are served are."""
-    keep = keeper(options, served.partition, specs, served.dtype)
+    keep = keeper(options, served.partition, served.dtype)
     leaves = {(spec.name, spec.rows): leaf for spec, leaf in zip(specs, _leaves(served.params), strict=True)}
 
-    def alike(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | jax.Array | None:
+    def alike(matrix: Matrix, spec: ParamSpec) -> Scaled | jax.Array | None:
         quantised = options.quantization is not None or isinstance(leaves[spec.name, spec.rows], Scaled)
-        return keep(w, spec) if quantised else None
+        return keep(matrix, spec) if quantised else None
 
     return alike
 
@@ -186,6 +186,8 @@ def _checked_alike(served: Loaded, params: Params, names: list[str], path: Path)
 
 def _spread(partition: Partition, dtype: np.dtype, tensors: list[Any], spec: ParamSpec) -> jax.Array:
     """A leaf of the caller's on the devices of `partition`, a copy; from device to device where it lies on one."""
+    if spec.spread:  # a stack that is served quantised, and cannot be so
+        tensors, spec = [np.stack(tensors)], replace(spec, name="")
     (array,), to = tensors, partition.leaf(spec, dtype)
     # On a mesh of CPUs a transfer could meet a step's collectives, for which there are not enough threads.
     direct = partition.mesh.size == 1 or partition.mesh.devices.flat[0].platform != "cpu"
@@ -268,7 +270,7 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def _is_stack(leaf: Any) -> bool:
-    return isinstance(leaf, quant.Packed) and leaf.stacked
+    return isinstance(leaf, quant.Packed | Scaled) and leaf.stacked
 
 
 def _form(leaf: Any) -> tuple[Any, ...]:

@@ -38,6 +38,7 @@ def test_the_dry_run_measures_everything(tmp_path):
     assert all(f["value"] > 0 for name, f in figures.items() if not name.startswith(may_be_none))
     assert figures["attention: largest error against float32"]["value"] < 1e-4
     assert figures["products, experts, 2: largest error against float32"]["value"] < 1e-4
+    assert figures["products, experts of 4 bits, 2: largest error against float32"]["value"] < 1e-4
 
 
 def test_what_the_targets_are_about(bench):

@@ -184,6 +184,29 @@ def test_quantised_weights_are_counted_as_they_are_kept(tmp_path):
     assert planned(path, "v5e:1x1", "1x1").device_bytes["weights"] - norms == (plain - norms) // 2 * 9 // 8
 
 
+def test_quantised_experts_are_counted_as_they_are_kept():
+    """Qwen3 30B A3B on one chip of 16 GiB's memory would be 57 GiB in bfloat16."""
+    found = planned(MODELS / "qwen3-30b-a3b.json", "v6e:1x1", "1x1", quantization="q4_k", max_model_len=8192)
+    experts, attention = 48 * 128 * 3 * 768 * 2048, 48 * 2048 * 128 * (2 * 32 + 2 * 4)
+    plain = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048  # routers and norms
+    vocabulary = 2 * 151936 * 2048
+    # 4 bits, and two numbers of float32 for each 32; the vocabulary's 8 bits and one.
+    weights = (experts + attention) * 3 // 4 + vocabulary * 9 // 8 + 2 * plain
+    assert found.device_bytes["weights"] == weights and found.fits
+    assert found.decode[0].bytes == weights - vocabulary * 9 // 16 - experts * 3 // 4 * 120 // 128 + 1024 * 48 * 2048
+    divided = planned(
+        MODELS / "qwen3-30b-a3b.json", "v6e:2x2", "expert=4", quantization="q4_k", max_model_len=8192
+    ).device_bytes["weights"]
+    shared = 2 * (plain - 48 * 128 * 2048)
+    assert divided == (weights - shared) // 4 + shared
+    # Of 192 features a device 256 places are kept where they are outputs, and of 6 groups 8.
+    cut = planned(
+        MODELS / "qwen3-30b-a3b.json", "v6e:2x2", "model=4", quantization="q4_k", max_model_len=8192
+    ).device_bytes["weights"]
+    more = experts // 3 * 2 * 3 // 4 // 3 + experts // 3 // 4 // 3
+    assert cut == (weights - shared + more) // 4 + shared + (2 * 48 * 128 * 2048 * 3 // 4)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

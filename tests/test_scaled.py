@@ -1,6 +1,7 @@
 """Quantised weights without the CPU's kernels: what is kept, what it multiplies to, and where it is refused."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_a_kept_matrix_is_its_dequantised_self(format, axes):
     outputs = 1 if len(shape) == 2 or names[0] == "width" else 2
     rng = np.random.default_rng(1)
     raw = quantise(format, rng.normal(size=(32, 256)).astype(np.float32))
-    w = one_device().put_scaled(Blocks(format, raw), ParamSpec(names, shape, "w", matrix=True), jnp.float32)
+    w = one_device().put_scaled(lambda i: Blocks(format, raw), ParamSpec(names, shape, "w", matrix=True), jnp.float32)
     assert w.shape == shape and w.depth == 256 and w.inputs_first == (names[0] != "vocab")
     dense = dequantise(format, raw)
     x = rng.normal(size=(5, 256)).astype(np.float32)
@@ -92,29 +93,51 @@ def test_a_gguf_file_is_kept_as_it_is(tmp_path):
     assert not [line for line in said if "plain numbers" in line]
 
 
-def test_experts_become_plain_numbers_and_it_is_said(tmp_path):
-    tensors = model_tensors("qwen3moe", experts=True)
+@pytest.mark.parametrize("format", QUANTISED, ids=lambda f: f.name)
+@pytest.mark.parametrize("axes", ["experts ffn width", "experts width ffn"])
+def test_a_kept_stack_is_its_dequantised_self(format, axes):
+    outputs, inputs = (72, 256) if axes.endswith("width") else (40, 512)
+    rng = np.random.default_rng(1)
+    raw = [quantise(format, rng.normal(size=(outputs, inputs)).astype(np.float32)) for _ in range(3)]
+    spec = ParamSpec(tuple(axes.split()), (3, outputs, inputs), "w.*", matrix=True)
+    w = one_device().put_scaled(lambda i: Blocks(format, raw[i]), spec, jnp.float32)
+    assert w.shape == (3, outputs, inputs) and w.stacked and (w.outputs, w.depth) == (outputs, inputs)
+    assert all(n % tile == 0 for a in jax.tree.leaves(w) for n, tile in zip(a.shape[1:], (8, 128), strict=True))
+    x, sizes = rng.normal(size=(12, inputs)).astype(np.float32), jnp.array([2, 0, 7], jnp.int32)
+    got = np.asarray(quant.grouped_linear(jnp.asarray(x), w, sizes, np.int32(1)))
+    want, dense = np.zeros((12, outputs)), [dequantise(format, part) for part in raw]
+    want[1:3], want[3:10] = x[1:3] @ dense[0].T, x[3:10] @ dense[2].T
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+    with pytest.raises(ValueError, match="was multiplied as one of"):
+        quant.linear(jnp.asarray(x), w)
+
+
+def test_a_matrix_is_no_stack():
+    spec = ParamSpec(("ffn", "width"), (32, 64), "w", matrix=True)
+    with pytest.raises(ValueError, match="no stack of matrices"):
+        quant.grouped_linear(jnp.ones((2, 64)), one_device().scaled(spec, FORMATS["Q4_0"], 32, jnp.float32), None)
+
+
+def mixture(path, kind):
+    """Qwen3's with three experts as a GGUF file."""
     keys = {f"qwen3moe.{key}": value for key, value in (EXPERTS | {"expert_feed_forward_length": 64}).items()}
-    path = write_model(tmp_path / "m.gguf", "qwen3moe", tensors=tensors, metadata=keys, kind="Q8_0")
-    said = []
-    found = load_model(ModelOptions(), PLAIN, path, said.append)
-    assert isinstance(found.params["blocks"][0]["q"], Scaled)
-    assert any(
-        line.startswith("18 matrices become plain numbers here instead of quantised ones: experts'") for line in said
-    ), said
+    return write_model(path, "qwen3moe", tensors=model_tensors("qwen3moe", experts=True), metadata=keys, kind=kind)
 
 
-@pytest.mark.parametrize(
-    ("name", "quantization", "message"),
-    [
-        ("llama3", "q6_k", "quantization q6_k needs the CPU and its C.. kernels, .*; elsewhere give q8_0, q4_k, q4_0"),
-        ("mixtral", "q8_0", "quantization: .*experts.* are experts, which are quantised for the CPU"),
-    ],
-)
-def test_what_only_the_cpu_has_is_refused_before_a_weight_is_read(name, quantization, message):
+def test_experts_of_a_gguf_file_are_kept_as_they_are(tmp_path):
     said = []
+    found = load_model(ModelOptions(), PLAIN, mixture(tmp_path / "m.gguf", "Q4_0"), said.append)
+    block = found.params["blocks"][0]
+    assert all(isinstance(block[name], Scaled) and block[name].stacked for name in ("gate", "up", "down"))
+    assert block["down"].codes.dtype == jnp.int4 and block["down"].codes.shape == (3, 64, 128)
+    assert not [line for line in said if "plain numbers" in line]
+
+
+def test_what_only_the_cpu_has_is_refused_before_a_weight_is_read():
+    said = []
+    message = "quantization q6_k needs the CPU and its C.. kernels, .*; elsewhere give q8_0, q4_k, q4_0"
     with pytest.raises(ConfigError, match=message):
-        load_model(ModelOptions(quantization=quantization), PLAIN, GOLDENS / name, said.append)
+        load_model(ModelOptions(quantization="q6_k"), PLAIN, GOLDENS / "llama3", said.append)
     assert not [line for line in said if "weights" in line]
 
 
@@ -125,20 +148,23 @@ def test_what_is_quantised_already_is_refused(tmp_path):
 
 
 def kernels(platform, dtype, inputs):
-    """How many kernels are in a product that is traced for a platform, and in one with a vocabulary."""
+    """How many kernels are in a product that is traced for a platform, in one with a vocabulary, and with a stack."""
     like = one_device()
     matrix = like.scaled(ParamSpec(("ffn", "width"), (64, inputs), "w", matrix=True), FORMATS["Q4_0"], 64, dtype)
     table = like.scaled(ParamSpec(("vocab", "width"), (64, inputs), "v", matrix=True), FORMATS["Q8_0"], 64, dtype)
+    experts = ParamSpec(("experts", "ffn", "width"), (4, 64, inputs), "w.*", matrix=True)
+    stack = like.scaled(experts, FORMATS["Q4_0"], 64, dtype)
     device = AbstractDevice("a chip", 1, platform)
     x = jax.ShapeDtypeStruct((8, inputs), dtype)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         texts = [str(jax.make_jaxpr(quant.linear)(x, w)) for w in (matrix, table)]
-    return [text.count("name=jaxserve_quantised_matmul") for text in texts]
+        texts.append(str(jax.make_jaxpr(quant.grouped_linear)(x, stack, jax.ShapeDtypeStruct((4,), jnp.int32))))
+    return [len(re.findall("name=jaxserve_(?:quantised|grouped)_matmul", text)) for text in texts]
 
 
 def test_each_platform_takes_its_own():
     for dtype in (jnp.bfloat16, jnp.float32):
-        assert kernels("tpu", jnp.dtype(dtype), 128) == kernels("gpu", jnp.dtype(dtype), 128) == [1, 1]
-    assert kernels("tpu", jnp.dtype(jnp.float16), 128) == [0, 0], "which the TPU's does not multiply"
-    assert kernels("tpu", jnp.dtype(jnp.bfloat16), 96) == [1, 0], "rows that are no whole lanes"
-    assert kernels("cpu", jnp.dtype(jnp.float32), 128) == [0, 0]
+        assert kernels("tpu", jnp.dtype(dtype), 128) == kernels("gpu", jnp.dtype(dtype), 128) == [1, 1, 1]
+    assert kernels("tpu", jnp.dtype(jnp.float16), 128) == [0, 0, 0], "which the TPU's does not multiply"
+    assert kernels("tpu", jnp.dtype(jnp.bfloat16), 96) == [1, 0, 1], "rows that are no whole lanes"
+    assert kernels("cpu", jnp.dtype(jnp.float32), 128) == [0, 0, 0]

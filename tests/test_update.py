@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_engine import VOCAB_SIZE, write_tokenizer
+from gguf_files import EXPERTS, model_tensors, write_model
 from running_engine import Running, request
 from running_server import Server
 from safetensors.numpy import load_file, save_file
@@ -280,6 +281,28 @@ def test_weights_that_are_kept_quantised_take_others_alike():
         assert leaves_equal(update.weights_of(now, options, given, 0), now.params)
     with pytest.raises(CheckpointError, match=r"becomes \[.* and in the weights that are served it is .* of int8"):
         update.weights_at(now, ModelOptions(), path, 0)
+
+
+def test_experts_that_are_kept_quantised_take_others_alike(tmp_path):
+    keys = {f"qwen3moe.{key}": value for key, value in (EXPERTS | {"expert_feed_forward_length": 64}).items()}
+    tensors, device = (
+        model_tensors("qwen3moe", experts=True),
+        DeviceOptions(compile_cache_dir="", attention="reference"),
+    )
+    plain, small = (
+        write_model(tmp_path / f"{kind}.gguf", "qwen3moe", tensors=tensors, metadata=keys, kind=kind)
+        for kind in ("F32", "Q4_0")
+    )
+    options = ModelOptions(quantization="q8_0")
+    now = served(plain, device, quantization="q8_0")
+    assert sum(isinstance(leaf, Scaled) and leaf.stacked for leaf in leaves_of(now.params)) == 2 * 3
+    assert leaves_equal(update.weights_at(now, options, plain, 0), now.params)
+    tree = served(plain, device).params
+    assert leaves_equal(update.weights_of(now, options, tree, 0), now.params)
+    now = served(small, device)
+    assert leaves_equal(update.weights_at(now, ModelOptions(), small, 0), now.params)
+    with pytest.raises(CheckpointError, match=r"becomes \[.* of float32 on its devices, .* it is .* of int4"):
+        update.weights_of(now, ModelOptions(), tree, 0)
 
 
 def test_llm_update_params(tmp_path):

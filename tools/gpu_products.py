@@ -31,7 +31,8 @@ def products(scale: Scale, model: str, folder: Path) -> list[Figure]:
             )
     for count in tokens:
         # As Qwen3 30B A3B has them: narrow ones, and many.
-        found += _compared(f"experts, {count}", *_experts(scale, count, inputs // 2, outputs // 16), scale.rounds)
+        for name, experts in (("experts", _experts), ("experts of 4 bits", _quantised_experts)):
+            found += _compared(f"{name}, {count}", *experts(scale, count, inputs // 2, outputs // 16), scale.rounds)
     return found
 
 
@@ -102,21 +103,13 @@ def _quantised(
 def _experts(scale: Scale, tokens: int, inputs: int, outputs: int) -> tuple[Product, Product, tuple[Any, ...], int]:
     """The same of a stack of matrices, each token with USED of them; the bytes of those that are used."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     from jaxserve.quant import ragged
     from kernels_pallas.grouped_matmul.gpu import grouped_matmul
     from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
 
-    count, used = (4, 2) if scale.dry else (EXPERTS, USED)
-    rng = np.random.default_rng(0)
-    chosen = np.concatenate([rng.permutation(count)[:used] for _ in range(tokens)])
-    sizes = jnp.asarray(np.bincount(chosen, minlength=count), jnp.int32)
-    dtype = jnp.float32 if scale.dry else jnp.bfloat16
-    keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (tokens * used, inputs), dtype)
-    w = jax.random.normal(keys[1], (count, outputs, inputs), dtype)
+    x, sizes = _routed(scale, tokens, inputs)
+    w = jax.random.normal(jax.random.key(1), (len(sizes), outputs, inputs), x.dtype)
 
     def ours(x: Any, w: Any, sizes: Any) -> Any:
         return grouped_matmul(x, w, sizes, interpret=scale.dry)
@@ -124,4 +117,49 @@ def _experts(scale: Scale, tokens: int, inputs: int, outputs: int) -> tuple[Prod
     def xla(x: Any, w: Any, sizes: Any, exact: bool = False) -> Any:
         return one_by_one(x, w.astype(x.dtype), sizes) if exact or scale.dry else ragged(x, w, sizes)
 
-    return ours, xla, (x, w, sizes), int((sizes > 0).sum()) * w.nbytes // count
+    return ours, xla, (x, w, sizes), int((sizes > 0).sum()) * w.nbytes // len(sizes)
+
+
+def _quantised_experts(
+    scale: Scale, tokens: int, inputs: int, outputs: int
+) -> tuple[Product, Product, tuple[Any, ...], int]:
+    """The same of a stack in 4 bits, of which XLA makes plain numbers first."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxserve.quant import ragged
+    from kernels_pallas.grouped_matmul.contract import Quantised
+    from kernels_pallas.grouped_matmul.gpu import grouped_matmul
+    from kernels_pallas.grouped_matmul.reference import grouped_matmul as one_by_one
+    from kernels_pallas.quantised_matmul.reference import rounded
+
+    x, sizes = _routed(scale, tokens, inputs)
+    keys, count, dtype = jax.random.split(jax.random.key(1), 2), len(sizes), x.dtype
+    codes = jax.random.randint(keys[0], (count, inputs, outputs), -8, 8).astype(jnp.int4)
+    scales = jax.random.uniform(keys[1], (count, inputs // GROUP, outputs), minval=0.5, maxval=1.5)
+
+    def ours(x: Any, codes: Any, scales: Any, sizes: Any) -> Any:
+        return grouped_matmul(x, Quantised(codes, scales, None, GROUP), sizes, interpret=scale.dry)
+
+    def xla(x: Any, codes: Any, scales: Any, sizes: Any, exact: bool = False) -> Any:
+        if exact or scale.dry:
+            return one_by_one(x.astype(dtype), Quantised(codes, scales, None, GROUP), sizes).astype(x.dtype)
+        w = jax.vmap(lambda codes, scales: rounded(codes, scales, None, x.dtype).T)(codes, scales)
+        return ragged(x, w, sizes)
+
+    read = int((sizes > 0).sum()) * (inputs * outputs // 2 + 4 * scales[0].size)
+    return ours, xla, (x, codes, scales, sizes), read
+
+
+def _routed(scale: Scale, tokens: int, inputs: int) -> tuple[Any, Any]:
+    """Rows of tokens, each with USED experts, and how many rows are whose."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    count, used = (4, 2) if scale.dry else (EXPERTS, USED)
+    rng = np.random.default_rng(0)
+    chosen = np.concatenate([rng.permutation(count)[:used] for _ in range(tokens)])
+    sizes = jnp.asarray(np.bincount(chosen, minlength=count), jnp.int32)
+    dtype = jnp.float32 if scale.dry else jnp.bfloat16
+    return jax.random.normal(jax.random.key(0), (tokens * used, inputs), dtype), sizes

@@ -123,7 +123,7 @@ class Draft:
         kv_dtype = kv_dtype_for(model, device, chosen.attention, {}, chosen.dtype)
         specs = chosen.model.param_specs(chosen.config)
         if model.quantization is not None:
-            check_scaled(model.quantization, jax.tree.leaves(specs))
+            check_scaled(model.quantization)
         params = jax.tree.map(scaled_leaf(checkpoint, model, chosen.partition, chosen.dtype), specs)
         pooling = chosen.embedding.pooling if chosen.embedding is not None else None
         programs = Programs(chosen.model, chosen.config, chosen.partition, chosen.kernel, kv_dtype, params, pooling)

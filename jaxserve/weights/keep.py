@@ -15,47 +15,49 @@ from jaxserve.sharding import Partition
 from jaxserve.spec import Params, ParamSpec
 from jaxserve.weights import Checkpoint
 
-type Keeper = Callable[[np.ndarray | Blocks, ParamSpec], Scaled | jax.Array | None]
+type Matrix = Callable[[int], np.ndarray | Blocks]
+"""A matrix as the checkpoint stores it, by its number in a stack; 0 of one that is in none."""
+type Keeper = Callable[[Matrix, ParamSpec], Scaled | jax.Array | None]
 
 SCALED = ("q8_0", "q4_k", "q4_0")
 """What --quantization makes of matrices here: other formats would take more memory than the first."""
 
 
-def keeper(options: ModelOptions, partition: Partition, specs: Sequence[ParamSpec], dtype: np.dtype) -> Keeper:
-    """Puts matrices on the devices of `partition` as the checkpoint stores them, or as the option says, quantised; None
-    for those that are to be plain numbers.
+def keeper(options: ModelOptions, partition: Partition, dtype: np.dtype) -> Keeper:
+    """Puts matrices and stacks of them on the devices of `partition` as the checkpoint stores them, or as the option
+    says, quantised; None for those that are to be plain numbers.
 
     Raises ConfigError for what is quantised for the CPU's kernels only.
     """
     if options.quantization is not None:
-        check_scaled(options.quantization, specs)
+        check_scaled(options.quantization)
 
-    def keep(w: np.ndarray | Blocks, spec: ParamSpec) -> Scaled | jax.Array | None:
-        if options.quantization is not None and not spec.precise:
-            w = only_plain(w, spec)
-            format = format_of(None, options, spec, w.shape[1], packs=False)
-            if format is None:
-                return None
-            w = Blocks(format, quantise(format, w.astype(np.float32)))
-            if partition.mesh.size > 1 and partition.scaled(spec, format, len(w.rows), dtype) is None:
-                return partition.put([dequantise(format, w.rows)], spec, dtype)  # the same numbers on every mesh
-        return partition.put_scaled(w, spec, dtype) if isinstance(w, Blocks) else None
+    def keep(matrix: Matrix, spec: ParamSpec) -> Scaled | jax.Array | None:
+        first = matrix(0)
+        if options.quantization is None or spec.precise:
+            return partition.put_scaled(matrix, spec, dtype) if isinstance(first, Blocks) else None  # type: ignore[arg-type]
+        rows, depth = only_plain(first, spec).shape
+        format = format_of(None, options, spec, depth, packs=False)
+        if format is None:
+            return None
+
+        def made(i: int) -> Blocks:
+            return Blocks(format, quantise(format, only_plain(matrix(i), spec).astype(np.float32)))
+
+        if partition.mesh.size == 1 or partition.scaled(spec, format, rows, dtype) is not None:
+            return partition.put_scaled(made, spec, dtype)
+        plain = [dequantise(format, made(i).rows).astype(dtype) for i in range(len(spec.names))]
+        return partition.put(plain, spec, dtype)  # the same numbers on every mesh
 
     return keep
 
 
-def check_scaled(quantization: str, specs: Sequence[ParamSpec]) -> None:
-    """Raises ConfigError for a quantisation that is the CPU's kernels' only: of another format, or of experts."""
+def check_scaled(quantization: str) -> None:
+    """Raises ConfigError for a quantisation that is the CPU's kernels' only."""
     if quantization not in SCALED:
         raise ConfigError(
             f"quantization {quantization} needs the CPU and its C++ kernels, and one device of it (see `jaxserve "
             f"doctor`); elsewhere give {', '.join(SCALED)}, which take less memory there"
-        )
-    stack = next((spec.name for spec in specs if spec.matrix and spec.spread), None)
-    if stack is not None:
-        raise ConfigError(
-            f"quantization: {stack} are experts, which are quantised for the CPU and its C++ kernels only, on one "
-            "device of it; leave the option out"
         )
 
 
@@ -91,7 +93,7 @@ def scaled_leaf(
 
     def leaf(spec: ParamSpec) -> Any:
         plain = partition.leaf(spec, dtype)
-        if not spec.matrix or spec.spread:
+        if not spec.matrix:
             return plain
         known = spec.names[0] in held
         stored = checkpoint.shape(spec.names[0]) if checkpoint is not None and known else spec.stored_shape

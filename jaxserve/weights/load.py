@@ -25,7 +25,7 @@ def load_params(
     device_put: Callable[[Any, ParamSpec], Any],
     divide: Callable[[list[np.ndarray], ParamSpec], Any] | None = None,
     pack: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
-    keep: Callable[[np.ndarray | Blocks, ParamSpec], Any] | None = None,
+    keep: Callable[[Callable[[int], np.ndarray | Blocks], ParamSpec], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> Params:
@@ -34,8 +34,8 @@ def load_params(
     A matrix (`ParamSpec.matrix`) goes through `pack` instead, where that is given: [N, K] as it is stored, quantised or
     not, to the leaf that `device_put` then gets. Experts are packed one by one and then stacked.
 
-    `keep` has the first word on a matrix, as it is stored, that is no stack: it puts it on its devices, quantised, and
-    returns the leaf, or None for one that is to be plain numbers.
+    `keep` has the first word on a matrix or a stack of them: given a function that reads the i-th as it is stored, it
+    puts them on their devices, quantised, and returns the leaf, or None for one that is to be plain numbers.
 
     `divide` takes the place of all the rest, for weights of several devices: it gets the leaf's tensors as the
     checkpoint has them, which may be memory maps that have not been read yet, and reads of them what it needs.
@@ -71,9 +71,9 @@ def load_params(
         return array
 
     def on_devices(spec: ParamSpec) -> Any:
-        if keep is None or not spec.matrix or spec.spread or len(checkpoint.shape(spec.name)) != 2:
+        if keep is None or not spec.matrix or len(checkpoint.shape(spec.names[0])) != 2:
             return None
-        return keep(next(_matrices(checkpoint, spec)), spec)
+        return keep(lambda i: _matrix(checkpoint, spec, spec.names[i]), spec)
 
     def whole(spec: ParamSpec) -> Any:
         if pack is not None and spec.matrix and len(checkpoint.shape(spec.names[0])) == 2:
@@ -106,13 +106,14 @@ def load_params(
 def _matrices(checkpoint: Checkpoint, spec: ParamSpec) -> Iterator[np.ndarray | Blocks]:
     """The spec's, one by one, as they are stored; memory need not hold one when the next is asked for."""
     for name in spec.names:
-        blocks = checkpoint.blocks(name)
-        if blocks is not None:
-            yield Blocks(blocks.format, _rows(blocks.rows, spec))
-        else:
-            yield _rows(checkpoint.read(name), spec)
+        yield _matrix(checkpoint, spec, name)
         if spec.spread:
             checkpoint.release(name)
+
+
+def _matrix(checkpoint: Checkpoint, spec: ParamSpec, name: str) -> np.ndarray | Blocks:
+    blocks = checkpoint.blocks(name)
+    return _rows(checkpoint.read(name), spec) if blocks is None else Blocks(blocks.format, _rows(blocks.rows, spec))
 
 
 def _rows(stored: np.ndarray, spec: ParamSpec) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Rows times the matrix of their group: one contract, one reference, a body for TPU."""
+"""Rows times the matrix of their group, plain or quantised: one contract, one reference, bodies for TPU and GPU."""

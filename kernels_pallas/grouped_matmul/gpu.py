@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_matmul.contract import validate
+from kernels_pallas.grouped_matmul.contract import Quantised, Weights, validate
 from kernels_pallas.grouped_matmul.groups import bounds, only
+from kernels_pallas.quantised_matmul import gpu as quantised
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 
 
@@ -41,7 +42,7 @@ class Blocks(NamedTuple):
 
 def grouped_matmul(
     x: Float[Array, "R I"],
-    w: Float[Array, "E O I"],
+    w: Weights,
     sizes: Int[Array, " E"],
     first: Int[Array, ""] | None = None,
     *,
@@ -55,14 +56,19 @@ def grouped_matmul(
     begin, end = bounds(sizes, first)
     nothing = jnp.zeros_like(begin)
     group_of, number_of, count = pieces(nothing, (end - begin - 1) // blocks.rows, rows // blocks.rows + groups)
+    if isinstance(w, Quantised):
+        body = partial(_quantised_body, blocks=blocks, group=w.group, kind=w.codes.dtype)
+        stored = (quantised.in_bytes(w.codes), *w.arrays[1:])
+    else:
+        body, stored = partial(_body, blocks=blocks), (w,)
     out = pl.pallas_call(
-        partial(_body, blocks=blocks),
+        body,
         grid=(-(-outputs // blocks.outputs), len(group_of)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
         compiler_params=plt.CompilerParams(num_warps=8 if blocks.rows == 128 else 4, num_stages=4),
         interpret=interpret,
         name="jaxserve_grouped_matmul",
-    )(group_of, number_of, begin, end, count.reshape(1), x, w)
+    )(group_of, number_of, begin, end, count.reshape(1), x, *stored)
     return only(out, begin, end)  # rows of no group were never written
 
 
@@ -96,3 +102,24 @@ def _body(
         acc = lax.fori_loop(0, -(-inputs // blocks.inputs), step, jnp.zeros(of_out, jnp.float32))
         row, output = lie(of_out, 0, top), lie(of_out, 1, left)
         plt.store(out.at[row, output], acc.astype(out.dtype), mask=(row < bottom) & (output < outputs))
+
+
+def _quantised_body(
+    group_of: Any, number_of: Any, begin: Any, end: Any, count: Any, x: Any, codes: Any, scales: Any, *others: Any,
+    blocks: Blocks, group: int, kind: Any,
+) -> None:  # fmt: skip
+    """The same of codes [E, I, O], of 4 bits in pairs, with scales and, if there are, minima [E, I / G, O]."""
+    minima, out = others[0] if len(others) == 2 else None, others[-1]
+    n, i = pl.program_id(0), pl.program_id(1)
+    outputs = out.shape[1]
+
+    @pl.when(i < count[0])
+    def compute() -> None:
+        own = group_of[i]
+        top, bottom = begin[own] + number_of[i] * blocks.rows, end[own]
+        cut = quantised.Blocks(blocks.rows, blocks.outputs, 1)
+        sums = quantised.products(
+            x, codes, scales, minima, (own,), top, bottom, n, 0, cut, group=group, kind=kind, inputs_first=True
+        )
+        for total, row, output in sums:
+            plt.store(out.at[row, output], total.astype(out.dtype), mask=(row < bottom) & (output < outputs))

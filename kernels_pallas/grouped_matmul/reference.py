@@ -4,19 +4,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.grouped_matmul.contract import validate
+from kernels_pallas.grouped_matmul.contract import Quantised, Weights, validate
 from kernels_pallas.grouped_matmul.groups import bounds
+from kernels_pallas.quantised_matmul.reference import rounded
 
 
 def grouped_matmul(
-    x: Float[Array, "R I"], w: Float[Array, "E O I"], sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
+    x: Float[Array, "R I"], w: Weights, sizes: Int[Array, " E"], first: Int[Array, ""] | None = None
 ) -> Float[Array, "R O"]:
     """See contract.py. Every row is multiplied by every matrix that has rows; the others are not read."""
     validate(x, w, sizes, first)
     (begin, end), rows = bounds(sizes, first), jnp.arange(x.shape[0])
 
     def multiply(e: jax.Array, y: jax.Array) -> jax.Array:
-        product = jax.lax.dot_general(x, w[e], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if isinstance(w, Quantised):
+            count = x.shape[1] // w.group
+            scales, minima = w.scales[e, :count], None if w.minima is None else w.minima[e, :count]
+            own = rounded(w.codes[e], scales, minima, x.dtype).T
+        else:
+            own = w[e]
+        product = jax.lax.dot_general(x, own, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         its = (rows >= begin[e]) & (rows < end[e])
         return jnp.where(its[:, None], product, y)
 

@@ -61,9 +61,7 @@ def quantised_matmul(
     group = group_of(x, codes, scales, minima, inputs_first=inputs_first)
     (rows, inputs), outputs = x.shape, scales.shape[1]
     blocks = blocks or Blocks.by_rule(rows, inputs, outputs)
-    kind = codes.dtype
-    if kind != jnp.int8:  # two in a byte, as they lie: the first is the low half
-        codes = lax.bitcast_convert_type(codes.reshape(codes.shape[0], -1, 2), jnp.uint8)
+    kind, codes = codes.dtype, in_bytes(codes)
     given = (x, codes, scales) if minima is None else (x, codes, scales, minima)
     out_dtype = jnp.dtype(dtype or x.dtype)
     out = pl.pallas_call(
@@ -84,8 +82,36 @@ def _body(
 ) -> None:
     """One tile of outputs, of one share of the inputs."""
     minima, out = others[0] if len(others) == 2 else None, others[-1]
-    (rows, inputs), outputs = x.shape, scales.shape[1]
-    left, top, share = pl.program_id(0) * blocks.outputs, pl.program_id(1) * blocks.rows, pl.program_id(2)
+    rows, outputs = out.shape[1:]
+    n, top, share = pl.program_id(0), pl.program_id(1) * blocks.rows, pl.program_id(2)
+    sums = products(
+        x, codes, scales, minima, (), top, rows, n, share, blocks, group=group, kind=kind, inputs_first=inputs_first
+    )
+    for total, row, output in sums:
+        plt.store(out.at[share, row, output], total.astype(out.dtype), mask=(row < rows) & (output < outputs))
+
+
+def products(
+    x: Any,
+    codes: Any,
+    scales: Any,
+    minima: Any,
+    of: tuple[Any, ...],
+    top: Any,
+    bottom: Any,
+    n: Any,
+    share: Any,
+    blocks: Blocks,
+    *,
+    group: int,
+    kind: Any,
+    inputs_first: bool,
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Rows [top, bottom) of x, as many as a block has, times the n-th block of outputs, over one share of the inputs.
+
+    `of` says which matrix it is of a stack's. Gives sums in float32, and the row and the output of each.
+    """
+    inputs, outputs, left = x.shape[1], scales.shape[-1], n * blocks.outputs
     pair = 1 if kind == jnp.int8 else 2
     # The other code of a byte is another output where inputs lie first, else another input.
     wide, deep = (pair, 1) if inputs_first else (1, pair)
@@ -95,6 +121,7 @@ def _body(
     of_k, of_n = (0, 1) if inputs_first else (1, 0)
     all_turns = pl.cdiv(inputs, depth)
     turns = pl.cdiv(all_turns, blocks.shares)
+    program_left = n * places
     # float32 numbers are not rounded to TF32 on the way
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
@@ -105,14 +132,14 @@ def _body(
         first = turn * depth
         line, place = lie(shape, of_k, turn * lines), lie(shape, of_n, program_left)
         there = (line * deep < inputs) & (place * wide < outputs)
-        found = plt.load(codes.at[(line, place) if inputs_first else (place, line)], mask=there, other=0)
+        found = plt.load(codes.at[(*of, *((line, place) if inputs_first else (place, line)))], mask=there, other=0)
         for half in range(pair):
             i, j = (half, 0) if deep == 2 else (0, half)
             k = lie((blocks.rows, lines), 1, first + i, deep)
             row = lie((blocks.rows, lines), 0, top)
-            a = plt.load(x.at[row, k], mask=(row < rows) & (k < inputs), other=0.0)
+            a = plt.load(x.at[row, k], mask=(row < bottom) & (k < inputs), other=0.0)
             own_k, own_n = lie(one, of_k, first + i, deep), lie(one, of_n, left + j, wide)
-            at, its = (lax.div(own_k, group), own_n), (own_k < inputs) & (own_n < outputs)
+            at, its = (*of, lax.div(own_k, group), own_n), (own_k < inputs) & (own_n < outputs)
             w = _number(found, half, kind) * plt.load(scales.at[at], mask=its, other=0.0)
             if minima is not None:
                 w -= plt.load(minima.at[at], mask=its, other=0.0)
@@ -120,12 +147,17 @@ def _body(
             sums = (*sums[:j], sums[j] + y, *sums[j + 1 :])
         return sums
 
-    program_left = pl.program_id(0) * places
     end = lax.min((share + 1) * turns, all_turns)
     zeros = (jnp.zeros((blocks.rows, places), jnp.float32),) * wide
-    for j, total in enumerate(lax.fori_loop(share * turns, end, step, zeros)):
-        row, output = lie(total.shape, 0, top), lie(total.shape, 1, left + j, wide)
-        plt.store(out.at[share, row, output], total.astype(out.dtype), mask=(row < rows) & (output < outputs))
+    sums = lax.fori_loop(share * turns, end, step, zeros)
+    return [(total, lie(total.shape, 0, top), lie(total.shape, 1, left + j, wide)) for j, total in enumerate(sums)]
+
+
+def in_bytes(codes: Int[Array, "... N"]) -> Int[Array, "..."]:
+    """Codes of 4 bits two in a byte, as they lie: the first is the low half."""
+    if codes.dtype == jnp.int8:
+        return codes
+    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
 
 
 def _number(codes: jax.Array, half: int, kind: Any) -> jax.Array:

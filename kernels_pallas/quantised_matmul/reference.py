@@ -19,10 +19,17 @@ def quantised_matmul(
 ) -> Float[Array, "T N"]:
     """See contract.py."""
     group_of(x, codes, scales, minima, inputs_first=inputs_first)
-    w = dequantised(codes if inputs_first else codes.T, scales, minima)
-    # What comes before must not be moved behind the rounding, nor the rounding be left out.
-    w = jax.lax.reduce_precision(w, *_bits(x.dtype)).astype(x.dtype)
+    w = rounded(codes if inputs_first else codes.T, scales, minima, x.dtype)
     return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+def rounded(
+    codes: Int[Array, "K N"], scales: Float[Array, "G N"], minima: Float[Array, "G N"] | None, dtype: jnp.dtype
+) -> Float[Array, "K N"]:
+    """The weights that rows of `dtype` are multiplied by, inputs first."""
+    found = jnp.finfo(dtype)
+    # What comes before must not be moved behind the rounding, nor the rounding be left out.
+    return jax.lax.reduce_precision(dequantised(codes, scales, minima), found.nexp, found.nmant).astype(dtype)
 
 
 def dequantised(
@@ -34,8 +41,3 @@ def dequantised(
     if minima is not None:
         w -= minima[:, None, :]
     return w.reshape(inputs, outputs)
-
-
-def _bits(dtype: jnp.dtype) -> tuple[int, int]:
-    found = jnp.finfo(dtype)
-    return found.nexp, found.nmant

@@ -150,7 +150,7 @@ def _body(x: Any, codes: Any, scales: Any, *others: Any, group: int, groups: int
         return jnp.where(group_at < groups, found, 0.0)
 
     def compute(at: Any) -> None:
-        spread = _down if inputs_first else _across
+        spread = weights if inputs_first else _across
         lowest = None if minima is None else own(minima, at)
         w = spread(codes[:, at] if inputs_first else codes[at, :], group, own(scales, at), lowest)
         axes = (((1,), (0 if inputs_first else 1,)), ((), ()))
@@ -167,7 +167,7 @@ def _body(x: Any, codes: Any, scales: Any, *others: Any, group: int, groups: int
         out[...] = sums[...].astype(out.dtype)
 
 
-def _down(codes: jax.Array, group: int, scales: jax.Array, minima: jax.Array | None) -> jax.Array:
+def weights(codes: jax.Array, group: int, scales: jax.Array, minima: jax.Array | None) -> jax.Array:
     """Weights [K, N] in float32 of codes [K, N]."""
     depth, width = codes.shape
     w = codes.astype(jnp.float32).reshape(depth // group, group, width) * scales[:, None, :]
