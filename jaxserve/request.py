@@ -31,7 +31,7 @@ class FinishReason(enum.StrEnum):
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        raise InvalidParameter(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}", param=name)
+        raise InvalidParameter(f"{name} must be a number in [{low:.10g}, {high:.10g}], got {value!r}", param=name)
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -54,7 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     None is off. max_tokens None means up to the end of the context; 0 scores the prompt only.
     prompt_logprobs k asks for the same of the prompt's tokens; of those before position prompt_logprobs_from nothing
     is said, and what lies before it may come from the prefix cache.
-    `stop` strings are handled where text lives; the engine sees token ids only.
+    `stop` strings are handled where text lives; the engine sees token ids only. A single one may be given as it is.
     Raises InvalidParameter, naming the field.
     """
 
@@ -82,6 +82,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs_from: int = 0
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):  # whose letters would be as many stop strings
+            msgspec.structs.force_setattr(self, "stop", (stop,))
         for name in _INTEGERS:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
@@ -256,6 +259,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     vocab_size: int
     max_model_len: int
+    """Longest prompt plus completion that is served."""
+    max_positions: int
+    """The same of the model, whatever is served of it."""
     max_num_seqs: int
     max_num_batched_tokens: int
     page_size: int
@@ -366,7 +372,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
         )
     if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
         raise InvalidParameter(
-            f"timeout must be a positive number of seconds, got {request.timeout_s}", param="timeout"
+            f"timeout must be a number of seconds above 0 and below 1e9, got {request.timeout_s}", param="timeout"
         )
 
 

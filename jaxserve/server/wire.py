@@ -1,9 +1,11 @@
 """The request bodies that HTTP clients send: their fields and types, and how bytes become one of them."""
 
 import functools
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -189,6 +191,8 @@ def parse_body[Body: msgspec.Struct](data: bytes, kind: type[Body]) -> tuple[Bod
 
     Raises InvalidParameter or UnsupportedParameter, with the field's dotted path as `param`.
     """
+    if not data.strip():
+        raise InvalidParameter("the request body is empty; send a JSON object")
     try:
         members = _MEMBERS.decode(data)
         _refuse_duplicates(data, members)
@@ -201,7 +205,7 @@ def parse_body[Body: msgspec.Struct](data: bytes, kind: type[Body]) -> tuple[Bod
             nested = _MEMBERS.decode(members["stream_options"])
             others += [f"stream_options.{name}" for name in nested if name not in _field_names(StreamOptions)]
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error)) from None
+        raise _wrong_type(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         raise InvalidParameter(f"the request body is not valid JSON: {reason}") from None
@@ -230,7 +234,9 @@ def _refuse_duplicates(data: bytes, members: Mapping[str, msgspec.Raw]) -> None:
     else:
         if data[at:].strip(b" \t\r\n{") == b"}":
             return
-    raise InvalidParameter("a field of the request body is given more than once")
+    pairs = json.JSONDecoder(object_pairs_hook=list, parse_int=str).decode(data.decode())
+    name = Counter(name for name, _ in pairs).most_common(1)[0][0][:64]
+    raise InvalidParameter(f"`{name}` is given more than once in the request body", param=name)
 
 
 def _refuse_unsupported(name: str, raw: msgspec.Raw) -> None:
@@ -242,13 +248,17 @@ def _refuse_unsupported(name: str, raw: msgspec.Raw) -> None:
         raise UnsupportedParameter(f"`{name}` is not supported by this server: {cure}.", param=name)
 
 
-def _wrong_type(message: str) -> InvalidParameter:
+def _wrong_type(message: str, kind: type[msgspec.Struct]) -> InvalidParameter:
     """From msgspec's words, "Expected `int`, got `str` - at `$.messages[0].name`", to ours."""
     what, _, place = message.partition(" - at ")
     path = re.sub(r"\[\.\.\.\]", "", place.replace("`key` in ", "").strip("`")).removeprefix("$").removeprefix(".")
     if missing := re.search(r"missing required field `(\w+)`", what):
         path = f"{path}.{missing[1]}".removeprefix(".")
         return InvalidParameter(f"`{path}` is required", param=path)
+    if invalid := re.fullmatch(r"Invalid enum value (.*)", what):
+        hints = get_type_hints(kind).get(path)
+        choices = [c for a in (hints, *get_args(hints)) if get_origin(a) is Literal for c in get_args(a)]
+        what = f"it must be one of {', '.join(map(repr, choices))}, got {invalid[1]}"
     what = re.sub(r"^Expected `(.*)`, got", lambda m: f"expected {m[1].replace(' | null', '')}, got", what)
     if path:
         return InvalidParameter(f"`{path}` is wrong: {what}", param=path)
