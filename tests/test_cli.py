@@ -208,8 +208,14 @@ def test_flags_rebuild_the_options(served) -> None:
         (["serve", "--config", "/no/such.toml"], "/no/such.toml"),
         (["run", "--temperature", "-1", "hello there"], "temperature"),
         (["run", "./not-here", "hello"], "no such directory"),
+        (["run", "--model", "./not-here", "hello"], "no such directory"),
+        (["run", "What", "is", "it?"], "put a prompt of several words into quotes"),
         (["generate", "/no/such/file"], "cannot open /no/such/file"),
         (["generate", "x", "--n", "1000"], "--n"),
+        (["generate", "--tmperature", "0", "x"], "--temperature"),
+        (["generate", __file__, "-o", __file__], "writing would erase it; name another output"),
+        (["score", __file__, __file__], "writing would erase it; name another output"),
+        (["score", __file__, "-", "--logprobs", __file__], "writing would erase it; name another output"),
         (["convert", "./not-here", "x"], "no such directory"),
         (["bench", "serve", "--base-url", "http://127.0.0.1:1", "--block-size", "8"], "--block-size"),
         (["bench", "throughput", "--num-prompts", "0"], "--num-prompts"),
@@ -301,23 +307,36 @@ def test_curl_quotes_a_name_with_a_quote() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("words", "flags", "meant"),
     [
-        ((None, None), (None, None)),
-        (("What is it?", None), (None, "What is it?")),
-        (("org/name", None), ("org/name", None)),
-        (("org/name", "Hi"), ("org/name", "Hi")),
-        ((None, "Hi"), (None, "Hi")),
+        ([], (None, None), (None, None)),
+        (["What is it?"], (None, None), (None, "What is it?")),
+        (["org/name"], (None, None), ("org/name", None)),
+        (["org/name", "Hi"], (None, None), ("org/name", "Hi")),
+        (["org/name"], ("Hi", None), ("org/name", "Hi")),
+        ([], ("Hi", None), (None, "Hi")),
+        ([], (None, "org/name"), ("org/name", None)),
+        (["Hi"], (None, "org/name"), ("org/name", "Hi")),
+        (["What is it?"], (None, "org/name"), ("org/name", "What is it?")),
+        (["org/other", "Hi"], (None, "org/name"), ("org/other", "Hi")),
+        (["org/other"], ("Hi", "org/name"), ("org/other", "Hi")),
     ],
 )
-def test_a_single_argument_with_spaces_is_the_prompt(given, meant) -> None:
-    assert run.which(*given) == meant
+def test_what_the_words_of_run_are(words, flags, meant) -> None:
+    assert run.which(words, *flags) == meant
 
 
-def test_a_directory_with_spaces_is_a_model(tmp_path) -> None:
+@pytest.mark.parametrize("words", [["What", "is", "it?"], ["org/name", "Hi", "there"]])
+def test_a_prompt_of_several_words_wants_quotes(words) -> None:
+    with pytest.raises(ConfigError, match="quotes"):
+        run.which(words, None, None)
+
+
+@pytest.mark.parametrize("model", [None, "org/name"])
+def test_a_directory_with_spaces_is_a_model(model, tmp_path) -> None:
     path = tmp_path / "my model"
     path.mkdir()
-    assert run.which(str(path), None) == (str(path), None)
+    assert run.which([str(path)], None, model) == (str(path), None)
 
 
 def talk_to(model: TextModel, lines: list[str], monkeypatch: pytest.MonkeyPatch, **params: object) -> run.Talk:
@@ -513,6 +532,10 @@ def test_generate_opens_its_files_before_the_model(tmp_path, monkeypatch, capsys
     source.write_text("ab\ncd\n")
     assert cli.call(["generate", str(source), "-o", str(target), "--raw", "--max-tokens", "1"]) == 0
     assert [json.loads(line)["choices"][0]["text"] for line in target.read_text().splitlines()] == ["c", "e"]
+    with source.open() as piped:
+        monkeypatch.setattr("sys.stdin", piped)
+        assert cli.call(["generate", "-", "-o", "-", "--raw", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().out == target.read_text()
     source.write_text("ab\n\xff" + "x" * 1000)
     assert cli.call(["generate", str(source), "--raw"]) == 1
     assert "1 records failed" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from flax import nnx
 from running_engine import Running
 from running_server import Server
 
-from jaxserve import LLM, SamplingParams, attention, cli, loading
+from jaxserve import LLM, SamplingParams, attention, cli, loading, native
 from jaxserve.batch_job.identity import describe, differences
 from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions
 from jaxserve.conformance import check_model
@@ -81,6 +81,11 @@ def test_from_nothing_to_a_served_model(made, capsys):
         want = llm.generate("Once upon", SamplingParams(temperature=0, max_tokens=8)).outputs[0].token_ids
     with Server(*FLAGS, f"--model-code={file}", model=checkpoint) as server:
         assert server.complete("Once upon", temperature=0, max_tokens=8)["token_ids"] == want
+
+
+def test_check_needs_no_kernels(made, monkeypatch):
+    monkeypatch.setattr(native, "_library", None)  # as in a process that has just begun, or where there is no compiler
+    assert cli.call(["check", str(made[0]), "--checkpoint", str(made[1])]) == 0
 
 
 def test_nothing_is_written_over(made, capsys, tmp_path):

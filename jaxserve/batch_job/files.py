@@ -81,7 +81,11 @@ def find(pattern: str, without: str) -> list[Source]:
         p for p in paths if _absolute(p) != place and os.path.basename(p) not in own and folder not in p.split("/")
     ]
     if not found:
-        raise ConfigError(f"{pattern} is the output" if paths else f"cannot open {pattern}: no such file")
+        raise ConfigError(
+            f"{pattern} is the output, and nothing else is there to read"
+            if paths
+            else f"cannot open {pattern}: no such file"
+        )
     kinds = {kind_of(p): p for p in found}
     if len(kinds) > 1:
         raise ConfigError(

@@ -8,6 +8,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from jaxserve import __version__
 from jaxserve.cli import options
+from jaxserve.cli.streams import with_dashes_as_paths
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError
 from jaxserve.gpu_memory import pool_variables
 
@@ -33,6 +34,8 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "version": "doctor:version",
 }
+STREAMING = ("generate", "score")
+"""Those whose files may be -."""
 BENCHES = {
     "throughput": "bench:throughput",
     "latency": "bench:latency",
@@ -84,6 +87,8 @@ def call(argv: Sequence[str]) -> int:
     An error that the user can cure is a message on stderr; with JAXSERVE_DEBUG=1 it is a traceback.
     """
     app = make_app()
+    if argv and argv[0] in STREAMING:
+        argv = with_dashes_as_paths(argv)
     # A variable may also be an option of a single command, and help lists every command: both need all of them.
     if options.unknown_variables(options.OPTIONS) or list(argv) in ([], ["bench"]) or {"-h", "--help"} & set(argv):
         for name in options.unknown_variables(_every_option(app)):

@@ -83,7 +83,7 @@ def batch(
         Column of the prompts or messages. Default: messages, else prompt.
     capture
         Also write what the model computes inside, for every token, into Arrow files in OUTPUT.capture/: the name of a
-        value, or a pattern: 'layers.*.mlp', 'layers.3.*', embed, hidden. May be given several times; one that matches
+        value, or a pattern: `layers.*.mlp`, `layers.3.*`, embed, hidden. May be given several times; one that matches
         nothing is answered with the names that there are.
     work_dir
         Where an output that is remote is prepared.

@@ -15,11 +15,6 @@ from jaxserve.hub import resolve_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags(ModelOptions):
-    """ModelOptions, `model` as a flag: the words of this command may be OUT alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DeviceFlags(DeviceOptions):
     """DeviceOptions without what this command decides."""
 
@@ -27,14 +22,13 @@ class DeviceFlags(DeviceOptions):
     compile_cache_dir: Annotated[str | None, Parameter(parse=False)] = None
 
 
-Models = Annotated[ModelFlags, Parameter(name="*", group=Group("Model", sort_key=1))]
 Device = Annotated[DeviceFlags, Parameter(name="*", group=Group("Device", sort_key=3))]
 
 
 def compile_model(
     *words: str,
     config: cli.ConfigFile = None,
-    models: Models = ModelFlags(),
+    models: cli.ModelsByFlag = ModelOptions(),
     schedule: cli.Schedule = ScheduleOptions(),
     device: Device = DeviceFlags(),
 ) -> int:

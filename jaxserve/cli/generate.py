@@ -13,8 +13,9 @@ from cyclopts import Parameter, validators
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened, run
+from jaxserve.cli.streams import STANDARD, open_streams
 from jaxserve.config import DeviceOptions
-from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, UnsupportedParameter
+from jaxserve.errors import InvalidParameter, JaxserveError, UnsupportedParameter
 from jaxserve.request import MAX_N, ErrorInfo, SamplingParams
 from jaxserve.text import TextModel
 
@@ -62,7 +63,7 @@ def generate(
     input: Path,
     model: cli.Model = None,
     *,
-    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+    output: Annotated[Path, Parameter(alias="-o", show_default=False)] = STANDARD,
     raw: bool = False,
     n: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=MAX_N))] = 1,
     config: cli.ConfigFile = None,
@@ -100,11 +101,7 @@ def generate(
             return await answer_all(text, params, read_records(lines, jsonl), out, raw=raw)
 
     with contextlib.ExitStack() as files:
-        try:
-            lines = sys.stdin.buffer if str(input) == "-" else files.enter_context(input.open("rb"))
-            out = files.enter_context(output.open("wb")) if output else sys.stdout.buffer
-        except OSError as e:
-            raise ConfigError(f"cannot open {e.filename}: {e.strerror}") from e
+        lines, out = open_streams(files, input, output)
         jsonl = input.suffix == ".jsonl"
         failed = run(work())
     if failed:

@@ -60,8 +60,8 @@ class LazyDeviceFlags(DeviceOptions):
     """DeviceOptions for somebody who waits for one answer."""
 
     warmup: Literal["full", "min", "lazy"] = "lazy"
-    """Step shapes compiled before the first answer. full: all. min: the one that can serve anything; the others follow
-    in the background. lazy: none; each is compiled when it is first needed."""
+    """Step shapes compiled before the first answer. full: all. min: the largest and the smallest two; the others follow
+    in the background. lazy: the largest, which sizes the memory; each other one is compiled when it is first needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class WarmDeviceFlags(DeviceOptions):
     """DeviceOptions for a measurement, which compiling must not disturb."""
 
     warmup: Literal["full", "min", "lazy"] = "full"
-    """Step shapes compiled before the measurement. full: all. min: the one that can serve anything; the others follow
-    in the background. lazy: none; each is compiled when it is first needed."""
+    """Step shapes compiled before the measurement. full: all. min: the largest and the smallest two; the others follow
+    in the background. lazy: the largest, which sizes the memory; each other one is compiled when it is first needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,8 @@ class SamplingFlags:
 
 Model = Annotated[str | None, Parameter(group=Group("Model", sort_key=1))]
 Models = Annotated[ModelFlags, Parameter(name="*", group=Group("Model", sort_key=1))]
+ModelsByFlag = Annotated[ModelOptions, Parameter(name="*", group=Group("Model", sort_key=1))]
+"""With --model, for commands whose only word may be something else than the model."""
 Schedule = Annotated[ScheduleOptions, Parameter(name="*", group=Group("Scheduling", sort_key=2))]
 OfflineSchedule = Annotated[OfflineScheduleFlags, Parameter(name="*", group=Group("Scheduling", sort_key=2))]
 Device = Annotated[DeviceOptions, Parameter(name="*", group=Group("Device", sort_key=3))]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,8 @@ from cyclopts import Parameter
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened
-from jaxserve.config import ScheduleOptions
-from jaxserve.errors import JaxserveError, PromptTooLong, UnsupportedParameter
+from jaxserve.config import ModelOptions, ScheduleOptions
+from jaxserve.errors import ConfigError, JaxserveError, PromptTooLong, UnsupportedParameter
 from jaxserve.request import SamplingParams
 from jaxserve.text import TextModel
 
@@ -72,27 +73,27 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def run(
-    model: cli.Model = None,
+    *words: str,
     prompt: Annotated[str | None, Parameter(alias="-p")] = None,
-    *,
     system: str | None = None,
     verbose: bool = False,
     config: cli.ConfigFile = None,
-    models: cli.Models = cli.ModelFlags(),
+    models: cli.ModelsByFlag = ModelOptions(),
     sampling: cli.Sampling = cli.SamplingFlags(),
     schedule: cli.Schedule = ScheduleOptions(),
     device: cli.LazyDevice = cli.LazyDeviceFlags(),
 ) -> int:
-    """Answer one prompt, or talk with a model at the terminal.
+    """Answer one prompt, or talk with a model at the terminal: `jaxserve run [MODEL] [PROMPT]`.
 
-    The prompt is PROMPT, or what is piped in. A single argument with spaces in it is a prompt for the embedded model.
+    Without a prompt, there or piped in, a conversation begins.
 
     Parameters
     ----------
-    model
-        Local directory (safetensors or Orbax), GGUF file or Hugging Face id; without it the embedded model answers.
+    words
+        MODEL as `jaxserve serve` takes it, and PROMPT. A single word is the prompt if it has spaces in it, or if
+        --model, JAXSERVE_MODEL or the file names the model; but what lies here under that name is a model.
     prompt
-        What to answer; without it a conversation begins.
+        What to answer, instead of PROMPT.
     system
         System message.
     verbose
@@ -100,7 +101,7 @@ def run(
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device].
     """
-    model, prompt = which(model, prompt)
+    model, prompt = which(words, prompt, models.model)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
     engine = cli.engine_options(model, models, schedule, device)
@@ -119,10 +120,19 @@ def run(
     return 0
 
 
-def which(model: str | None, prompt: str | None) -> tuple[str | None, str | None]:
-    """(model, prompt): a single argument that no model could be called is the prompt."""
-    if prompt is None and model is not None and any(c.isspace() for c in model) and not Path(model).is_dir():
-        return None, model
+def which(words: Sequence[str], prompt: str | None, model: str | None) -> tuple[str | None, str | None]:
+    """(model, prompt) of the words and the two flags. Raises ConfigError for more words than that."""
+    if len(words) + (prompt is not None) > 2:
+        raise ConfigError("run takes MODEL and one PROMPT; put a prompt of several words into quotes")
+    match words:
+        case [word] if (
+            prompt is None and not Path(word).exists() and (model is not None or any(map(str.isspace, word)))
+        ):
+            return model, word
+        case [word]:
+            return word, prompt
+        case [named, said]:
+            return named, said
     return model, prompt
 
 

@@ -16,9 +16,10 @@ from cyclopts import Group, Parameter
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened, run
+from jaxserve.cli.streams import STANDARD, open_streams, refuse_same, said
 from jaxserve.cli.token_table import TokenTable
 from jaxserve.config import DeviceOptions, ScheduleOptions
-from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError
+from jaxserve.errors import InvalidParameter, JaxserveError
 from jaxserve.request import ErrorInfo
 from jaxserve.score import ScoreOutput, choose, encode_pair, score
 from jaxserve.text import Prompt, TextModel
@@ -156,15 +157,14 @@ def score_file(
             return await score_all(text, read_rows(lines, delimiter), out, table, most=schedule.max_queued_requests)
 
     with contextlib.ExitStack() as files:
-        try:
-            lines = sys.stdin.buffer if str(input) == "-" else files.enter_context(input.open("rb"))
-            out = sys.stdout.buffer if str(output) == "-" else files.enter_context(output.open("wb"))
+        if logprobs is not None:
+            refuse_same(input, logprobs)
+        lines, out = open_streams(files, input, output)
+        with said():
             table = files.enter_context(TokenTable(logprobs)) if logprobs else None
-        except OSError as e:
-            raise ConfigError(f"cannot open {e.filename}: {e.strerror}") from e
         totals = run(work())
     for line in totals.lines():
-        print(line, file=sys.stderr if str(output) == "-" else sys.stdout)
+        print(line, file=sys.stderr if output == STANDARD else sys.stdout)
     return 1 if totals.failed else 0
 
 

@@ -35,10 +35,15 @@ def pack(w: np.ndarray) -> np.ndarray:
 
 
 def panels_shape(outputs: int, depth: int, dtype: DTypeLike) -> tuple[int, int, int]:
-    """[N / 16, K, 16] of weights [outputs, depth]; K is more than `depth` where the processor takes several at once."""
-    function = native.handlers().jaxserve_panel_depth
-    function.restype = ctypes.c_int64
-    wide: int = function(ctypes.c_int64(WEIGHT_TYPES[np.dtype(dtype)]), ctypes.c_int64(depth))
+    """[N / 16, K, 16] of weights [outputs, depth]; K is more than `depth` where the processor takes several at once.
+
+    Of bfloat16 alone the loaded library has to be asked: other types are known without one.
+    """
+    wide = depth
+    if np.dtype(dtype) == ml_dtypes.bfloat16:
+        function = native.handlers().jaxserve_panel_depth
+        function.restype = ctypes.c_int64
+        wide = function(ctypes.c_int64(WEIGHT_TYPES[np.dtype(dtype)]), ctypes.c_int64(depth))
     return -(-outputs // PANEL), wide, PANEL
 
 
