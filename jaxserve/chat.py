@@ -25,6 +25,7 @@ import msgspec
 from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_USUAL_ROLES = ("system", "user", "assistant")
 _ROLE = re.compile(r"[A-Za-z0-9_.\- ]{1,64}")
 _PRIVATE_USE = range(0xE100, 0xF8FF)  # E000 and E001 are the tokenizer's
 
@@ -74,7 +75,7 @@ class ChatTemplate:
         """The prompt as text, for display: in it, control tokens of the template and of a message look the same.
 
         Content may be a string or OpenAI's list of text parts. continue_final_message leaves the last message open.
-        `kwargs` are further variables of the template. Raises InvalidParameter for messages that the template
+        The role developer is system's to a template that does not name it. `kwargs` are further variables of the template. Raises InvalidParameter for messages that the template
         refuses, UnsupportedParameter for content that is not text.
         """
         (end,) = _unused_characters([messages], 1)
@@ -138,6 +139,8 @@ class ChatTemplate:
             )
         name = "tool_use" if tools and "tool_use" in self.sources else self._default
         plain = [_checked_message(m, self._takes_parts[name]) for m in _checked_messages(messages)]
+        if "developer" not in self.sources[name]:  # OpenAI's later name for system
+            plain = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
         if continue_final_message:
             plain[-1] = _with_end(plain[-1], end)
         context = {
@@ -158,6 +161,7 @@ class ChatTemplate:
                     raise InvalidParameter(
                         f"the chat template refuses these messages: {error}", param="messages"
                     ) from error
+        self._refuse_unseen(name, context, _map_strings(variant, guard), end)
         if not continue_final_message:
             return text
         cut = text.rfind(end)
@@ -168,6 +172,27 @@ class ChatTemplate:
             )
         # A template that trims content has also taken the space behind the marker.
         return text[:cut] if text[cut + 1 : cut + 2] == " " else text[:cut].rstrip()
+
+    def _refuse_unseen(self, name: str, context: Mapping[str, Any], messages: list[dict[str, Any]], end: str) -> None:
+        """Many templates pass over a role that they do not know: looks whether marks in place of its words are shown."""
+        marks = {
+            i: f"{end}{i}{end}" for i, m in enumerate(messages) if m["role"] not in _USUAL_ROLES and m.get("content")
+        }
+        if not marks:
+            return
+        marked = [dict(message) for message in messages]
+        for i, mark in marks.items():
+            marked[i]["content"] = [{"type": "text", "text": mark}] if self._takes_parts[name] else mark
+        try:
+            text = self._templates[name].render(context, messages=marked)
+        except Exception:  # the words matter to it, so it does not pass over them
+            return
+        unseen = [messages[i]["role"] for i, mark in marks.items() if mark not in text]
+        if unseen:
+            raise InvalidParameter(
+                f"the chat template does not show messages of role {unseen[0]!r}; use system, user or assistant",
+                param="messages",
+            )
 
 
 def load_chat_template(path: Path) -> ChatTemplate | None:

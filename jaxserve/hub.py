@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from jaxserve.config import DEFAULT_MODEL_NAME
 from jaxserve.errors import ConfigError
 from jaxserve.gguf import SHARD, find_gguf
 
@@ -28,6 +29,8 @@ _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pth", ".pt", ".onnx", ".msgpack",
 def resolve_model(model: str | None, revision: str | None = None, *, weights: bool = True) -> Path:
     """Where `model` lies: None is the embedded model, then an existing directory or GGUF file, then a Hugging Face id.
 
+    The embedded model's name is that of it, too, where nothing else is called so here.
+
     An id `org/repo` means safetensors, and in a repository of GGUF files alone its Q4_K_M, or its only one;
     `org/repo:Q8_0` the GGUF file of that kind, `org/repo/path/file.gguf` that file, of a split all; `hf.co/` may stand
     before each of them. What is not here is downloaded with huggingface_hub, whose cache, progress bar and environment
@@ -48,6 +51,8 @@ def resolve_model(model: str | None, revision: str | None = None, *, weights: bo
         if revision is not None:
             raise ConfigError(f"revision {revision!r} needs a Hugging Face id; {model} is a file")
         return path
+    if model == DEFAULT_MODEL_NAME:
+        return _embedded(revision)
     local = model.startswith((".", "/", "~"))
     name = _HOST.sub("", model, count=1)
     wanted = None if local else _GGUF.fullmatch(name)

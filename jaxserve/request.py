@@ -31,7 +31,7 @@ class FinishReason(enum.StrEnum):
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        raise InvalidParameter(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}", param=name)
+        raise InvalidParameter(f"{name} must be a number in [{low:.10g}, {high:.10g}], got {value!r}", param=name)
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -366,7 +366,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
         )
     if request.timeout_s is not None and not 0 < request.timeout_s < 1e9:
         raise InvalidParameter(
-            f"timeout must be a positive number of seconds, got {request.timeout_s}", param="timeout"
+            f"timeout must be a number of seconds above 0 and below 1e9, got {request.timeout_s}", param="timeout"
         )
 
 

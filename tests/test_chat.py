@@ -42,6 +42,32 @@ def test_messages_become_a_prompt(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == template.render(HELLO)
 
 
+QWEN_LIKE = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}[{{ m.role }}]{{ m.content | trim }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_developer_is_system_where_a_template_does_not_name_it():
+    messages = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    assert show(QWEN_LIKE, messages) == "[system]Be brief.[user]Hello"
+    assert show(QWEN_LIKE.replace("'user'", "'user', 'developer'"), messages) == "[developer]Be brief.[user]Hello"
+
+
+@pytest.mark.parametrize("content", ["Look!", [{"type": "text", "text": "Look!"}]])
+def test_a_role_that_the_template_passes_over_is_refused(tokenizer, content):
+    messages = [*HELLO, {"role": "observer", "content": content}]
+    with pytest.raises(InvalidParameter, match="does not show messages of role 'observer'"):
+        show(QWEN_LIKE, messages)
+    with pytest.raises(InvalidParameter, match="does not show messages of role 'observer'"):
+        ChatTemplate(QWEN_LIKE).encode(tokenizer, messages)
+    any_role = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
+    assert show(any_role, messages) == "[user]Hello[observer]Look!"
+    parts = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    if isinstance(content, list):
+        assert show(parts, messages[1:]) == "[observer]Look!"
+
+
 def test_white_space_of_blocks_is_trimmed():
     assert (
         show("{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n")

@@ -225,6 +225,34 @@ async def test_malformed_bodies(body: bytes) -> None:
     check_error(await call(FakeEngine(), "POST", TEXT, body), 400)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message", "param"),
+    [
+        (TEXT, b" ", "the request body is empty; send a JSON object", None),
+        (TEXT, b'{"prompt": "a", "n": {"n": 1}, "\\u006e": 1}', "`n` is given more than once in the request body", "n"),
+        (TEXT, b'{"prompt": "a", "top_k": 2147483648}', "top_k must be a number in [-1, 2147483647], got 2147483648",
+         "top_k"),
+        (TEXT, b'{"prompt": "a", "timeout": 1e9}', "timeout must be a number of seconds above 0 and below 1e9, got "
+         "1000000000.0", "timeout"),
+        (CHAT, b'{"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": -1}',
+         "max_completion_tokens must be a number in [0, 2147483647], got -1", "max_completion_tokens"),
+    ],
+)  # fmt: skip
+@in_loop
+async def test_messages_name_what_was_sent(path: str, body: bytes, message: str, param: str | None) -> None:
+    error = check_error(await call(FakeEngine(), "POST", path, body), 400)
+    assert (error["message"], error["param"]) == (message, param)
+
+
+@in_loop
+async def test_a_compressed_body_is_refused_as_such() -> None:
+    async with http_client(application(FakeEngine())) as client:
+        response = await client.post(TEXT, content=b"\x1f\x8b", headers={"content-encoding": "gzip"})
+        assert check_error(response, 400)["message"].startswith("content-encoding 'gzip' is not supported")
+        same = await client.post(TEXT, json=completion("a"), headers={"content-encoding": "identity"})
+        assert same.status_code == 200
+
+
 @in_loop
 async def test_nesting_inside_messages() -> None:
     deep = b'{"messages": [{"role": "user", "content": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}]}"

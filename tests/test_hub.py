@@ -313,3 +313,12 @@ def test_the_embedded_model_or_a_message(tmp_path, monkeypatch):
     assert resolve_model(None) == tmp_path / "embedded"
     with pytest.raises(ConfigError, match="the embedded model has none"):
         resolve_model(None, "main")
+
+
+def test_the_embedded_models_name_is_that_of_it_unless_something_here_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("jaxserve-tiny") == resolve_model(None)
+    with pytest.raises(ConfigError, match="the embedded model has none"):
+        resolve_model("jaxserve-tiny", "main")
+    (tmp_path / "jaxserve-tiny").mkdir()
+    assert resolve_model("jaxserve-tiny") == Path("jaxserve-tiny")

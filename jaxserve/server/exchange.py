@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.errors import BodyTooLarge
+from jaxserve.errors import BodyTooLarge, UnsupportedParameter
 from jaxserve.server.openai import REQUEST_ID
 from jaxserve.server.status import error_body, retry_after_s, status_of
 
@@ -52,7 +52,15 @@ class Exchange:
         return next((value for key, value in self.scope["headers"] if key == name), None)
 
     async def body(self, limit: int) -> bytes:
-        """The request's body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes, ClientGone."""
+        """The request's body. Raises BodyTooLarge as soon as it is known to exceed `limit` bytes, ClientGone.
+
+        UnsupportedParameter for one that is compressed.
+        """
+        coding = (self.header(b"content-encoding") or b"identity").decode("latin-1").strip()
+        if coding.lower() != "identity":
+            raise UnsupportedParameter(
+                f"content-encoding {ascii(coding[:40])} is not supported by this server: send the body uncompressed"
+            )
         too_large = BodyTooLarge(f"the request body is larger than {limit} bytes (--max-body-bytes)")
         declared = self.header(b"content-length") or b"0"
         if declared.isdigit() and int(declared[:20]) > limit:

@@ -57,9 +57,9 @@ def chat_params(body: ChatBody, defaults: SamplingParams, tokenizer: Tokenizer) 
     try:
         params = _params(body, defaults, tokenizer, max_tokens=getattr(body, limit), logprobs=shown)
     except RequestError as error:
-        if error.param == "max_tokens":
-            error.param = limit
-        raise
+        if error.param != "max_tokens":
+            raise
+        raise type(error)(error.message.replace("max_tokens", limit), param=limit) from error
     return params, _reply_options(body, shown)
 
 

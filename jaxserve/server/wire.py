@@ -1,7 +1,9 @@
 """The request bodies that HTTP clients send: their fields and types, and how bytes become one of them."""
 
 import functools
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -189,6 +191,8 @@ def parse_body[Body: msgspec.Struct](data: bytes, kind: type[Body]) -> tuple[Bod
 
     Raises InvalidParameter or UnsupportedParameter, with the field's dotted path as `param`.
     """
+    if not data.strip():
+        raise InvalidParameter("the request body is empty; send a JSON object")
     try:
         members = _MEMBERS.decode(data)
         _refuse_duplicates(data, members)
@@ -230,7 +234,9 @@ def _refuse_duplicates(data: bytes, members: Mapping[str, msgspec.Raw]) -> None:
     else:
         if data[at:].strip(b" \t\r\n{") == b"}":
             return
-    raise InvalidParameter("a field of the request body is given more than once")
+    pairs = json.JSONDecoder(object_pairs_hook=list, parse_int=str).decode(data.decode())
+    name = Counter(name for name, _ in pairs).most_common(1)[0][0][:64]
+    raise InvalidParameter(f"`{name}` is given more than once in the request body", param=name)
 
 
 def _refuse_unsupported(name: str, raw: msgspec.Raw) -> None:
