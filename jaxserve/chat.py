@@ -75,8 +75,9 @@ class ChatTemplate:
         """The prompt as text, for display: in it, control tokens of the template and of a message look the same.
 
         Content may be a string or OpenAI's list of text parts. continue_final_message leaves the last message open.
-        The role developer is system's to a template that does not name it. `kwargs` are further variables of the template. Raises InvalidParameter for messages that the template
-        refuses, UnsupportedParameter for content that is not text.
+        The role developer is system's to a template that does not name it. `kwargs` are further variables of the
+        template. Raises InvalidParameter for messages that the template refuses, UnsupportedParameter for content that
+        is not text.
         """
         (end,) = _unused_characters([messages], 1)
         return self._render(
@@ -174,7 +175,7 @@ class ChatTemplate:
         return text[:cut] if text[cut + 1 : cut + 2] == " " else text[:cut].rstrip()
 
     def _refuse_unseen(self, name: str, context: Mapping[str, Any], messages: list[dict[str, Any]], end: str) -> None:
-        """Many templates pass over a role that they do not know: looks whether marks in place of its words are shown."""
+        """Many templates pass over a role that they do not know: are marks in place of its words shown?"""
         marks = {
             i: f"{end}{i}{end}" for i, m in enumerate(messages) if m["role"] not in _USUAL_ROLES and m.get("content")
         }

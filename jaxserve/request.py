@@ -256,6 +256,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     vocab_size: int
     max_model_len: int
+    """Longest prompt plus completion that is served."""
+    max_positions: int
+    """The same of the model, whatever is served of it."""
     max_num_seqs: int
     max_num_batched_tokens: int
     page_size: int

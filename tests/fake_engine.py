@@ -75,6 +75,7 @@ def fake_info(**changes: Any) -> EngineInfo:
         architecture="FakeForCausalLM",
         vocab_size=VOCAB_SIZE,
         max_model_len=512,
+        max_positions=4096,
         max_num_seqs=8,
         max_num_batched_tokens=64,
         page_size=16,

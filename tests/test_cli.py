@@ -395,10 +395,11 @@ def test_clear_forgets(tmp_path, monkeypatch, capsys) -> None:
     ("line", "message"),
     [
         ("/set parameter top_p 7", "top_p must be in (0, 1]"),
-        ("/set parameter top_k few", "Expected `int`"),
+        ("/set parameter top_k few", "top_k is wrong: Expected `int`"),
         ("/set parameter topp 1", "no parameter 'topp'"),
         ("/set parameter logprobs 3", "no parameter 'logprobs'"),
         ("/fly", "Unknown command '/fly'"),
+        ("/set top_k 5", "/set parameter NAME VALUE"),
         ("x" * 600, "/clear forgets"),
     ],
 )

@@ -282,6 +282,7 @@ async def test_models() -> None:
     assert listed["object"] == "list"
     (card,) = listed["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("fake", "model", 512)
+    assert card["meta"]["n_ctx_train"] == 4096
     assert (await call(engine, "GET", "/v1/models/fake")).json()["id"] == "fake"
     assert (await call(engine, "GET", "/v1/models/some/other")).status_code == 404
 

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import opened
 from jaxserve.config import ModelOptions, ScheduleOptions
-from jaxserve.errors import ConfigError, JaxserveError, PromptTooLong, UnsupportedParameter
+from jaxserve.errors import ConfigError, InvalidParameter, JaxserveError, PromptTooLong, UnsupportedParameter
 from jaxserve.request import SamplingParams
 from jaxserve.text import TextModel
 
@@ -199,7 +199,7 @@ class Talk:
         return Timing(ended - begun, load_s, (first or ended) - begun, len(ids), cached, tokens)
 
     def set(self, name: str, value: str) -> None:
-        """Changes a sampling parameter by name. Raises JaxserveError or msgspec.ValidationError."""
+        """Changes a sampling parameter by name. Raises JaxserveError or msgspec.DecodeError."""
         name = OTHER_NAMES.get(name, name)
         types = {f.name: f.type for f in msgspec.structs.fields(SamplingParams) if f.name not in NOT_HERE}
         if name not in types:
@@ -211,7 +211,10 @@ class Talk:
             parsed = msgspec.json.decode(value)
         elif value.lower() in ("none", "null"):
             parsed = None
-        converted = msgspec.convert(parsed, types[name], strict=False)
+        try:
+            converted = msgspec.convert(parsed, types[name], strict=False)
+        except msgspec.ValidationError as error:
+            raise InvalidParameter(f"{name} is wrong: {error}", param=name) from error
         self.params = msgspec.structs.replace(self.params, **{name: converted})
 
     def show(self) -> str:
@@ -282,5 +285,7 @@ def command(talk: Talk, line: str) -> str:
         case ["/set", "system", *words] if words:
             talk.system = line.split(maxsplit=2)[2]
             return "Set the system message."
+        case ["/set", *_]:
+            return "/set wants more: /set parameter NAME VALUE, or /set system TEXT."
         case _:
             return f"Unknown command {line!r}; /help lists them."

@@ -40,7 +40,7 @@ def model_card(name: str, info: EngineInfo, created: int) -> dict[str, Any]:
         "meta": {
             "architecture": info.architecture,
             "n_vocab": info.vocab_size,
-            "n_ctx_train": info.max_model_len,
+            "n_ctx_train": info.max_positions,
             "n_params": info.num_params,
             "size": info.device_bytes.get("weights", 0),
             "weights_version": info.weights_version,
