@@ -160,3 +160,8 @@ def file_bytes(
     head = magic + struct.pack("<IQQ", version, *(counts or (len(tensors), len(entries))))
     head += b"".join(entries) + b"".join(tensors)
     return head + b"\0" * (-len(head) % alignment) + data
+
+
+def saved(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batch_jobs import DyingDisk, Killed, child, text_row, write
 from batch_running import Capturing, install, write_rows
 from fake_engine import ids_of, write_tokenizer
-from test_batch_job import DyingDisk, Killed, child, text_row, write
 
 import jaxserve
 from jaxserve import LLM, SamplingParams, cli

@@ -116,11 +116,11 @@ BAD = [
     ({"input": 3}, "input", "expected"),
     ({"input": ["a"] * 2049}, "input", "2049 texts, at most 2048 are served in one request"),
     ({"input": "a" * 513}, "input", "maximum context length is 512 tokens. However, the input has 513 tokens"),
-    ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "bytes"),
+    ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "one of 'float', 'base64', got 'bytes'"),
     ({"input": "a", "dimensions": 2}, "dimensions", "have 4 dimensions and are not said to keep their meaning"),
     ({"input": "a", "dimensions": 0}, "dimensions", r"dimensions must be in \[1, 4\], got 0"),
     ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", r"must be -1 or in \[1, 512\], got 0"),
-    ({"input": "a", "timeout": -1}, "timeout", "timeout must be a positive number"),
+    ({"input": "a", "timeout": -1}, "timeout", "timeout must be a number of seconds above 0"),
     ({"input": "a", "priority": 2**40}, "priority", "priority must fit in 32 bits"),
     ({"input": "a", "prompt_embeds": "x"}, "prompt_embeds", "not supported"),
 ]

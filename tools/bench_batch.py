@@ -28,6 +28,7 @@ INFO = EngineInfo(
     architecture="none",
     vocab_size=512,
     max_model_len=512,
+    max_positions=512,
     max_num_seqs=64,
     max_num_batched_tokens=512,
     page_size=16,

@@ -13,12 +13,13 @@ import golden
 import numpy as np
 import torch
 import transformers
+from golden_models import Golden
 from safetensors.numpy import load_file, save_file
 
 SMALL = {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2}
 
 GOLDENS = [
-    golden.Golden(
+    Golden(
         "gpt_neox",
         "gpt_neox",
         seed=14,
@@ -33,7 +34,7 @@ GOLDENS = [
             "eps": {"layer_norm_eps": 1e-5},
         },
     ),
-    golden.Golden(
+    Golden(
         "gpt2",
         "gpt2",
         seed=15,
@@ -56,14 +57,14 @@ def randomise(model: torch.nn.Module, rng: np.random.Generator) -> None:
         weight.data.copy_(torch.from_numpy(values.astype(np.float32)))
 
 
-def write_checkpoint(one: golden.Golden, directory: Path, rng: np.random.Generator) -> None:
+def write_checkpoint(one: Golden, directory: Path, rng: np.random.Generator) -> None:
     model = transformers.AutoModelForCausalLM.from_config(golden.config_of(one), dtype=torch.float32)
     randomise(model, rng)
     model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
     model.save_pretrained(directory)
 
 
-def make(one: golden.Golden, directory: Path) -> None:
+def make(one: Golden, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     rng = np.random.default_rng(one.seed)
     write_checkpoint(one, directory, rng)

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -205,7 +205,7 @@ def parse_body[Body: msgspec.Struct](data: bytes, kind: type[Body]) -> tuple[Bod
             nested = _MEMBERS.decode(members["stream_options"])
             others += [f"stream_options.{name}" for name in nested if name not in _field_names(StreamOptions)]
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error)) from None
+        raise _wrong_type(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         reason = str(error).removeprefix("JSON is malformed: ")
         raise InvalidParameter(f"the request body is not valid JSON: {reason}") from None
@@ -248,13 +248,17 @@ def _refuse_unsupported(name: str, raw: msgspec.Raw) -> None:
         raise UnsupportedParameter(f"`{name}` is not supported by this server: {cure}.", param=name)
 
 
-def _wrong_type(message: str) -> InvalidParameter:
+def _wrong_type(message: str, kind: type[msgspec.Struct]) -> InvalidParameter:
     """From msgspec's words, "Expected `int`, got `str` - at `$.messages[0].name`", to ours."""
     what, _, place = message.partition(" - at ")
     path = re.sub(r"\[\.\.\.\]", "", place.replace("`key` in ", "").strip("`")).removeprefix("$").removeprefix(".")
     if missing := re.search(r"missing required field `(\w+)`", what):
         path = f"{path}.{missing[1]}".removeprefix(".")
         return InvalidParameter(f"`{path}` is required", param=path)
+    if invalid := re.fullmatch(r"Invalid enum value (.*)", what):
+        hints = get_type_hints(kind).get(path)
+        choices = [c for a in (hints, *get_args(hints)) if get_origin(a) is Literal for c in get_args(a)]
+        what = f"it must be one of {', '.join(map(repr, choices))}, got {invalid[1]}"
     what = re.sub(r"^Expected `(.*)`, got", lambda m: f"expected {m[1].replace(' | null', '')}, got", what)
     if path:
         return InvalidParameter(f"`{path}` is wrong: {what}", param=path)
