@@ -8,7 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from jaxserve.errors import ConfigError
 
@@ -347,12 +349,17 @@ def option_names(*sections: type) -> dict[str, str]:
 def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOptions:
     """Engine options from the names and values of any of their fields, and `capture`, a pattern or a list of them.
 
-    Raises ConfigError for another name.
+    Raises ConfigError for another name, and for a value of another type.
     """
     sections = (ModelOptions, ScheduleOptions, DeviceOptions)
     known = option_names(*sections) | {"capture": EngineOptions.__name__}
     if unknown := sorted(given.keys() - known.keys()):
         raise ConfigError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    for section in sections:
+        for name, hint in get_type_hints(section).items():
+            if name in given:
+                _check_type(name, given[name], hint)
     parts = [{f.name: given[f.name] for f in fields(s) if f.name in given} for s in sections]
     return EngineOptions(
         model=ModelOptions(**(parts[0] | {"model": model})),
@@ -360,6 +367,15 @@ def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOpti
         device=DeviceOptions(**parts[2]),
         capture=_patterns(given.get("capture", ())),
     )
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    choices = [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]
+    try:
+        msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        wanted = f"must be one of {', '.join(map(repr, choices))}, got {value!r}" if choices else f"is wrong: {error}"
+        raise ConfigError(f"{name} {wanted}") from None
 
 
 def _patterns(given: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import operator
+import os
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -73,7 +74,8 @@ class LLM:
     call the methods; calls from several threads share the engine's batches.
     """
 
-    def __init__(self, model: str | None = None, **options: Any):
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any):
+        model = None if model is None else os.fspath(model)
         # A list may be of any length: nobody else waits behind it.
         offline = {"max_queued_requests": 2**31 - 1, "decode_steps": OFFLINE_DECODE_STEPS}
         engine_options = engine_options_of(model, offline | options)
@@ -109,7 +111,7 @@ class LLM:
         params: one for all, or one a prompt; None takes the model's own defaults. progress None shows a bar on
         stderr for long lists. Raises RequestError before anything runs if a prompt or a parameter is refused.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and hasattr(prompts[0], "__index__"))
+        single = _is_one(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         texts = [p if isinstance(p, str) else None for p in many]
         ids = [self._ids(p) for p in many]
@@ -140,6 +142,8 @@ class LLM:
         that stand side by side compute it once, to the last full page: LLM(block_size=1) shares every token.
         Raises InvalidParameter when the lists differ in length or nothing is left to score.
         """
+        if isinstance(prompts, str) or isinstance(continuations, str):
+            raise InvalidParameter("prompts and continuations must be lists: give [text]", param="prompts")
         if len(prompts) != len(continuations):
             raise InvalidParameter(f"{len(prompts)} prompts and {len(continuations)} continuations", param="prompts")
         pairs = [encode_pair(self.text, p, c) for p, c in zip(prompts, continuations, strict=True)]
@@ -158,11 +162,11 @@ class LLM:
         `dimensions` cuts them, where the model was trained for that. Raises RequestError before anything runs if a
         text is refused, or if the model is one that generates.
         """
-        single = isinstance(texts, str) or (len(texts) > 0 and hasattr(texts[0], "__index__"))
+        single = _is_one(texts)
         many: list[Prompt] = [texts] if single else list(texts)  # type: ignore[list-item, arg-type]
         info = embedding_of(self.info)
         check_dimensions(dimensions, info)
-        ids = [self.text.encode_embedded(t) if isinstance(t, str) else tuple(map(operator.index, t)) for t in many]
+        ids = [self.text.encode_embedded(t) if isinstance(t, str) else _token_ids(t) for t in many]
         streams = [self.text.embed(i, request_id=uuid.uuid4().hex) for i in ids]
         rows = [np.empty(0, np.float32)] * len(streams)
 
@@ -237,13 +241,15 @@ class LLM:
             params = self.text.defaults
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise InvalidParameter("params must be SamplingParams, or a list of them", param="params")
         if len(params) != count:
             raise InvalidParameter(f"{count} prompts and {len(params)} sampling parameters", param="params")
         return list(params)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Text through the tokenizer; ids of any integer type as they are."""
-        return self.text.encode_prompt(prompt) if isinstance(prompt, str) else tuple(map(operator.index, prompt))
+        return self.text.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
 
     def _run(
         self,
@@ -330,6 +336,23 @@ class _Bar:
         self._tokens += tokens
         elapsed = self._bar.tasks[0].elapsed or 0.0
         self._bar.update(self._task, advance=1, rate=f"{self._tokens / elapsed:.0f} tokens/s" if elapsed else "")
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether it is one prompt, a text or token ids, and no list of them."""
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and np.ndim(prompts[0]) == 0 and hasattr(prompts[0], "__index__")
+
+
+def _token_ids(prompt: Any) -> tuple[int, ...]:
+    """Token ids of any integer type. Raises InvalidParameter."""
+    try:
+        return tuple(map(operator.index, prompt))
+    except TypeError:
+        raise InvalidParameter(
+            f"a prompt must be a text or a sequence of token ids, got {prompt!r:.80}", param="prompts"
+        ) from None
 
 
 def _add(output: RequestOutput, delta: Any) -> None:

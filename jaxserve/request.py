@@ -54,7 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     None is off. max_tokens None means up to the end of the context; 0 scores the prompt only.
     prompt_logprobs k asks for the same of the prompt's tokens; of those before position prompt_logprobs_from nothing
     is said, and what lies before it may come from the prefix cache.
-    `stop` strings are handled where text lives; the engine sees token ids only.
+    `stop` strings are handled where text lives; the engine sees token ids only. A single one may be given as it is.
     Raises InvalidParameter, naming the field.
     """
 
@@ -82,6 +82,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs_from: int = 0
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):  # whose letters would be as many stop strings
+            msgspec.structs.force_setattr(self, "stop", (stop,))
         for name in _INTEGERS:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))

@@ -50,6 +50,12 @@ def test_ids_of_any_integer_type(llm):
     ids = np.arange(5, 45)
     assert llm.generate(ids, GREEDY).outputs[0].token_ids == llm.generate(ids.tolist(), GREEDY).outputs[0].token_ids
     assert llm.score([ids], [ids[:3]])[0].token_ids == [5, 6, 7]
+    (only,) = llm.generate([ids], GREEDY)
+    assert only.prompt_token_ids == ids.tolist()
+
+
+def test_one_stop_string_is_no_list_of_letters():
+    assert SamplingParams(stop="Paris") == SamplingParams(stop=("Paris",))
 
 
 def test_closing_ends_the_calls_of_other_threads():
@@ -99,8 +105,18 @@ def test_refusals(llm):
         llm.score([[5], [6]], [[7]])
     with pytest.raises(InvalidParameter, match="at least one token"):
         llm.score([[5]], [[]])
+    with pytest.raises(InvalidParameter, match="a text or a sequence of token ids, got None"):
+        llm.generate([None], GREEDY)
+    with pytest.raises(InvalidParameter, match="params must be SamplingParams"):
+        llm.generate("a", {"temperature": 1})
+    with pytest.raises(InvalidParameter, match="must be lists"):
+        llm.score("The capital of France is", " Paris.")
     with pytest.raises(ConfigError, match="no option 'tensor_parallel'"):
         LLM(tensor_parallel=2)
+    with pytest.raises(ConfigError, match="dtype must be one of 'auto', 'float32', 'bfloat16', got 'int3'"):
+        LLM(dtype="int3")
+    with pytest.raises(ConfigError, match=r"max_num_seqs is wrong: Expected `int \| null`, got `str`"):
+        LLM(max_num_seqs="8")
     assert "Paris" in llm.chat(ask(QUESTIONS[0]), GREEDY).outputs[0].text, "and goes on"
 
 

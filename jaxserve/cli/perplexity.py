@@ -71,7 +71,7 @@ def perplexity(
     Parameters
     ----------
     model
-        GGUF file, local directory (safetensors or Orbax), or Hugging Face id.
+        GGUF file, local directory (safetensors or Orbax), or Hugging Face id; jaxserve-tiny is the embedded model.
     text
         UTF-8 text file. With --kl-divergence-base it may be left out.
     ctx_size

@@ -24,7 +24,7 @@ def show(model: str, *, as_json: Annotated[bool, Parameter(name="--json", negati
     Parameters
     ----------
     model
-        GGUF file (the first one of a split), local directory, or Hugging Face id.
+        GGUF file (the first one of a split), local directory, or Hugging Face id; jaxserve-tiny is the embedded model.
     as_json
         Print JSON.
     """
