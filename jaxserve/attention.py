@@ -57,26 +57,28 @@ def choose(
     kv_dtype: DTypeLike = jnp.bfloat16,
     block_size: int | None = None,
     head_dim: int | None = None,
-    latent: bool = False,
+    value_dim: int | None = None,
     capability: str | None = None,
 ) -> tuple[str, str, RaggedPagedAttention]:
     """The kernel's name, the reason in words, and the kernel. Raises ConfigError for one that cannot be had.
 
-    `latent`: the model's cache is of latents. `capability` is a GPU's compute capability, for instance "9.0".
+    `value_dim` is given where the model's cache is of latents. `capability` is a GPU's compute capability, for instance
+    "9.0".
     """
     chosen = PLATFORM.get(platform, "reference") if name == "auto" else name
     if chosen not in KERNELS:
         raise ConfigError(f"attention={name!r}: choose one of auto, {', '.join(KERNELS)}")
-    if latent and jnp.dtype(kv_dtype) == jnp.int8:
+    if value_dim is not None and jnp.dtype(kv_dtype) == jnp.int8:
         raise ConfigError(
-            "kv_cache_dtype int8 is not served with latent attention (MLA); leave it out, or on TPU give float8_e4m3fn"
+            "kv_cache_dtype int8 is not served with latent attention (MLA); leave it out, or on TPU and GPU give "
+            "float8_e4m3fn"
         )
     reason = f"auto on {platform}" if name == "auto" else "asked for by name"
     if chosen in PLATFORM and platform != chosen:
         raise ConfigError(f"attention={chosen!r} does not run on {platform}; use auto")
     if chosen == "cpu":
         if devices == 1 and jnp.dtype(kv_dtype) == jnp.float8_e4m3fn:
-            int8 = "" if latent else "--kv-cache-dtype int8, which takes as much memory, or "
+            int8 = "" if value_dim is not None else "--kv-cache-dtype int8, which takes as much memory, or "
             raise ConfigError(
                 f"kv_cache_dtype float8_e4m3fn is not read by the CPU's kernels; give {int8}--attention reference, "
                 "which is slower by far"
@@ -101,9 +103,8 @@ def choose(
             chosen, reason = "reference", f"slower by far than the TPU's own kernel, but {error}"
     if chosen == "gpu":
         try:
-            if latent:
-                raise ValueError("it does not read latents")
-            validate_for_gpu(block_size or PAGE_SIZE["gpu"], jnp.dtype(kv_dtype), head_dim or 0, capability)
+            page = block_size or PAGE_SIZE["gpu"]
+            validate_for_gpu(page, jnp.dtype(kv_dtype), head_dim or 0, capability, value_dim)
             return chosen, reason, import_module(KERNELS[chosen]).ragged_paged_attention
         except (ValueError, ImportError) as error:  # of Pallas' GPU backends, which come and go with JAX
             if name != "auto":

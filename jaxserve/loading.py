@@ -99,7 +99,7 @@ def choose(
     name, reason, kernel = attention.choose(
         device.attention, platform, progress, devices=mesh.size, causal=model.causal, block_size=device.block_size,
         kv_dtype=dtype if device.kv_dtype == "auto" else device.kv_dtype, head_dim=config.head_dim,
-        latent=model.cache_spec(config).value_dim is not None, capability=capability,
+        value_dim=model.cache_spec(config).value_dim, capability=capability,
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
     return Chosen(model, config, partition, dtype, name, kernel, embedding)

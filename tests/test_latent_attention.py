@@ -20,7 +20,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.layers import by_head
 from jaxserve.loading import load_model
 from jaxserve.models import find_model
-from kernels_pallas.ragged_paged_attention import tpu
+from kernels_pallas.ragged_paged_attention import gpu, tpu
 from kernels_pallas.ragged_paged_attention.contract import Int8Cache, latent_row
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
 
@@ -48,14 +48,15 @@ SIZES = [(4, 24, 16), (3, 12, 12), (16, 144, 129)]
         *(("cpu", page, sizes, None) for page, sizes in zip((PAGE, 16, 48), SIZES, strict=True)),
         ("cpu", 16, SIZES[0], 7),
         ("tpu", PAGE, SIZES[0], 7),
-    ],
+        ("gpu", PAGE, SIZES[0], 7), ("gpu", 16, SIZES[1], None), ("gpu", 48, SIZES[2], None),
+    ],  # fmt: skip
     ids=str,
 )
 def test_parity(body, page, sizes, window):
     kernel, (heads, head_dim, value_dim) = body_of(body), sizes
     rng = np.random.default_rng(heads)
     run = jax.jit(lambda *a: kernel(*a, scale=0.3, window=window, value_dim=value_dim))
-    most = dict(tokens=32, seqs_total=6) if body == "tpu" else {}  # which is interpreted
+    most = dict(tokens=32, seqs_total=6) if body in ("tpu", "gpu") else {}  # which are interpreted
     for case in (
         dict(q_lens=[1, 1, 1], pasts=[0, 5, 300]),
         dict(q_lens=[1, 1, 3, 17, 1], pasts=[9, 39, 4, 0, 130]),
@@ -76,13 +77,15 @@ def test_parity(body, page, sizes, window):
 @pytest.mark.parametrize(
     ("body", "queries", "kept"),
     [("cpu", "float32", "float16"), ("reference", "bfloat16", "float16"), ("reference", "bfloat16", "float8_e4m3fn"),
-     ("tpu", "bfloat16", "bfloat16")],
+     ("tpu", "bfloat16", "bfloat16"), ("gpu", "bfloat16", "bfloat16"), ("gpu", "float16", "float8_e4m3fn")],
 )  # fmt: skip
 def test_types(body, queries, kept):
     """The heads of DeepSeek-V2-Lite, against float64, from the latents as the cache keeps them."""
     kernel = body_of(body)
     if body == "tpu":
         kernel = partial(kernel.func, interpret=True, decode=Blocks(1, 4, 2), prefill=Blocks(16, 4, 2))
+    if body == "gpu":
+        kernel = partial(kernel.func, interpret=True)  # by rule
     args, kv = latent_batch(
         np.random.default_rng(2), heads=16, head_dim=576, page=8, pages=60, tokens=32, seqs_total=4,
         q_lens=[1, 1, 5, 17], pasts=[0, 90, 50, 9],
@@ -200,24 +203,26 @@ def test_contract_names_what_is_wrong(body):
     bytes_ = Int8Cache(jnp.zeros((700, 4, 128), jnp.int8), jnp.zeros((700, 1, 4)))
     with pytest.raises(ValueError, match="latents are not kept in an Int8Cache"):
         kernel(*args[:3], bytes_, *args[4:], value_dim=4)
-    if body == "gpu":
-        with pytest.raises(ValueError, match="the GPU's kernels do not read latents; use the reference"):
-            kernel(*args, value_dim=4)
 
 
 def test_the_kernel_is_chosen_for_latents(compiler):
-    name, reason, _ = attention.choose("auto", "gpu", latent=True, head_dim=64, capability="9.0")
-    assert name == "reference" and "it does not read latents" in reason
-    name, reason, _ = attention.choose("auto", "cpu", latent=True, kv_dtype="float32")
+    latents = dict(head_dim=576, value_dim=512)
+    name, reason, _ = attention.choose("auto", "cpu", kv_dtype="float32", **latents)
     assert (name, reason) == ("cpu", "auto on cpu")
-    assert attention.choose("auto", "tpu", latent=True)[2] is tpu.ragged_paged_attention
-    with pytest.raises(ConfigError, match="attention='gpu': it does not read latents"):
-        attention.choose("gpu", "gpu", latent=True, capability="9.0")
+    assert attention.choose("auto", "tpu", **latents)[2] is tpu.ragged_paged_attention
+    for kind in ("bfloat16", "float32", "float8_e4m3fn"):
+        found = attention.choose("auto", "gpu", capability="9.0", kv_dtype=kind, **latents)
+        assert found == ("gpu", "auto on gpu", gpu.ragged_paged_attention)
+    wide = dict(head_dim=640, value_dim=512, capability="9.0")
+    name, reason, _ = attention.choose("auto", "gpu", **wide)
+    assert name == "reference" and "latents of up to 512 numbers that are values and 64 beside" in reason
+    with pytest.raises(ConfigError, match="attention='gpu': .* 64 beside them; the model's have 512 and 128"):
+        attention.choose("gpu", "gpu", **wide)
     for platform in ("cpu", "gpu", "tpu"):
         with pytest.raises(ConfigError, match=r"kv_cache_dtype int8 is not served with latent attention \(MLA\)"):
-            attention.choose("auto", platform, latent=True, kv_dtype="int8")
+            attention.choose("auto", platform, kv_dtype="int8", **latents)
     with pytest.raises(ConfigError, match="not read by the CPU's kernels; give --attention reference"):
-        attention.choose("auto", "cpu", latent=True, kv_dtype="float8_e4m3fn")
+        attention.choose("auto", "cpu", kv_dtype="float8_e4m3fn", **latents)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 16, 32, 128])

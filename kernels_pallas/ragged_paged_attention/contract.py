@@ -220,8 +220,11 @@ def validate_for_tpu(page: int, dtype: np.dtype, seqs: int, pages: int) -> None:
         )
 
 
-def validate_for_gpu(page: int, dtype: np.dtype, head_dim: int, capability: str | None) -> None:
-    """What the GPU's kernels ask of the chip, by its compute capability, and of pages of `page` tokens.
+def validate_for_gpu(
+    page: int, dtype: np.dtype, head_dim: int, capability: str | None, value_dim: int | None = None
+) -> None:
+    """What the GPU's kernels ask of the chip, by its compute capability, and of pages of `page` tokens. `value_dim` is
+    given for latents.
 
     Raises ValueError.
     """
@@ -230,7 +233,12 @@ def validate_for_gpu(page: int, dtype: np.dtype, head_dim: int, capability: str 
         raise ValueError(f"it needs NVIDIA's compute capability 8.0 or above; the device has {capability or 'none'}")
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8, jnp.float8_e4m3fn):
         raise ValueError(f"it does not read a cache of {dtype.name} (--kv-cache-dtype)")
-    if head_dim > 256:
+    if value_dim is not None and (value_dim > 512 or head_dim - value_dim > 64):
+        raise ValueError(
+            "its memory holds latents of up to 512 numbers that are values and 64 beside them; the model's have "
+            f"{value_dim} and {head_dim - value_dim}"
+        )
+    if value_dim is None and head_dim > 256:
         raise ValueError(f"its memory holds heads of up to 256 numbers; the model's have {head_dim}")
     if page < 16 or page & (page - 1):
         raise ValueError(

@@ -1,13 +1,13 @@
 """Ragged paged attention for GPU: cuts a step into shares, has a Pallas kernel attend them, and merges what they give.
 
-T tokens, S sequences, B pages a sequence, N query heads, K kv heads, G = N / K, H head_dim, I shares, Q query tokens of
-a share, C chunks of the heads that share a kv head, R rows of queries of a share
+T tokens, S sequences, B pages a sequence, N query heads, K kv heads, G = N / K, H head_dim, V numbers of a value,
+I shares, Q query tokens of a share, C chunks of the heads that share a kv head, R rows of queries of a share
 
 A share is some queries of one sequence and a stretch of its kv tokens. Sequences that decode are cut along their kv
 tokens (split-KV: flash-decoding, Dao et al., 2023), so that few long ones fill the GPU, all others along their queries.
 Row h * Q + t of a share is its t-th query token for the h-th head of the chunk. The body for Hopper is
-gpu_hopper.py's, that for whatever it does not take, other generations above all, gpu_triton.py's; both take shares and
-give the same.
+gpu_hopper.py's, that for whatever it does not take, other generations and latents above all, gpu_triton.py's; both take
+shares and give the same.
 """
 
 import math
@@ -24,7 +24,7 @@ from kernels_pallas.ragged_paged_attention.contract import Cache, Int8Cache, val
 from kernels_pallas.ragged_paged_attention.gpu_shares import Shares
 from kernels_pallas.ragged_paged_attention.pieces import pieces
 from kernels_pallas.ragged_paged_attention.reference import write
-from kernels_pallas.ragged_paged_attention.tuning.gpu import ROWS, GpuBlocks, blocks_for
+from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks, blocks_for
 
 LOG2_E = math.log2(math.e)
 type Interpret = bool | plgpu.InterpretGPUParams
@@ -65,15 +65,14 @@ def ragged_paged_attention(
     decode: GpuBlocks | None = None,
     prefill: GpuBlocks | None = None,
     interpret: Interpret = False,
-) -> tuple[Float[Array, "T N H"], Cache]:
+) -> tuple[Float[Array, "T N V"], Cache]:
     """See contract.py.
 
     `chip` is the device where it cannot be found out; `decode` and `prefill` are block sizes instead of those of
-    tuning/gpu.json; `interpret` runs a body on a CPU: True that for Ampere, InterpretGPUParams that for Hopper.
+    tuning/gpu.json; `interpret` runs a body on a CPU: True that in Triton, InterpretGPUParams that for Hopper, which
+    has none for latents.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
-    if v is None:
-        raise ValueError("the GPU's kernels do not read latents; use the reference")
     kept = (cache.values if isinstance(cache, Int8Cache) else cache).dtype
     if kept.itemsize > 1 and q.dtype != kept:
         raise ValueError(
@@ -84,19 +83,23 @@ def ragged_paged_attention(
     (tokens, heads, head_dim), kv_heads, page = q.shape, k.shape[1], cache.shape[1]
     chip = chip or _chip()
     if not interpret:
-        validate_for_gpu(page, kept, head_dim, chip.capability)
-    hopper = gpu_hopper.takes(chip.capability, q.dtype, kept, head_dim, page)
+        validate_for_gpu(page, kept, head_dim, chip.capability, value_dim)
+    hopper = gpu_hopper.takes(chip.capability, q.dtype, kept, head_dim, page, value_dim)
     if interpret:
-        hopper = interpret is not True
+        hopper = interpret is not True and value_dim is None
     if decode is None or prefill is None:
-        tuned = blocks_for(chip.kind, hopper, kept.name, q.dtype.name, heads, kv_heads, head_dim, page)
+        types = kept.name, q.dtype.name
+        tuned = blocks_for(
+            chip.kind, hopper, *types, heads, kv_heads, head_dim, page, value_dim, capability=chip.capability
+        )
         decode, prefill = decode or tuned[0], prefill or tuned[1]
     cache = write(k, v, cache, kv_lens, page_table, cu_q_lens, distribution[2])
     rows, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, None)
     attend = partial(
-        gpu_hopper.attend if hopper else gpu_triton.attend,
+        gpu_hopper.attend if hopper else partial(gpu_triton.attend, value_dim=value_dim),
         page=page, kv_heads=kv_heads, table=page_table.reshape(-1), cache=rows.reshape(-1, rows.shape[2]),
-        scales=None if scales is None else scales.reshape(-1, page), window=window, causal=causal, interpret=interpret,
+        scales=None if scales is None else scales.reshape(-1, page), window=window, causal=causal,
+        interpret=interpret if hopper else bool(interpret),
         # By these a product of q and k becomes an exponent of 2.
         unit=(scale if soft_cap is None else soft_cap) * LOG2_E,
         cap=None if soft_cap is None else 2.0 * LOG2_E * scale / soft_cap,
@@ -143,12 +146,14 @@ class _Step(NamedTuple):
 
 def _decode(
     attend: Any, q: Float[Array, "S N H"], step: _Step, sinks: jax.Array | None, blocks: GpuBlocks, chip: Chip
-) -> Float[Array, "S N H"]:
+) -> Float[Array, "S N V"]:
     """Of sequences with one query token, each in as many shares as fill the GPU with the others'."""
     (seqs, heads, head_dim), kv_heads = q.shape, step.kv_heads
     groups = heads // kv_heads
+    chunks = -(-groups // blocks.rows)
+    chunk = -(-groups // chunks)  # heads of a chunk
     longest = -(-step.table_width * step.page // blocks.positions)
-    splits = min(blocks.splits(seqs * kv_heads, chip.cores), longest)
+    splits = min(blocks.splits(seqs * kv_heads * chunks, chip.cores), longest)
     lens = jnp.where(jnp.arange(seqs) < step.distribution[0], step.kv_lens, 0)
     low = step.start(lens - 1)
     each = -(-(lens - low) // (blocks.positions * splits))  # blocks of a share
@@ -160,17 +165,18 @@ def _decode(
         *(jnp.broadcast_to(a, start.shape).reshape(-1) for a in (row[:, None], start, end, lens[:, None] - 1))
     )
 
-    rows = -(-groups // 8) * 8
-    q = jnp.pad(q.reshape(seqs, kv_heads, groups, head_dim), ((0, 0), (0, 0), (0, rows - groups), (0, 0)))
+    rows = -(-chunk // 8) * 8
+    q = _padded(q.reshape(seqs, kv_heads, groups, head_dim), 2, chunks * chunk)
+    q = _padded(q.reshape(seqs, kv_heads * chunks, chunk, head_dim), 2, rows)
     merges = splits > 1 or sinks is not None
     out, exponent = attend(
-        shares, q, chunks=1, queries=1, splits=splits, blocks=blocks, out_dtype=jnp.float32 if merges else q.dtype
+        shares, q, chunks=chunks, queries=1, splits=splits, blocks=blocks, out_dtype=jnp.float32 if merges else q.dtype
     )
-    out = out.reshape(seqs, splits, kv_heads, rows, head_dim)[:, :, :, :groups]
+    out, exponent = (a.reshape(seqs, splits, kv_heads, chunks, rows, -1)[:, :, :, :, :chunk] for a in (out, exponent))
+    out, exponent = (a.reshape(seqs, splits, kv_heads, chunks * chunk, -1)[:, :, :, :groups] for a in (out, exponent))
     if not merges:
-        return out.reshape(seqs, heads, head_dim)
-    exponent = exponent.reshape(seqs, splits, kv_heads, rows)[:, :, :, :groups]
-    exponent = jnp.where((start < end)[:, :, None, None], exponent, -jnp.inf)
+        return out.reshape(seqs, heads, -1)
+    exponent = jnp.where((start < end)[:, :, None, None], exponent[..., 0], -jnp.inf)
     most = exponent.max(axis=1)  # [S, K, G]
     if sinks is not None:
         own = jnp.asarray(sinks, jnp.float32).reshape(kv_heads, groups) * LOG2_E
@@ -181,18 +187,18 @@ def _decode(
     if sinks is not None:
         total = total + jnp.exp2(own[None] - most)[..., None]
     out = jnp.where(weight > 0, weight * out, 0.0).sum(axis=1) / jnp.where(total > 0, total, 1.0)
-    return out.reshape(seqs, heads, head_dim).astype(q.dtype)
+    return out.reshape(seqs, heads, -1).astype(q.dtype)
 
 
 def _prefill(
     attend: Any, q: Float[Array, "T N H"], step: _Step, sinks: jax.Array | None, blocks: GpuBlocks
-) -> Float[Array, "T N H"]:
+) -> Float[Array, "T N V"]:
     """Of all other sequences, each in shares of consecutive query tokens; other rows are finite."""
     (tokens, heads, head_dim), kv_heads = q.shape, step.kv_heads
     seqs, groups = len(step.kv_lens), heads // kv_heads
     chunks = -(-groups // 8)
     chunk = -(-groups // chunks)  # heads of a chunk
-    queries = ROWS // (1 << (chunk - 1).bit_length())
+    queries = blocks.rows // (1 << (chunk - 1).bit_length())
     begin, q_lens = step.cu_q_lens[:-1], jnp.diff(step.cu_q_lens)
     s = jnp.arange(seqs, dtype=jnp.int32)
     others = (s >= step.distribution[0]) & (s < step.distribution[2])
@@ -207,7 +213,7 @@ def _prefill(
     shares = Shares(*(a[::-1] for a in shares))  # the last ones have most to read: they go first
 
     token = (begin[seq_of] + block_of * queries)[::-1, None] + jnp.arange(queries, dtype=jnp.int32)[None, :]  # [I, Q]
-    q = jnp.pad(q.reshape(tokens, kv_heads, groups, head_dim), ((0, 0), (0, 0), (0, chunks * chunk - groups), (0, 0)))
+    q = _padded(q.reshape(tokens, kv_heads, groups, head_dim), 2, chunks * chunk)
     own = jnp.take(q, token, axis=0, mode="clip").reshape(most, queries, kv_heads * chunks, chunk, head_dim)
     own = own.transpose(0, 2, 3, 1, 4).reshape(most, kv_heads * chunks, chunk * queries, head_dim)
     out_dtype = jnp.float32 if sinks is not None else q.dtype
@@ -229,3 +235,8 @@ def _prefill(
         seen = by_token(exponent) - jnp.asarray(sinks, jnp.float32)[None, :, None] * LOG2_E
         out = (out / (1.0 + jnp.exp2(-seen))).astype(q.dtype)
     return out
+
+
+def _padded(a: jax.Array, axis: int, to: int) -> jax.Array:
+    """Zeros behind it, where it is shorter along an axis."""
+    return jnp.pad(a, [(0, to - n if i == axis else 0) for i, n in enumerate(a.shape)])

@@ -30,12 +30,14 @@ WIDE = plgpu.Layout.WGMMA_UPCAST_2X
 """How a block lies in registers while it is made wider: four neighbours to a thread, a word of bytes."""
 
 
-def takes(capability: str, dtype: Any, kept: Any, head_dim: int, page: int) -> bool:
-    """Whether this is the body for queries of `dtype` and a cache of `kept`.
+def takes(capability: str, dtype: Any, kept: Any, head_dim: int, page: int, value_dim: int | None = None) -> bool:
+    """Whether this is the body for queries of `dtype` and a cache of `kept`, which is of latents if `value_dim` is given.
 
     Blackwell has other instructions, and these multiply no float32. The narrowest tiles are 32 bytes wide, and the copy
-    engine writes scales to multiples of 128 bytes.
+    engine writes scales to multiples of 128 bytes. One warpgroup has no registers for the sums of 64 rows of 512.
     """
+    if value_dim is not None:
+        return False
     fits = head_dim * kept.itemsize % 32 == 0 and (kept != jnp.int8 or page >= 32)
     return capability.startswith("9.") and dtype in (jnp.bfloat16, jnp.float16) and fits
 

@@ -2,12 +2,16 @@
 can replace it.
 
 I shares, Q query tokens of a share, C chunks of the heads that share a kv head, R rows of queries of a share,
-L kv tokens of a block, H head_dim; see gpu.py
+L kv tokens of a block, H head_dim, V numbers of a value; see gpu.py
+
+A latent comes to shared memory once and is both key and value. Triton wants powers of two: its 576 numbers are 512,
+which are the values, and 64, and a score is the sum of two products.
 
 JAX calls Pallas' way to Triton deprecated. jaxserve.attention takes the reference where JAX no longer has it.
 """
 
-from functools import partial
+import operator
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -41,82 +45,90 @@ def attend(
     cap: float | None,
     window: int | None,
     causal: bool,
+    value_dim: int | None,
     out_dtype: Any,
     interpret: Any,
-) -> tuple[Float[Array, "IKC R H"], Float[Array, "IKC R"]]:
+) -> tuple[Float[Array, "IKC R V"], Float[Array, "IKC R"]]:
     """See gpu_hopper.attend."""
     (_, slots, rows, head_dim), count = q.shape, len(shares.start)
+    width = head_dim if value_dim is None else value_dim
     body = partial(
         _body, page=page, kv_heads=kv_heads, chunks=chunks, queries=queries, splits=splits, length=blocks.positions,
-        window=window, causal=causal, unit=unit, cap=cap,
+        window=window, causal=causal, unit=unit, cap=cap, latent=value_dim is not None,
     )  # fmt: skip
     out, sums = pl.pallas_call(
         body,
         grid=(count, slots),
         out_shape=(
-            jax.ShapeDtypeStruct((count, slots, rows, head_dim), out_dtype),
+            jax.ShapeDtypeStruct((count, slots, rows, width), out_dtype),
             jax.ShapeDtypeStruct((count, slots, rows), jnp.float32),
         ),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=blocks.buffers),
+        compiler_params=plt.CompilerParams(num_warps=blocks.warps, num_stages=blocks.buffers),
         interpret=interpret,
         name=f"jaxserve_attention_{'decode' if queries == 1 else 'prefill'}",
     )(*shares, table, q, cache, *([] if scales is None else [scales]))
-    return out.reshape(count * slots, rows, head_dim), sums.reshape(count * slots, rows)
+    return out.reshape(count * slots, rows, width), sums.reshape(count * slots, rows)
 
 
 def _body(
     row_of: Any, start_of: Any, end_of: Any, first_of: Any, table: Any, q: Any, cache: Any, *rest: Any,
     page: int, kv_heads: int, chunks: int, queries: int, splits: int, length: int, window: int | None, causal: bool,
-    unit: float, cap: float | None,
+    unit: float, cap: float | None, latent: bool,
 ) -> None:  # fmt: skip
-    """One share and chunk of heads, as gpu_hopper's. Sizes are powers of two here: what is past the true ones is 0."""
+    """One share and chunk of heads, as gpu_hopper's. Sizes are powers of two here: what is past the true ones is 0. Of
+    kv tokens that is their last one again, which weighs nothing."""
     *scales, out, sums = rest
     share, slot = pl.program_id(0), pl.program_id(1)
-    rows, width = (max(LEAST_ROWS, 1 << (n - 1).bit_length()) for n in q.shape[2:])
-    head_dim = q.shape[3]
-    r, h = (lax.broadcasted_iota(jnp.int32, (rows, width), axis) for axis in (0, 1))
-    is_own = (r < q.shape[2]) & (h < head_dim)
+    rows, head_dim, value_dim = _whole(q.shape[2]), q.shape[3], out.shape[3]
     start, end, first = start_of[share], end_of[share], first_of[share]
-    head = lax.div(slot, chunks)  # of K
-    lane = head * (2 * head_dim) + lax.broadcasted_iota(jnp.int32, (length, width), 1)
-    is_lane = lax.broadcasted_iota(jnp.int32, (length, width), 1) < head_dim
+    head = jnp.int32(0) if latent else lax.div(slot, chunks)  # of K
+    parts = [(0, value_dim), (value_dim, head_dim - value_dim)]  # of a key: (first, numbers)
+    parts = parts[: 1 if value_dim == head_dim else 2]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     @pl.when(start < end)
     def attend_share() -> None:
-        own = plt.load(q.at[lax.div(share, splits), slot, r, h], mask=is_own, other=0.0)
-        position = first + lax.rem(lax.broadcasted_iota(jnp.int32, (rows, length), 0), queries)
+        def queries_in(first: int, numbers: int) -> jax.Array:  # [R, numbers]
+            r, h = (lax.broadcasted_iota(jnp.int32, (rows, _whole(numbers)), axis) for axis in (0, 1))
+            at = q.at[lax.div(share, splits), slot, r, h + first]
+            return plt.load(at, mask=(r < q.shape[2]) & (h < numbers), other=0.0)
+
+        own = [queries_in(*part) for part in parts]
+        position = first + lax.rem(lax.iota(jnp.int32, rows), queries)
 
         def block(i: jax.Array, carry: Any) -> Any:
             acc, best, norm = carry  # [R, H], [R], [R]
             kv = start + i * length + lax.iota(jnp.int32, length)
-            there = kv < end
-            number = plt.load(table.at[row_of[share] + lax.div(kv, page)], mask=there, other=0)  # of its page
-            row_of_page = lax.rem(kv, page)
-            row = lax.broadcast_in_dim(number * page + row_of_page, (length, width), [0])
-            own_rows = lax.broadcast_in_dim(there, (length, width), [0]) & is_lane
+            read = jnp.minimum(kv, end - 1)  # what lies past may be NaN, and 0 * NaN is NaN
+            number = plt.load(table.at[row_of[share] + lax.div(read, page)])  # of its page
+            row_of_page = lax.rem(read, page)
+            row = number * page + row_of_page
 
-            def kept(part: int) -> jax.Array:  # [L, H]
-                at = cache.at[row, lane + part * head_dim]
-                return widened(plt.load(at, mask=own_rows, other=jnp.zeros((), cache.dtype)), q.dtype)
+            def kept(first: int, numbers: int) -> jax.Array:  # [L, numbers]
+                shape = length, _whole(numbers)
+                h = lax.broadcasted_iota(jnp.int32, shape, 1)
+                at = cache.at[lax.broadcast_in_dim(row, shape, [0]), head * (2 * head_dim) + first + h]
+                some = {} if numbers == shape[1] else dict(mask=h < numbers, other=jnp.zeros((), cache.dtype))
+                return widened(plt.load(at, **some), q.dtype)
 
             def scaled(x: jax.Array, part: int) -> jax.Array:  # [R, L]
                 for of_all in scales:
                     at = of_all.at[(number * kv_heads + head) * 2 + part, row_of_page]
-                    x = x * plt.load(at, mask=there, other=0.0)[None, :]
+                    x = x * plt.load(at)[None, :]
                 return x
 
-            k, v = kept(0), kept(1)
-            score = scaled(plt.dot(own, k, trans_b=True, precision=precision).astype(jnp.float32), 0)
+            keys = [kept(*part) for part in parts]
+            v = keys[0] if latent else kept(head_dim, head_dim)
+            products = (plt.dot(a, k, trans_b=True, precision=precision) for a, k in zip(own, keys, strict=True))
+            score = scaled(reduce(operator.add, products).astype(jnp.float32), 0)
             if cap is not None:
                 score = 1.0 - 2.0 / (1.0 + jnp.exp2(score * cap))
             score = score * unit
-            kv = lax.broadcast_in_dim(kv, (rows, length), [1])
-            seen = kv < end
+            seen = jnp.broadcast_to((kv < end)[None, :], (rows, length))
             if causal:
-                seen &= kv <= position
+                seen &= kv[None, :] <= position[:, None]
             if window is not None:
-                seen &= kv > position - window
+                seen &= kv[None, :] > position[:, None] - window
             score = jnp.where(seen, score, MASKED)
             new = jnp.maximum(best, score.max(axis=1))
             fade = jnp.exp2(best - new)
@@ -127,14 +139,21 @@ def _body(
             return acc, new, norm
 
         carry = (
-            jnp.zeros((rows, width), jnp.float32),
+            jnp.zeros((rows, _whole(value_dim)), jnp.float32),
             jnp.full((rows,), MASKED, jnp.float32),
             jnp.zeros((rows,), jnp.float32),
         )
         acc, best, norm = lax.fori_loop(0, lax.div(end - start + (length - 1), length), block, carry)
+        r, h = (lax.broadcasted_iota(jnp.int32, acc.shape, axis) for axis in (0, 1))
+        is_own = (r < q.shape[2]) & (h < value_dim)
         plt.store(out.at[share, slot, r, h], (acc / norm[:, None]).astype(out.dtype), mask=is_own)
         row = lax.iota(jnp.int32, rows)
         plt.store(sums.at[share, slot, row], best + jnp.log2(norm), mask=row < q.shape[2])
+
+
+def _whole(numbers: int) -> int:
+    """The power of two that Triton wants where there are so many."""
+    return max(LEAST_ROWS, 1 << (numbers - 1).bit_length())
 
 
 def widened(kept: Shaped[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:

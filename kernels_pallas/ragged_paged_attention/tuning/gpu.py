@@ -13,6 +13,10 @@ OWN_BYTES = 512
 """Of it, for barriers."""
 SCALE_BYTES = 1 << 10
 """Of it, for the scales of a block of kv tokens of an Int8Cache: that is what shared memory is aligned to."""
+LARGE = {"8.0": 163 << 10, "8.7": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10, "10.3": 227 << 10, "11.0": 227 << 10}
+"""Shared memory of a block of threads, by compute capability, where it is more than `SMALL`."""
+SMALL = 99 << 10
+"""Shared memory of a block of threads on all others from 8.0 on, as A10, L4 and consumers' cards are."""
 
 
 class GpuBlocks(NamedTuple):
@@ -21,11 +25,16 @@ class GpuBlocks(NamedTuple):
     positions: int
     """kv tokens computed with at once: on Hopper a multiple of 64, in Triton a power of two."""
     buffers: int
-    """Blocks of them in shared memory: one is computed with while the others are on their way. At least 2."""
+    """Blocks of them in shared memory: one is computed with while the others are on their way. At least 2. In Triton
+    the stages of its pipeline, of which two blocks take five: a block's pages are looked up one stage before."""
     least: int = 4
     """Blocks that a share of a sequence's kv tokens has at least."""
     waves: int = 4
     """Shares a multiprocessor that sequences are cut for, where they are fewer."""
+    rows: int = ROWS
+    """Rows of queries of a share: in Triton a power of two, at least 16."""
+    warps: int = 4
+    """That compute a share in Triton; on Hopper's own body it is a warpgroup."""
 
     def splits(self, shares: int, cores: int) -> int:
         """Parts to cut each sequence's kv tokens into, with `shares` of them if none is cut. A power of two: what a
@@ -35,10 +44,12 @@ class GpuBlocks(NamedTuple):
 
 @cache  # one line in the log for each choice
 def blocks_for(
-    chip: str, hopper: bool, dtype: str, queries: str, heads: int, kv_heads: int, head_dim: int, page: int
+    chip: str, hopper: bool, dtype: str, queries: str, heads: int, kv_heads: int, head_dim: int, page: int,
+    value_dim: int | None = None, capability: str = "",
 ) -> tuple[GpuBlocks, GpuBlocks]:
     """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton. `dtype` is the cache's,
-    `queries` the type of the queries, which differ where the cache is of 8 bits.
+    `queries` the type of the queries, which differ where the cache is of 8 bits. `value_dim` is given for latents, and
+    the chip's compute `capability` tells how much of them it can hold.
 
     An entry serves where all that it names agrees, and the first such entry is taken.
     """
@@ -46,9 +57,12 @@ def blocks_for(
         chip=chip, hopper=hopper, dtype=dtype, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         page=page,
     )  # fmt: skip
+    asked |= {} if value_dim is None else dict(value_dim=value_dim)
     entry, source = entry_for("gpu.json", asked)
     if entry is not None:
         found = GpuBlocks(**entry["decode"]), GpuBlocks(**entry["prefill"])
+    elif value_dim is not None:
+        found = (_of_latents(dtype, queries, LARGE.get(capability, SMALL)),) * 2
     elif not hopper:  # which keeps them in registers, as numbers of the queries' type
         found = (GpuBlocks(64 if head_dim <= 128 and queries != "float32" else 32, 2),) * 2
     else:
@@ -56,6 +70,20 @@ def blocks_for(
         found = _by_rule(head_dim, dtype, result), _by_rule(head_dim, dtype, 0)
     log.info("attention blocks for %s: decode %s, prefill %s (%s)", asked, *map(tuple, found), source)
     return found
+
+
+def _of_latents(dtype: str, queries: str, shared: int) -> GpuBlocks:
+    """Of up to 512 + 64 numbers. Queries and two blocks of kv tokens lie in shared memory, the sums of 512 numbers a row
+    in registers, of which 64 rows leave none for anything else. With these the compilers spill none (BENCHMARKS.md)."""
+    if queries == "float32":  # multiplied without tensor cores, from registers
+        return GpuBlocks(16, 2, 16, 2, rows=16, warps=8)
+    if dtype == "float8_e4m3fn":  # which pass through registers to become numbers of the queries' type
+        return GpuBlocks(32, 5, 8, 2, rows=32, warps=8)
+    if shared >= 227 << 10:  # 64 rows would be multiplied by another instruction, and twice by half of the warps
+        return GpuBlocks(64, 5, 4, 2, rows=32, warps=8)
+    if shared >= 163 << 10:
+        return GpuBlocks(32, 5, 8, 2, rows=64, warps=8)
+    return GpuBlocks(32, 5, 8, 2, rows=16, warps=4)
 
 
 def _by_rule(head_dim: int, dtype: str, result: int) -> GpuBlocks:
