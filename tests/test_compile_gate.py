@@ -91,14 +91,21 @@ def test_the_kernel_compiles_for_tpu(name):
     assert found["bundles"]["attention_decode"] > 100 and not found["problems"]
 
 
-def test_registers_are_read_from_what_ptxas_says(gate, tmp_path):
+def test_registers_are_read_from_what_ptxas_says(gate):
+    """Of Mosaic's kernels and, in between what XLA says, of Triton's."""
     said = """ptxas info    : Compiling entry function 'jaxserve_attention_decode_mosaic_gpu_kernel' for 'sm_90a'
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 174 registers, used 2 barriers, 1 bytes smem
+I1122 05:58:50.060208    6692 nvptx_compiler.cc:685] something else
 """
-    (tmp_path / "one.ptxas").write_text(said)
-    (tmp_path / "two.ptxas").write_text(said.replace("jaxserve_attention_decode", "another"))
-    assert list(gate.gates_gpu.registers(tmp_path)) == [("attention_decode", 174, 12)]
+    triton = said.replace("decode_mosaic_gpu_kernel", "prefill").replace("174", "96")
+    both = said + said.replace("jaxserve_attention_decode", "another") + triton
+    assert list(gate.gates_gpu.registers(both)) == [("attention_decode", 174, 12), ("attention_prefill", 96, 12)]
+
+
+def test_registers_by_the_machines_own_ptxas_have_no_limit(gate):
+    found = gate.Found(1.0, 1.0, registers=dict(a=200, b=100), spills=dict(a=0, b=8), by_machine=["b"])
+    assert found.limits() == {"temp_bytes": 0, "a.registers": 200, "a.spills": 0, "b.spills": 8}
 
 
 def test_the_kernel_compiles_for_gpu():

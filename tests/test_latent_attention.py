@@ -48,7 +48,9 @@ SIZES = [(4, 24, 16), (3, 12, 12), (16, 144, 129)]
         *(("cpu", page, sizes, None) for page, sizes in zip((PAGE, 16, 48), SIZES, strict=True)),
         ("cpu", 16, SIZES[0], 7),
         ("tpu", PAGE, SIZES[0], 7),
-        ("gpu", PAGE, SIZES[0], 7), ("gpu", 16, SIZES[1], None), ("gpu", 48, SIZES[2], None),
+        ("gpu", PAGE, SIZES[0], 7),
+        ("gpu", 16, SIZES[1], None),
+        ("gpu", 48, SIZES[2], None),
     ],  # fmt: skip
     ids=str,
 )

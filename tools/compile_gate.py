@@ -76,7 +76,9 @@ class Found:
     inner: dict[str, list[int]] = field(default_factory=dict)
     """By kernel: its two longest stretches without a branch, which are its computing on whole and on cut kv blocks."""
     registers: dict[str, int] = field(default_factory=dict)
-    """By kernel for GPU: of each thread."""
+    """By attention kernel for GPU: of each thread."""
+    by_machine: list[str] = field(default_factory=list)
+    """Kernels of Triton's. Theirs is the ptxas of this machine, so registers, which change with it, have no limit."""
     spills: dict[str, int] = field(default_factory=dict)
     """By kernel: instructions for TPU, bytes of a thread for GPU."""
     others: dict[str, float] = field(default_factory=dict)
@@ -89,7 +91,9 @@ class Found:
         for kernel in self.bundles:
             found[f"{kernel}.bundles"], found[f"{kernel}.spills"] = self.bundles[kernel], self.spills[kernel]
         for kernel in self.registers:
-            found[f"{kernel}.registers"], found[f"{kernel}.spills"] = self.registers[kernel], self.spills[kernel]
+            found[f"{kernel}.spills"] = self.spills[kernel]
+            if kernel not in self.by_machine:
+                found[f"{kernel}.registers"] = self.registers[kernel]
         return found
 
 
@@ -152,22 +156,29 @@ def measured(chosen: list[Gate], jobs: int) -> Iterator[tuple["Gate", "Found"]]:
 def _measure_named(name: str) -> "Found":
     """In a process of `measured`."""
     gate = next(gate for gate in gates() if gate.name == name)
-    return measure(gate, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
+    dump = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    return measure(gate, dump, _said(dump.parent))
 
 
 def prepare(directory: Path, listings: bool) -> None:
     """Settings that libtpu reads when it is loaded: no TPU to look for, other processes beside, and if they are wanted
-    listings to a folder of this process in `directory`. What compilers say goes there, too: that of GPU complains of
-    each kernel that there is no disassembler, which nobody needs."""
+    listings to a folder of this process in `directory`. What compilers say goes there, too: XLA what ptxas does of
+    Triton's kernels, that of GPU of each kernel that there is no disassembler, which nobody needs."""
     from jaxserve.planning.topology import environment
 
-    os.dup2(os.open(directory / f"{os.getpid()}.stderr", os.O_CREAT | os.O_WRONLY), sys.stderr.fileno())
+    os.dup2(os.open(_said(directory), os.O_CREAT | os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     dump = Path(tempfile.mkdtemp(dir=directory))
     os.environ.update(environment(dump), MOSAIC_GPU_DUMP_TO=str(dump))
+    os.environ.update(TF_CPP_MIN_LOG_LEVEL="0", TF_CPP_VMODULE="subprocess_compilation=2")
     if listings:
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
         )
+
+
+def _said(directory: Path) -> Path:
+    """Where what this process' compilers say goes."""
+    return directory / f"{os.getpid()}.stderr"
 
 
 def cpu() -> float:
@@ -198,10 +209,12 @@ def line(name: str, found: Found) -> str:
     return f"{name:<46} {found.seconds:5.1f} {found.cpu_seconds:5.1f} {found.temp_bytes / 2**20:8.2f}  {what}"
 
 
-def measure(gate: Gate, dump: Path) -> Found:
-    """Compiles one gate. What is wrong with it is among the problems; nothing is raised for that."""
+def measure(gate: Gate, dump: Path, said: Path) -> Found:
+    """Compiles one gate, whose listings go to `dump` and what compilers say to the end of `said`. What is wrong with it
+    is among the problems; nothing is raised for that."""
     for old in dump.iterdir():
         old.unlink()
+    said_before = len(said.read_text(errors="replace"))
     start, start_cpu = time.perf_counter(), cpu()
     try:
         lowered, cache = gate.lower()
@@ -229,8 +242,11 @@ def measure(gate: Gate, dump: Path) -> Found:
         if kernel and "schedule-analysis" not in path.name:
             name, listing = kernel[1], path.read_text(errors="replace")
             found.bundles[name], found.inner[name], found.spills[name] = schedule(listing)
-    for kernel, used, spilled in gates_gpu.registers(dump):
+    by_mosaic = list(gates_gpu.registers("".join(path.read_text() for path in dump.glob("*.ptxas"))))
+    by_triton = list(gates_gpu.registers(said.read_text(errors="replace")[said_before:]))
+    for kernel, used, spilled in [*by_mosaic, *by_triton]:
         found.registers[kernel], found.spills[kernel] = used, spilled
+    found.by_machine = [kernel for kernel, *_ in by_triton]
     return found
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from gates_attention import Heads, lowered
@@ -30,14 +29,16 @@ HEADS = {
     "phi2": Heads(32, 32, 80),
     "llama3.2-1b": Heads(32, 8, 64),
     "16-heads-of-192": Heads(16, 16, 192),
+    "deepseek-v2-lite-on-1": Heads(16, 1, 576, values=512),
+    "deepseek-v2": Heads(128, 1, 576, devices=4, values=512),
 }
 
 
 def gates() -> list[tuple[str, Callable[[], tuple[Any, int]]]]:
     """Names of programs, and what lowers each and says the bytes of its cache that a device updates in place."""
-    found = [attention("h100", model) for model in HEADS]
+    found = [attention("h100", model) for model in HEADS if model != "deepseek-v2"]
     found += [attention(chip, "llama3-8b") for chip in ("h200", "a100")]
-    found += [attention("a100", model) for model in ("gemma2-9b", "phi3-mini")]
+    found += [attention("a100", model) for model in ("gemma2-9b", "phi3-mini", "deepseek-v2-lite-on-1")]
     found += [attention("h100", "llama3-8b", page=page) for page in (16, 128)]
     found += [attention("h100", "llama3-8b", dtype=dtype) for dtype in ("float16", "float32")]
     for dtype in ("int8", "float8_e4m3fn"):
@@ -45,6 +46,10 @@ def gates() -> list[tuple[str, Callable[[], tuple[Any, int]]]]:
         found += [attention("h100", model, dtype=dtype) for model in ("llama3.2-1b", "gemma2-9b")]
     found += [attention("h100", "llama3-8b-on-8", dtype="int8"), attention("h100", "llama3-8b", dtype="int8", page=16)]
     found += [attention("h100", "phi2", dtype="float8_e4m3fn")]
+    for chip in ("h100", "a100"):
+        found += [attention(chip, "deepseek-v2", dtype=dtype) for dtype in ("bfloat16", "float8_e4m3fn")]
+    found += [attention("a100", "deepseek-v2-lite-on-1", dtype="float32")]
+    found += [attention("h100", "deepseek-v2-lite-on-1", seqs=1, tokens=1)]
     found += [attention("h100", "llama3-8b", seqs=1, tokens=1), attention("h100", "llama3-8b", seqs=256, tokens=256)]
     return found
 
@@ -69,15 +74,10 @@ def attention(
     return f"{chip}/{model}/{dtype}/page{page}/{kind}-{tokens}", lower
 
 
-def registers(dump: Path) -> Iterator[tuple[str, int, int]]:
-    """(kernel, registers a thread, bytes a thread spills) by what ptxas, which is in the plugin, has written to `dump`.
-
-    Of Mosaic's kernels only, and of none that this process has compiled before.
-    """
-    for path in sorted(dump.glob("*.ptxas")):
-        said = path.read_text()
-        kernel = re.search(r"entry function 'jaxserve_(\w+)_mosaic_gpu_kernel'", said)
-        spilled = re.findall(r"(\d+) bytes spill", said)
-        used = re.search(r"Used (\d+) registers", said)
+def registers(said: str) -> Iterator[tuple[str, int, int]]:
+    """(kernel, registers a thread, bytes a thread spills) of our kernels, by what ptxas has `said`."""
+    for part in said.split("Compiling entry function ")[1:]:
+        kernel = re.match(r"'jaxserve_(attention_\w+?)(_mosaic_gpu_kernel)?'", part)
+        used = re.search(r"Used (\d+) registers", part)
         if kernel and used:
-            yield kernel[1], int(used[1]), sum(map(int, spilled))
+            yield kernel[1], int(used[1]), sum(map(int, re.findall(r"(\d+) bytes spill", part)))

@@ -196,7 +196,7 @@ def _prefill(
     """Of all other sequences, each in shares of consecutive query tokens; other rows are finite."""
     (tokens, heads, head_dim), kv_heads = q.shape, step.kv_heads
     seqs, groups = len(step.kv_lens), heads // kv_heads
-    chunks = -(-groups // 8)
+    chunks = -(-groups // blocks.heads)
     chunk = -(-groups // chunks)  # heads of a chunk
     queries = blocks.rows // (1 << (chunk - 1).bit_length())
     begin, q_lens = step.cu_q_lens[:-1], jnp.diff(step.cu_q_lens)

@@ -33,6 +33,8 @@ class GpuBlocks(NamedTuple):
     """Shares a multiprocessor that sequences are cut for, where they are fewer."""
     rows: int = ROWS
     """Rows of queries of a share: in Triton a power of two, at least 16."""
+    heads: int = 8
+    """Heads of a share of several query tokens, at most: more leave room for fewer tokens."""
     warps: int = 4
     """That compute a share in Triton; on Hopper's own body it is a warpgroup."""
 
@@ -44,8 +46,16 @@ class GpuBlocks(NamedTuple):
 
 @cache  # one line in the log for each choice
 def blocks_for(
-    chip: str, hopper: bool, dtype: str, queries: str, heads: int, kv_heads: int, head_dim: int, page: int,
-    value_dim: int | None = None, capability: str = "",
+    chip: str,
+    hopper: bool,
+    dtype: str,
+    queries: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page: int,
+    value_dim: int | None = None,
+    capability: str = "",
 ) -> tuple[GpuBlocks, GpuBlocks]:
     """Blocks for decoding and for everything else, of the body for Hopper or of that in Triton. `dtype` is the cache's,
     `queries` the type of the queries, which differ where the cache is of 8 bits. `value_dim` is given for latents, and
@@ -74,16 +84,18 @@ def blocks_for(
 
 def _of_latents(dtype: str, queries: str, shared: int) -> GpuBlocks:
     """Of up to 512 + 64 numbers. Queries and two blocks of kv tokens lie in shared memory, the sums of 512 numbers a row
-    in registers, of which 64 rows leave none for anything else. With these the compilers spill none (BENCHMARKS.md)."""
+    in registers, of which 64 rows leave none for anything else. With these the compiler spills none (BENCHMARKS.md)."""
     if queries == "float32":  # multiplied without tensor cores, from registers
-        return GpuBlocks(16, 2, 16, 2, rows=16, warps=8)
-    if dtype == "float8_e4m3fn":  # which pass through registers to become numbers of the queries' type
-        return GpuBlocks(32, 5, 8, 2, rows=32, warps=8)
-    if shared >= 227 << 10:  # 64 rows would be multiplied by another instruction, and twice by half of the warps
-        return GpuBlocks(64, 5, 4, 2, rows=32, warps=8)
-    if shared >= 163 << 10:
-        return GpuBlocks(32, 5, 8, 2, rows=64, warps=8)
-    return GpuBlocks(32, 5, 8, 2, rows=16, warps=4)
+        positions, buffers, rows, warps = 16, 2, 16, 8
+    elif dtype == "float8_e4m3fn":  # which pass through registers to become numbers of the queries' type
+        positions, buffers, rows, warps = 32, 5, 32, 8
+    elif shared >= 227 << 10:  # 64 rows would be multiplied by another instruction, for which it does spill
+        positions, buffers, rows, warps = 64, 5, 32, 8
+    elif shared >= 163 << 10:
+        positions, buffers, rows, warps = 32, 5, 64, 8
+    else:
+        positions, buffers, rows, warps = 32, 5, 16, 4
+    return GpuBlocks(positions, buffers, 256 // positions, waves=2, rows=rows, heads=rows // 2, warps=warps)
 
 
 def _by_rule(head_dim: int, dtype: str, result: int) -> GpuBlocks:
