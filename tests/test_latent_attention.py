@@ -23,6 +23,8 @@ from jaxserve.models import find_model
 from kernels_pallas.ragged_paged_attention import gpu, tpu
 from kernels_pallas.ragged_paged_attention.contract import Int8Cache, latent_row
 from kernels_pallas.ragged_paged_attention.tuning import Blocks, blocks_for
+from kernels_pallas.ragged_paged_attention.tuning.gpu import GpuBlocks
+from kernels_pallas.ragged_paged_attention.tuning.gpu import blocks_for as gpu_blocks_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +157,38 @@ def test_a_token_does_not_depend_on_its_neighbours(compiler):
         for i, request in requests.items():
             alone = engine.run({i: request})
             assert (alone[i, 0].tokens, alone[i, 0].logprobs) == (crowd[i, 0].tokens, crowd[i, 0].logprobs)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(soft_cap=0.7, sinks=np.linspace(-6, 9, 20)), dict(causal=False)], ids="+".join
+)
+def test_the_gpus_body_cuts_heads_and_positions(options):
+    """More heads than a share has rows, also of one query token, and few sequences, whose parts are merged."""
+    blocks = GpuBlocks(32, 2, 1, waves=8, rows=16)
+    kernel = partial(gpu.ragged_paged_attention, interpret=True, decode=blocks, prefill=blocks._replace(heads=7))
+    args, kv = latent_batch(
+        np.random.default_rng(3), heads=20, head_dim=40, page=16, pages=60, tokens=20, seqs_total=3,
+        q_lens=[1, 1, 9], pasts=[70, 300, 40],
+    )  # fmt: skip
+    out, _ = jax.jit(partial(kernel, chip=gpu.Chip("a GPU of one core", "8.0", 1), scale=0.2, value_dim=33, **options))(
+        *args
+    )
+    want = oracle(args, kv, 0.2, None, **options)[..., :33]
+    np.testing.assert_allclose(np.asarray(out)[: len(want)], want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("capability", "shared"), [("8.0", 163), ("8.6", 99), ("8.9", 99), ("9.0", 227), ("12.0", 99)])
+@pytest.mark.parametrize(
+    ("queries", "kept"), [("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float32", "float32")]
+)
+def test_blocks_by_rule_fit_a_gpus_shared_memory(capability, shared, queries, kept):
+    """Queries, blocks of latents, and weights on their way to the product with values."""
+    decode, prefill = gpu_blocks_for("a GPU", False, kept, queries, 32, 1, 576, 64, 512, capability)
+    assert decode == prefill
+    rows, size = decode.rows, jnp.dtype(queries).itemsize
+    latents = decode.positions * (2 if kept == "bfloat16" else 1)  # others come by way of registers, or one by one
+    assert (rows + latents) * 576 * size + rows * decode.positions * size <= shared << 10
+    assert decode.positions * decode.least == 256
 
 
 def test_the_reference_agrees_with_dense():

@@ -7,9 +7,9 @@
 
 Weights are random bfloat16, drawn on the device and kept in --folder (16 GB for Llama 3.1 8B). Each part is a process
 of its own, since each takes the GPU's memory: `kernels` (parity with float32, bandwidth, attention over KV caches of 16
-and of 8 bits), `products` (of experts and of quantised matrices, in gpu_products.py), `steps` (draws weights; compiled
-steps, queued so that the device never waits), `serve` (`jaxserve serve` under load, over HTTP). A host gap is the share
-of a served decode step that the queued step does not take.
+and of 8 bits, and over DeepSeek's latents), `products` (of experts and of quantised matrices, in gpu_products.py),
+`steps` (draws weights; compiled steps, queued so that the device never waits), `serve` (`jaxserve serve` under load,
+over HTTP). A host gap is the share of a served decode step that the queued step does not take.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from gates_attention import Heads  # noqa: E402
 from gpu_figures import DRY, REAL, REPEATS, Figure, Scale, check_device, fastest  # noqa: E402
 from gpu_products import products  # noqa: E402
 
@@ -153,16 +154,29 @@ def kernels(scale: Scale, model: str, folder: Path) -> list[Figure]:
         Figure("matrix product peak", peak, "TFLOP/s"),
     ]
     config = config_of(scale, model)
+    own = Heads(config.heads, config.kv_heads, config.head_dim)
+    measured = []
     for kind in KINDS:
-        of, target = ("attention", "> 80") if kind == KINDS[0] else (f"attention of {kind}", "")
+        of = "attention" if kind == KINDS[0] else f"attention of {kind}"
+        measured.append((of, own, kind))
         figures.append(Figure(f"{of}: largest error against float32", parity(scale, kind), "of 1"))
+    measured += [(f"attention of {name}'s latents", heads, KINDS[0]) for name, heads in latents(scale).items()]
+    for of, heads, kind in measured:
         for seqs, context in scale.attention:
-            read, seconds = attention_time(scale, config, seqs, context, kind)
+            read, seconds = attention_time(scale, heads, seqs, context, kind)
             share = 100 * read / seconds / 1e9 / bandwidth
             name = f"{of}, {seqs} x {context}"
             figures.append(Figure(f"{name}: time", 1e6 * seconds, "us"))
+            target = "> 80" if of == "attention" else ""
             figures.append(Figure(f"{name}: keys and values of bandwidth", share, "%", target))
     return figures
+
+
+def latents(scale: Scale) -> dict[str, Heads]:
+    """Attention over latents, by the model that has it."""
+    if scale.dry:
+        return {"a tiny model": Heads(4, 1, 24, values=16)}
+    return {"DeepSeek-V2-Lite": Heads(16, 1, 576, values=512), "DeepSeek-V2": Heads(128, 1, 576, values=512)}
 
 
 def _kernel(scale: Scale) -> Any:
@@ -194,28 +208,35 @@ def parity(scale: Scale, kind: str) -> float:
 
     worst, dtype, rng = 0.0, jnp.float32 if scale.dry else jnp.bfloat16, np.random.default_rng(0)
     shapes = [(4, 2, 16, 16)] if scale.dry else [(32, 8, 128, 64), (16, 8, 128, 16), (12, 1, 96, 128), (8, 4, 256, 64)]
+    tried = [(Heads(*shape), page) for *shape, page in shapes]
+    if kind != "int8":  # which latents are not kept in
+        tried += [(heads, 64) for heads in latents(scale).values()]
     cases: list[dict[str, Any]] = [{}, dict(window=100), dict(soft_cap=20.0), dict(sinks=True)]
-    for heads, kv_heads, head_dim, page in shapes:
+    for of, page in tried:
+        heads, kv_heads, head_dim = of.query, of.kv, of.dim
         for case in cases[: 1 if scale.dry else 4]:
             q_lens = [1, 1, 1, 9, 40]
             pasts = [0, 70, 300, 5, 200] if scale.dry else [0, 700, 8000, 5, 1000]
             lens, tokens = np.add(q_lens, pasts), sum(q_lens) + 3
             width = -(-int(lens.max()) // page)
             table = rng.permutation(len(lens) * width).reshape(len(lens), width).astype(np.int32)
-            cache = np.full((table.size, page, kv_heads * 2 * head_dim), np.nan, np.float32)
+            cache = np.full((table.size, page, row_of(of)), np.nan, np.float32)
             for s, past in enumerate(pasts):
                 for i in range(-(-past // page)):
                     rows = min(page, past - i * page)
                     cache[table[s, i], :rows] = rng.normal(size=(rows, cache.shape[2]))
             new = [jnp.asarray(rng.normal(size=(tokens, h, head_dim)), dtype) for h in (heads, kv_heads, kv_heads)]
+            if of.values is not None:
+                new[2], cache[..., head_dim:] = None, 0.0
             cu = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
             rest = (lens.astype(np.int32), table, cu, np.array([3, 3, 5], np.int32))
-            given = dict(case, scale=head_dim**-0.5)
+            given = dict(case, scale=head_dim**-0.5, value_dim=of.values)
             if case.get("sinks"):
                 given["sinks"] = jnp.linspace(-2.0, 3.0, heads)
             rows = jnp.asarray(cache, dtype)
             out = jax.jit(partial(_kernel(scale), **given))(*new, cache_of(rows, kind, kv_heads), *rest)[0]
-            wide, same = [a.astype(jnp.float32) for a in new], cache_of(rows.astype(jnp.float32), kind, kv_heads)
+            wide = [None if a is None else a.astype(jnp.float32) for a in new]
+            same = cache_of(rows.astype(jnp.float32), kind, kv_heads)
             want = jax.jit(partial(reference, **given))(*wide, same, *rest)[0]
             difference = float(jnp.abs(out.astype(jnp.float32) - want)[: cu[-1]].max())
             if not difference < (1e-4 if scale.dry else 3e-2):
@@ -227,31 +248,43 @@ def parity(scale: Scale, kind: str) -> float:
     return worst
 
 
-def attention_time(scale: Scale, config: Any, seqs: int, context: int, kind: str) -> tuple[float, float]:
+def row_of(heads: Heads) -> int:
+    """Numbers of a row of the cache."""
+    from kernels_pallas.ragged_paged_attention.contract import latent_row
+
+    return heads.kv * 2 * heads.dim if heads.values is None else latent_row(heads.dim)
+
+
+def attention_time(scale: Scale, heads: Heads, seqs: int, context: int, kind: str) -> tuple[float, float]:
     """Bytes of keys and values that a decode step of attention reads, scales among them, and its seconds."""
     import jax
     import jax.numpy as jnp
 
     page, dtype = 64, jnp.float32 if scale.dry else jnp.bfloat16
     width = -(-context // page)
-    row = config.kv_heads * 2 * config.head_dim
-    cache = cache_of(jnp.zeros((seqs * width, page, row), dtype), kind, config.kv_heads)
-    q = jnp.zeros((seqs, config.heads, config.head_dim), dtype)
-    k = jnp.zeros((seqs, config.kv_heads, config.head_dim), dtype)
+    row = row_of(heads)
+    cache = cache_of(jnp.zeros((seqs * width, page, row), dtype), kind, heads.kv)
+    q = jnp.zeros((seqs, heads.query, heads.dim), dtype)
+    k = jnp.zeros((seqs, heads.kv, heads.dim), dtype)
+    v = k if heads.values is None else None
     table = jnp.arange(seqs * width, dtype=jnp.int32).reshape(seqs, width)
     lens, cu = jnp.full(seqs, context, jnp.int32), jnp.arange(seqs + 1, dtype=jnp.int32)
     every = jnp.full(3, seqs, jnp.int32)
-    kernel = partial(_kernel(scale), scale=0.1)
+    kernel = partial(_kernel(scale), scale=0.1, value_dim=heads.values)
 
     def steps(q: Any, cache: Any) -> Any:
         def one(_: Any, carry: Any) -> Any:
-            return kernel(carry[0], k, k, carry[1], lens, table, cu, every)
+            out, cache = kernel(carry[0], k, v, carry[1], lens, table, cu, every)
+            # The next step waits for this one, by a number of it: results of latents are narrower than queries.
+            return jax.lax.dynamic_update_slice(carry[0], out[:1, :1, :1], (0, 0, 0)), cache
 
         return jax.lax.fori_loop(0, REPEATS, one, (q, cache))
 
     run = jax.jit(steps)
     seconds = fastest(lambda: run(q, cache), scale.rounds) / REPEATS
     kept = sum(a.nbytes for a in jax.tree.leaves(cache))
+    if heads.values is not None:  # no one reads what fills a row
+        kept = kept * heads.dim // row
     return kept * context / (width * page), seconds
 
 
@@ -447,7 +480,7 @@ def sanitize(tool: str) -> int:
     if program is None:
         raise SystemExit("compute-sanitizer is not on the PATH; it is part of the CUDA toolkit")
     check = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]; import bench_gpu as b; "
-    check += "b._check_device(b.REAL); print('largest errors', [b.parity(b.REAL, kind) for kind in b.KINDS])"
+    check += "b.check_device(b.REAL); print('largest errors', [b.parity(b.REAL, kind) for kind in b.KINDS])"
     flags = ["--error-exitcode", "1", "--tool", tool, "--kernel-name", "regex=jaxserve_attention"]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return subprocess.run([program, *flags, sys.executable, "-c", check], env=environment).returncode

@@ -31,7 +31,7 @@ WIDE = plgpu.Layout.WGMMA_UPCAST_2X
 
 
 def takes(capability: str, dtype: Any, kept: Any, head_dim: int, page: int, value_dim: int | None = None) -> bool:
-    """Whether this is the body for queries of `dtype` and a cache of `kept`, which is of latents if `value_dim` is given.
+    """Whether this is the body for queries of `dtype` and a cache of `kept`; `value_dim` is given for latents.
 
     Blackwell has other instructions, and these multiply no float32. The narrowest tiles are 32 bytes wide, and the copy
     engine writes scales to multiples of 128 bytes. One warpgroup has no registers for the sums of 64 rows of 512.

@@ -108,8 +108,8 @@ def _body(
                 shape = length, _whole(numbers)
                 h = lax.broadcasted_iota(jnp.int32, shape, 1)
                 at = cache.at[lax.broadcast_in_dim(row, shape, [0]), head * (2 * head_dim) + first + h]
-                some = {} if numbers == shape[1] else dict(mask=h < numbers, other=jnp.zeros((), cache.dtype))
-                return widened(plt.load(at, **some), q.dtype)
+                mask, other = (None, None) if numbers == shape[1] else (h < numbers, jnp.zeros((), cache.dtype))
+                return widened(plt.load(at, mask=mask, other=other), q.dtype)
 
             def scaled(x: jax.Array, part: int) -> jax.Array:  # [R, L]
                 for of_all in scales:

@@ -32,7 +32,7 @@ class GpuBlocks(NamedTuple):
     waves: int = 4
     """Shares a multiprocessor that sequences are cut for, where they are fewer."""
     rows: int = ROWS
-    """Rows of queries of a share: in Triton a power of two, at least 16."""
+    """Rows of queries of a share, at most: in Triton a power of two, at least 16, on Hopper 64."""
     heads: int = 8
     """Heads of a share of several query tokens, at most: more leave room for fewer tokens."""
     warps: int = 4
@@ -74,7 +74,8 @@ def blocks_for(
     elif value_dim is not None:
         found = (_of_latents(dtype, queries, LARGE.get(capability, SMALL)),) * 2
     elif not hopper:  # which keeps them in registers, as numbers of the queries' type
-        found = (GpuBlocks(64 if head_dim <= 128 and queries != "float32" else 32, 2),) * 2
+        narrow = queries != "float32"  # else multiplied without tensor cores, from registers
+        found = (GpuBlocks(64 if head_dim <= 128 and narrow else 32, 2, rows=ROWS if narrow else 16),) * 2
     else:
         result = ROWS * head_dim * 4  # of a part of a sequence, in float32
         found = _by_rule(head_dim, dtype, result), _by_rule(head_dim, dtype, 0)
@@ -83,8 +84,9 @@ def blocks_for(
 
 
 def _of_latents(dtype: str, queries: str, shared: int) -> GpuBlocks:
-    """Of up to 512 + 64 numbers. Queries and two blocks of kv tokens lie in shared memory, the sums of 512 numbers a row
-    in registers, of which 64 rows leave none for anything else. With these the compiler spills none (BENCHMARKS.md)."""
+    """Of up to 512 + 64 numbers. Queries and two blocks of kv tokens lie in shared memory, the sums of 512 numbers a
+    row in registers, of which 64 rows leave few for anything else. With these the compiler spills none (BENCHMARKS.md).
+    """
     if queries == "float32":  # multiplied without tensor cores, from registers
         positions, buffers, rows, warps = 16, 2, 16, 8
     elif dtype == "float8_e4m3fn":  # which pass through registers to become numbers of the queries' type
