@@ -22,7 +22,7 @@ DECODED = {
     "mixtral-8x7b": tuple(PLACES),
     "qwen3-0.6b": ("v5e:2x4", "h100:8"),
     "qwen3-30b-a3b": ("v6e:2x4",),
-    "deepseek-v2-lite": ("v5e:2x4",),
+    "deepseek-v2-lite": ("v5e:2x4", "h100:8"),
     "llama-3.3-70b": ("v5p:2x2x2",),
 }
 """Where a model's step of one token a sequence is compiled."""
