@@ -78,6 +78,7 @@ def registers(said: str) -> Iterator[tuple[str, int, int]]:
     """(kernel, registers a thread, bytes a thread spills) of our kernels, by what ptxas has `said`."""
     for part in said.split("Compiling entry function ")[1:]:
         kernel = re.match(r"'jaxserve_(attention_\w+?)(_mosaic_gpu_kernel)?'", part)
+        spilled = re.search(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         used = re.search(r"Used (\d+) registers", part)
-        if kernel and used:
-            yield kernel[1], int(used[1]), sum(map(int, re.findall(r"(\d+) bytes spill", part)))
+        if kernel and spilled and used:  # what warns of spills stands before, among what is said of another kernel
+            yield kernel[1], int(used[1]), int(spilled[1]) + int(spilled[2])
