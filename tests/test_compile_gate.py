@@ -93,7 +93,7 @@ def test_the_kernel_compiles_for_tpu(name):
 
 def test_registers_are_read_from_what_ptxas_says(gate):
     """Of Mosaic's kernels and, in between what XLA says, of Triton's; a warning says spills once more."""
-    said = """ptxas warning : Registers are spilled to local memory in function 'x', 8 bytes spill stores, 4 bytes spill loads
+    said = """ptxas warning : Registers are spilled in function 'x', 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'jaxserve_attention_decode_mosaic_gpu_kernel' for 'sm_90a'
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
