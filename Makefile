@@ -3,7 +3,8 @@
 # make lint    the check without the tests
 # make test-oldest-jax   engine and kernel tests on the oldest JAX that is supported
 # make test-ray   jobs and replicas on a Ray of two workers, and configs/k8s against Kubernetes' schemas
-# make compile-gate   the kernels and whole steps through the real TPU and CUDA compilers, on neither
+# make compile-gate   the kernels and whole steps through the real TPU and CUDA compilers, on neither (ARGS=--changed:
+#                     those that are not as they were when they passed)
 
 VENV ?= .venv
 ARGS ?=

@@ -422,6 +422,7 @@ def test_files_of_configs_are_toml_that_serve_takes():
 # --- with the TPU's compiler ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # the compiler takes two minutes of a core
 def test_a_plan_for_tpu_is_compiled(tmp_path, capsys):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("the TPU's compiler is not installed; `make compile-gate` has an environment where it is")

@@ -1,7 +1,6 @@
 """The GPU's gates of compile_gate.py: its attention kernels, for GPUs that are not here."""
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,13 +71,3 @@ def attention(
 
     kind = "decode" if tokens == seqs else "mixed"
     return f"{chip}/{model}/{dtype}/page{page}/{kind}-{tokens}", lower
-
-
-def registers(said: str) -> Iterator[tuple[str, int, int]]:
-    """(kernel, registers a thread, bytes a thread spills) of our kernels, by what ptxas has `said`."""
-    for part in said.split("Compiling entry function ")[1:]:
-        kernel = re.match(r"'jaxserve_(attention_\w+?)(_mosaic_gpu_kernel)?'", part)
-        spilled = re.search(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        used = re.search(r"Used (\d+) registers", part)
-        if kernel and spilled and used:  # what warns of spills stands before, among what is said of another kernel
-            yield kernel[1], int(used[1]), int(spilled[1]) + int(spilled[2])

@@ -4,17 +4,15 @@ A step is held to make no quantised matrix anew in floating point, which is what
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from itertools import permutations
 from typing import Any
 
 from gates_attention import TOPOLOGIES
 from gates_gpu import described
-from gates_step import CACHE_BYTES, LAYERS, MODELS, weight_copies
+from gates_quantised_judged import of_a_quantised_step
+from gates_step import CACHE_BYTES, LAYERS, MODELS
 
 
 @dataclass(frozen=True)
@@ -133,21 +131,16 @@ def step(model: str, quantization: str, topology: str, mesh: str, seqs: int) -> 
             lowered = programs.step(Shape(seqs, seqs), sizes).lower()
         return lowered, bytes_per_device(programs.state(sizes).cache)
 
-    def look(compiled: Any, large: Iterable[str]) -> tuple[dict[str, float], list[str]]:
+    def facts() -> dict[str, Any]:
         import jax
 
         params = _draft(model, quantization, topology, mesh).programs.params
-        text, matrices = compiled.as_text(), _codes(params)
+        matrices = _codes(params)
         shapes = {tuple(a.sharding.shard_shape(a.shape)) for a in matrices}
-        problems = [f"makes a quantised matrix anew: {what}" for what in made_anew(text, shapes)]
-        kernel = re.compile(r" custom-call\(.*jaxserve_(quantised|grouped)_matmul")
-        calls = sum(kernel.search(line) is not None for line in text.splitlines())
-        if calls != len(matrices) - 1:  # all but the embedding's, of which rows are taken
-            problems.append(f"{len(matrices)} matrices are quantised, and {calls} products call the kernel")
-        copied = weight_copies(text, len(jax.tree.leaves(params)))
-        return {"weight_copy_bytes": sum(copied.values())}, problems
+        # All but the embedding's, of which rows are taken, are multiplied with.
+        return {"shapes": sorted(shapes), "products": len(matrices) - 1, "weights": len(jax.tree.leaves(params))}
 
-    return f"step/{model}/{quantization}/{topology}/decode", lower, look
+    return f"step/{model}/{quantization}/{topology}/decode", lower, of_a_quantised_step, 0, facts
 
 
 @cache
@@ -171,13 +164,3 @@ def _codes(params: Any) -> list[Any]:
     from jaxserve.scaled import Scaled, leaves_of
 
     return [leaf.codes for leaf in leaves_of(params) if isinstance(leaf, Scaled)]
-
-
-def made_anew(hlo: str, shapes: set[tuple[int, ...]]) -> Iterator[str]:
-    """The instructions of a compiled program, those inside its fusions apart, that make an array of floating-point
-    numbers of one of the shapes, or of one with its axes in another order."""
-    wanted = {order for shape in shapes for order in permutations(shape)}
-    for line in hlo[hlo.index("\nENTRY") :].splitlines():
-        found = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (?:bf16|f16|f32)\[([\d,]+)\]\S* (?!parameter)", line)
-        if found and tuple(map(int, found[1].split(","))) in wanted:
-            yield line.strip()[:160]

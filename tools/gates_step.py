@@ -6,13 +6,11 @@ of the compiled program; a reduce-scatter and the all-gather that undoes it woul
 """
 
 import json
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gates_step_judged import of_a_step
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8"}
@@ -52,34 +50,22 @@ def gates() -> list[tuple[Any, ...]]:
 def step(name: str, topology: str, kind: str) -> tuple[Any, ...]:
     """One model's step on one slice."""
 
-    def look(compiled: Any, large: Iterable[str]) -> tuple[dict[str, float], list[str]]:
+    def facts() -> dict[str, Any]:
         import jax
 
-        from jaxserve.planning.steps import collectives
-
-        text = compiled.as_text()
-        messages, blocks = 0, Counter[str]()
-        for found in collectives(text):
-            messages += found.count
-            if found.part == "block":
-                blocks[found.kind] += found.count
         draft = _draft(name, topology)
         programs = draft.programs
-        copied = weight_copies(text, len(jax.tree.leaves(programs.params)))
         row = programs.model.cache_spec(programs.partition.config).row
         cache = programs.partition.cache(jax.ShapeDtypeStruct((1, 1, row), programs.dtype))
         (row,) = cache.sharding.shard_shape(cache.shape)[2:]
-        wanted = {what: count * LAYERS for what, count in MESSAGES.items()}
-        problems = [] if blocks == wanted else [f"{LAYERS} blocks have {dict(blocks)}; they may have {wanted}"]
-        problems += [f"copies the cache: {what}" for what in large if re.search(rf"^[^\]]*,{row}\]", what)]
-        planned = draft.weights + _pages(draft) * draft.sizing.page_bytes + draft.sizing.slots
-        padding = compiled.memory_analysis().argument_size_in_bytes - planned
-        if padding < 0:
-            problems.append(f"its arguments take {-padding} bytes less than the {planned} that a plan says")
-        found = {"messages": messages, "weight_copy_bytes": sum(copied.values()), "padding_bytes": padding}
-        return found, problems
+        return {
+            "weights": len(jax.tree.leaves(programs.params)),
+            "row": row,
+            "planned": draft.weights + _pages(draft) * draft.sizing.page_bytes + draft.sizing.slots,
+            "messages": {what: count * LAYERS for what, count in MESSAGES.items()},
+        }
 
-    return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), look
+    return f"step/{name}/{topology}/{kind}", lambda: lowered(name, topology, kind), of_a_step, 0, facts
 
 
 def lowered(name: str, topology: str, kind: str) -> tuple[Any, int]:
@@ -112,42 +98,3 @@ def _draft(name: str, topology: str) -> Any:
     where = Topology.parse(topology)
     mesh = described(where, MeshShape.parse(PLACES[topology]))
     return Draft.of(options, path, json.loads(path.read_text()) | {"num_hidden_layers": LAYERS}, where, mesh)
-
-
-_INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>.*?) (?P<op>[a-z][\w\-]*)\((?P<operands>[^)]*)"
-)
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-_SAME = ("bitcast", "get-tuple-element", "opt-barrier", "optimization-barrier")
-"""Operations whose result is their argument's memory."""
-_MOVES = ("copy", "copy-start", "transpose", "convert", "concatenate", "pad", "slice", "dynamic-slice", "async-start")
-_ON_CHIP = "S(1)"
-"""In a layout: the array lies in the chip's own memory, where a weight has to come to be multiplied."""
-
-
-def weight_copies(hlo: str, weights: int, least: int = 2**16) -> dict[str, int]:
-    """The instructions of a compiled program that make another whole array of one of its first `weights` arguments, of
-    `least` bytes or more, in the device's main memory, and how many bytes. A fusion does if it takes nothing else."""
-    from jaxserve.planning.steps import BYTES
-
-    def size(kind: str, dims: str) -> int:
-        return BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-
-    known: dict[str, int] = {}  # bytes of each name that is a weight
-    copied: dict[str, int] = {}
-    for line in hlo[hlo.index("\nENTRY") :].splitlines():
-        if not (found := _INSTRUCTION.match(line)) or not (arrays := _ARRAY.findall(found["result"])):
-            continue
-        kind, dims, layout = arrays[0]
-        made, operands = size(kind, dims), re.findall(r"%([\w.\-]+)", found["operands"])
-        if found["op"] == "parameter":
-            if int(found["operands"]) < weights and made >= least:
-                known[found["name"]] = made
-            continue
-        of = [known[name] for name in operands if name in known]
-        if of and found["op"] in _SAME:
-            known[found["name"]] = of[0]
-        moves = found["op"] in _MOVES or (found["op"] == "fusion" and len(operands) == 1)
-        if of and moves and made >= max(of) and _ON_CHIP not in layout:
-            copied[found["name"]] = made
-    return copied
