@@ -46,7 +46,9 @@ class Chosen:
 
     model: Model
     config: Any
-    """What config.json says; the weights have the sizes of `partition.config`."""
+    """What config.json says, less the positions that are not served; weights have the sizes of `partition.config`."""
+    max_positions: int
+    """What config.json says of these."""
     partition: Partition
     dtype: np.dtype
     """Of the activations."""
@@ -93,7 +95,7 @@ def choose(
     embedding = read_embedding(
         path, hf, causal=model.causal, width=config.width, task=options.task, pooling=options.pooling
     )
-    config = limited(config, options, embedding)
+    positions, config = config.max_positions, limited(config, options, embedding)
     partition = Partition(mesh, model, config)
     dtype = jnp.dtype(dtype_for(options.dtype, platform))
     name, reason, kernel = attention.choose(
@@ -102,7 +104,7 @@ def choose(
         value_dim=model.cache_spec(config).value_dim, capability=capability,
     )  # fmt: skip
     progress(f"attention: {name} ({reason})")
-    return Chosen(model, config, partition, dtype, name, kernel, embedding)
+    return Chosen(model, config, positions, partition, dtype, name, kernel, embedding)
 
 
 class Loading:

@@ -203,7 +203,7 @@ class Runner:
             architecture=self.model.name,
             vocab_size=self.config.vocab,
             max_model_len=self.sizes.max_model_len,
-            max_positions=self.config.max_positions,
+            max_positions=loaded.max_positions,
             max_num_seqs=self.sizes.max_num_seqs,
             max_num_batched_tokens=self.sizes.max_num_batched_tokens,
             page_size=self.sizes.page_size,

@@ -1,6 +1,8 @@
 """A model on its way: its steps are compiled meanwhile, and whatever fails ends the other."""
 
+import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -85,3 +87,12 @@ def test_progress_says_each_percent_once():
     lines = [line for line in said if line.startswith("loading weights")]
     assert lines[0].startswith("loading weights 0 %") and lines[-1].startswith("loading weights 100 %")
     assert len(set(lines)) == len(lines)
+
+
+def test_a_model_keeps_its_own_length_when_less_is_served():
+    options = replace(OPTIONS, model=ModelOptions(max_model_len=64))
+    info = Runner(options, PATH, EngineMetrics("test"), lambda line: None).info
+    assert (
+        info.max_model_len == 64
+        and info.max_positions == json.loads((PATH / "config.json").read_text())["max_position_embeddings"]
+    )
