@@ -18,7 +18,7 @@ PLACES = {"v5e:2x4": "1x8", "v6e:2x4": "2x4", "v5p:2x2x2": "1x8", "h100:8": "1x8
 DECODED = {
     "llama-3.1-8b": tuple(PLACES),
     "mixtral-8x7b": tuple(PLACES),
-    "qwen3-0.6b": ("v5e:2x4", "h100:8"),
+    "qwen3-0.6b": tuple(PLACES),
     "qwen3-30b-a3b": ("v6e:2x4",),
     "deepseek-v2-lite": ("v5e:2x4", "h100:8"),
     "llama-3.3-70b": ("v5p:2x2x2",),
