@@ -370,12 +370,16 @@ def engine_options_of(model: str | None, given: Mapping[str, Any]) -> EngineOpti
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    choices = [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]
     try:
         msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        wanted = f"must be one of {', '.join(map(repr, choices))}, got {value!r}" if choices else f"is wrong: {error}"
+        wanted = f"must be one of {choices}, got {value!r}" if (choices := choices_of(hint)) else f"is wrong: {error}"
         raise ConfigError(f"{name} {wanted}") from None
+
+
+def choices_of(hint: Any) -> str:
+    """What a type allows that is a Literal, or has one among others, in words; "" of any other type."""
+    return ", ".join(repr(c) for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h))
 
 
 def _patterns(given: Any) -> tuple[str, ...]:

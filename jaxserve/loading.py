@@ -149,18 +149,9 @@ class Loading:
             raise CancelledError
 
 
-def load_model(
-    options: ModelOptions,
-    device: DeviceOptions,
-    path: Path,
-    progress: Progress,
-    mesh: Mesh | None = None,
-    capture: Sequence[str] = (),
-    *,
-    ahead: bool = False,
-) -> Loaded:
-    """The result of `start_loading`. Raises as that does, and CheckpointError for damaged weights."""
-    return start_loading(options, device, path, progress, mesh, capture, ahead=ahead).result()
+def load_model(options: ModelOptions, device: DeviceOptions, path: Path, progress: Progress) -> Loaded:
+    """The result of `start_loading` on the options' mesh. Raises as it, and CheckpointError for damaged weights."""
+    return start_loading(options, device, path, progress).result()
 
 
 def start_loading(
@@ -198,11 +189,10 @@ def start_loading(
     taps = _taps(model, config, partition, dtype, chosen.embedding, capture) if capture else ()
     pack = packer(options, dtype, packs)
     keep = None if packs else keeper(options, partition, dtype)
-    if pack is None:
-        leaf = scaled_leaf(checkpoint, options, partition, dtype)
-        _check_fit(partition, [leaf(spec) for spec in _specs(model, config)], dtype, device, shape)
+    shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=packs)
+    if not packs:
+        _check_fit(partition, jax.tree.leaves(shapes), dtype, device, shape)
     memory = device_memory(mesh.local_devices[0], shape.data * len(mesh.local_devices))
-    shapes = _param_shapes(model, config, checkpoint, partition, options, dtype, packs=pack is not None)
     kv_dtype = kv_dtype_for(options, device, chosen.attention, shapes, dtype)
     outline = Loaded(**vars(chosen), params=shapes, kv_dtype=kv_dtype, programs=programs, taps=taps)
 
@@ -220,7 +210,7 @@ def start_loading(
         params = place_params(model, config, checkpoint, partition, dtype, pack, keep, report)
         give_back()
         seconds = time.perf_counter() - start
-        if plain := left_plain(checkpoint, _specs(model, config), params, options) if keep is not None else 0:
+        if plain := 0 if packs else left_plain(checkpoint, _specs(model, config), params, options):
             progress(
                 f"{plain} matrices become plain numbers here instead of quantised ones: rows that blocks do not fill, "
                 "or groups of inputs that the mesh would cut"

@@ -95,3 +95,46 @@ def compiler() -> list[str]:
         return build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def no_variables(monkeypatch):
+    """No JAXSERVE_ variable of whoever runs the tests, and a terminal that breaks no line."""
+    for name in [n for n in os.environ if n.startswith("JAXSERVE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory) -> Path:
+    """A model's folder with a tokenizer and nothing else, for engines that are not real."""
+    from fake_engine import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("model") / "counter")
+
+
+@pytest.fixture
+def batch(tmp_path, counter, engine, monkeypatch):
+    """`jaxserve batch IN OUT` in tmp_path, with the test file's own `engine`; its exit code."""
+    from batch_running import install
+
+    from jaxserve import cli
+
+    install(monkeypatch.setattr, engine)
+    monkeypatch.chdir(tmp_path)
+    return lambda source, out, *flags: cli.call(["batch", str(source), str(out), str(counter), *flags])
+
+
+@pytest.fixture
+def without_races(capfd):
+    """Parameters of the TPU's interpreter, whose memory is NaN until it is written, and which looks for races: of them,
+    and of semaphores that are left non-zero, there must be none in the test."""
+    import jax
+    from jax.experimental.pallas import tpu as pltpu
+
+    pltpu.reset_tpu_interpret_mode_state()
+    yield pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", num_cores_or_threads=2)
+    jax.effects_barrier()
+    said = "".join(capfd.readouterr())
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE" not in said and "non-zero" not in said

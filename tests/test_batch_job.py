@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,12 @@ pyarrow = pytest.importorskip("pyarrow", reason="tables need pyarrow, which is i
 import pyarrow.ipc  # noqa: E402, F811
 import pyarrow.parquet  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("JAXSERVE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture(scope="module")
-def counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model") / "counter")
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 @pytest.fixture
 def engine() -> FakeEngine:
     return Counter()
-
-
-@pytest.fixture
-def batch(tmp_path, counter, engine, monkeypatch) -> Callable[..., int]:
-    """`jaxserve batch IN OUT` in tmp_path, with the counting engine; its exit code."""
-    install(monkeypatch.setattr, engine)
-    monkeypatch.chdir(tmp_path)
-    return lambda source, out, *flags: cli.call(["batch", str(source), str(out), str(counter), *flags])
 
 
 # --- what a row becomes ----------------------------------------------------------------------------------------------

@@ -9,16 +9,14 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_jobs import DyingDisk, Killed, answered, child, read, text_row, write
 from batch_running import Counter, install, write_rows
-from fake_engine import FakeEngine, write_tokenizer
+from fake_engine import FakeEngine
 
-from jaxserve import cli
 from jaxserve.batch_job import job, store
 from jaxserve.batch_job.store import Store
 from jaxserve.client import EngineState
@@ -29,29 +27,12 @@ from jaxserve.text import TextModel
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("JAXSERVE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture(scope="module")
-def counter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model") / "counter")
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 @pytest.fixture
 def engine() -> FakeEngine:
     return Counter()
-
-
-@pytest.fixture
-def batch(tmp_path, counter, engine, monkeypatch) -> Callable[..., int]:
-    """`jaxserve batch IN OUT` in tmp_path, with the counting engine; its exit code."""
-    install(monkeypatch.setattr, engine)
-    monkeypatch.chdir(tmp_path)
-    return lambda source, out, *flags: cli.call(["batch", str(source), str(out), str(counter), *flags])
 
 
 # --- killed and run again --------------------------------------------------------------------------------------------

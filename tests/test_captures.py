@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from batch_jobs import DyingDisk, Killed, child, text_row, write
 from batch_running import Capturing, install, write_rows
-from fake_engine import ids_of, write_tokenizer
+from fake_engine import ids_of
 
 import jaxserve
 from jaxserve import LLM, SamplingParams, cli
@@ -30,11 +30,6 @@ import pyarrow.compute  # noqa: E402, F811
 import pyarrow.ipc  # noqa: E402, F811
 
 CAPTURE = "--capture=pair"
-
-
-@pytest.fixture(scope="module")
-def counter(tmp_path_factory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model") / "counter")
 
 
 @pytest.fixture

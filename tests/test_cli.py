@@ -31,11 +31,7 @@ from jaxserve.text import TextModel
 SECTIONS = (ModelOptions, ScheduleOptions, DeviceOptions, HostOptions, ServerOptions)
 
 
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("JAXSERVE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("no_variables")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from jaxserve.compile_cache import MANIFEST
 from jaxserve.config import DeviceOptions, EngineOptions, ModelOptions, ScheduleOptions
 from jaxserve.errors import ConfigError
 from jaxserve.hub import resolve_model
-from jaxserve.loading import load_model
+from jaxserve.loading import start_loading
 from jaxserve.metrics import EngineMetrics
 from jaxserve.runner import Runner
 
@@ -213,7 +213,9 @@ def test_shapes_that_are_compiled_for_are_those_of_the_weights(name, compiler, t
     if name == "gguf":
         path = write_model(tmp_path / "model.gguf", kind="Q8_0")
     options = ModelOptions(**CHECKPOINTS[name])
-    real, ahead = (load_model(options, DeviceOptions(), path, lambda said: None, ahead=a) for a in (False, True))
+    real, ahead = (
+        start_loading(options, DeviceOptions(), path, lambda said: None, ahead=a).result() for a in (False, True)
+    )
     described = [jax.tree.map(lambda a: (a.shape, str(a.dtype), a.sharding), loaded.params) for loaded in (real, ahead)]
     assert described[0] == described[1]
     assert real.kv_dtype == ahead.kv_dtype

@@ -90,17 +90,10 @@ def test_matrices_are_read_as_they_lie():
     assert tpu._turned(384, 48) and not tpu._turned(384, 256), "both are tried above"
 
 
-def test_no_two_cores_touch_one_block(capfd):
-    """In the TPU's interpreter, whose memory is NaN until it is written, and which looks for races."""
+def test_no_two_cores_touch_one_block(without_races):
     given, want = case(EDGES, 256, 16)
-    pltpu.reset_tpu_interpret_mode_state()
-    interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager", num_cores_or_threads=2)
-    got = tpu.grouped_matmul(*given, blocks=tpu.Blocks(16, 128), interpret=interpret)
+    got = tpu.grouped_matmul(*given, blocks=tpu.Blocks(16, 128), interpret=without_races)
     assert_close(got, want, np.float32)
-    jax.effects_barrier()
-    said = "".join(capfd.readouterr())
-    assert "RACE" not in said and "non-zero" not in said
-    pltpu.reset_tpu_interpret_mode_state()
 
 
 def test_the_interpreter_finds_a_matrix_that_is_not_there(monkeypatch):

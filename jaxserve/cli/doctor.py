@@ -165,8 +165,8 @@ def files(options: DeviceOptions, problems: list[str]) -> Iterator[tuple[str, st
         yield "embedded model", f"{model}: {_size(sum(p.stat().st_size for p in model.rglob('*') if p.is_file()))}"
     except ConfigError as e:
         problems.append(str(e))
-    if bytecode := _without_bytecode():
-        yield "bytecode", f"none of {bytecode}, so each start compiles it anew: python -m compileall -q {sys.prefix}"
+    if _compiled_anew():
+        yield "bytecode", f"none of jax, so each start compiles it anew: python -m compileall -q {sys.prefix}"
     from huggingface_hub import constants
 
     yield (
@@ -194,12 +194,12 @@ def ports(options: ServerOptions, problems: list[str]) -> Iterator[tuple[str, st
                     problems.append(f"{name} port {port}: {e.strerror}; choose another one with {flag}")
 
 
-def _without_bytecode() -> str:
-    """The largest package that Python will compile at every start: it keeps no bytecode, and there is none."""
+def _compiled_anew() -> bool:
+    """Whether every start compiles JAX's sources: Python is to keep no bytecode, and there is none of them."""
     found = importlib.util.find_spec("jax")
     if found is None or found.origin is None or not sys.dont_write_bytecode:
-        return ""
-    return "" if Path(importlib.util.cache_from_source(found.origin)).exists() else "jax"
+        return False
+    return not Path(importlib.util.cache_from_source(found.origin)).exists()
 
 
 def _writable(path: Path) -> bool:

@@ -35,8 +35,6 @@ def ragged_paged_attention(
     if not isinstance(cache, Int8Cache) and cache.dtype.itemsize == 1:
         raise ValueError(f"the CPU's kernel does not read a cache of {cache.dtype}; use the reference, or an Int8Cache")
     none = jnp.zeros(0, jnp.float32)
-    if value_dim is not None and isinstance(cache, Int8Cache):
-        raise ValueError("the CPU's kernel does not read latents of bytes; give a cache of floats")
     values = jnp.zeros((0, 0, 0), q.dtype) if v is None else v
     held, scales = (cache.values, cache.scales) if isinstance(cache, Int8Cache) else (cache, none)
     call = jax.ffi.ffi_call(

@@ -5,10 +5,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 
+from jaxserve.config import choices_of
 from jaxserve.errors import InvalidParameter, UnsupportedParameter
 
 
@@ -256,9 +257,7 @@ def _wrong_type(message: str, kind: type[msgspec.Struct]) -> InvalidParameter:
         path = f"{path}.{missing[1]}".removeprefix(".")
         return InvalidParameter(f"`{path}` is required", param=path)
     if invalid := re.fullmatch(r"Invalid enum value (.*)", what):
-        hints = get_type_hints(kind).get(path)
-        choices = [c for a in (hints, *get_args(hints)) if get_origin(a) is Literal for c in get_args(a)]
-        what = f"it must be one of {', '.join(map(repr, choices))}, got {invalid[1]}"
+        what = f"it must be one of {choices_of(get_type_hints(kind).get(path))}, got {invalid[1]}"
     what = re.sub(r"^Expected `(.*)`, got", lambda m: f"expected {m[1].replace(' | null', '')}, got", what)
     if path:
         return InvalidParameter(f"`{path}` is wrong: {what}", param=path)
