@@ -103,6 +103,8 @@ void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, float* s
   for (int64_t left = rows.steps - 1; left >= 0; left--) {
     x += left > 0 ? x_step : 0;  // the last tiles are loaded twice
     w += left > 0 ? kTileNumbers : 0;
+    ask_for(w, kTileRows * kTileBytes);
+    if constexpr (b == 2) ask_for(w + w_next, kTileRows * kTileBytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (b == 2) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(4, x, kTileBytes);

@@ -20,19 +20,24 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTile = 12;  // rows of x that pass by a block's codes together: as many as the registers hold
+constexpr int kTile = kLanes == 16 ? 16 : 12;  // rows of x that pass by a block's codes together: as registers allow
 constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
 constexpr float kSmallest = 1e-30f;  // a run of values that are all nearer to zero is kept as zeros
 
+// Whole sums are told as floats by their bits: 1.5 * 2^23 + n is the float of kMagicBits + n, for any |n| < 2^22.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+constexpr int32_t first_of(int run) { return run == 0 ? kMagicBits : 0; }
+
 // A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
-// row the sum of the bytes times -offset (what the offset of the codes takes from a whole sum), and the sum times the
-// scale (what a minimum is multiplied by).
+// row what its whole sum begins with (the sum of the bytes times -offset, for the offset of the codes; and kMagicBits in
+// the first run), and the sum times the scale (what a minimum is multiplied by).
 struct TileBlock {
   int tile, runs;
   int64_t bytes() const { return tile * (kRun + 4 + 8 * runs); }
   int8_t* values(uint8_t* at, int t) const { return reinterpret_cast<int8_t*>(at) + t * kRun; }
   float* scale(uint8_t* at) const { return reinterpret_cast<float*>(at + tile * kRun); }
-  int32_t* correction(uint8_t* at, int run) const {
+  int32_t* first(uint8_t* at, int run) const {
     return reinterpret_cast<int32_t*>(at + tile * (kRun + 4 + 4 * run));
   }
   float* weight(uint8_t* at, int run) const {
@@ -51,7 +56,7 @@ void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
   float scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   if (finite && most > kSmallest) {
     scale = most / 127.0f;
-    const Floats inverse = splat16(127.0f / most), magic = splat16(12582912.0f);  // 1.5 * 2^23: adding it rounds
+    const Floats inverse = splat16(127.0f / most), magic = splat16(kMagic);  // adding it rounds
     a = sub(add(mul(first, inverse), magic), magic);
     b = sub(add(mul(last, inverse), magic), magic);
   }
@@ -60,17 +65,17 @@ void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
   block.scale(at)[t] = scale;
   const float sums[2] = {F::runs == 1 ? total(add(a, b)) : total(a), F::runs == 1 ? 0.0f : total(b)};
   for (int r = 0; r < F::runs; r++) {
-    block.correction(at, r)[t] = -F::offset * static_cast<int32_t>(sums[r]);
+    block.first(at, r)[t] = first_of(r) - F::offset * static_cast<int32_t>(sums[r]);
     block.weight(at, r)[t] = scale * sums[r];
   }
 }
 
-// whole[t] = the sum of run r's codes times the bytes of row t, less the codes' offset.
+// whole[t] = the sum of run r's codes times the bytes of row t, less the codes' offset; of the first run as a float's bits.
 template <class F, int tile, int r>
 inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, Ints (&whole)[tile]) {
   constexpr bool small = F::low + F::high < 8 && F::offset < 128;
   constexpr int count = kGroups / F::runs;
-  for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? 0 : block.correction(x, r)[t]);
+  for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? first_of(r) : block.first(x, r)[t]);
   for_groups<F, r * count, (r + 1) * count>(codes, [&](int j, Bytes u) {
     for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], u, block.values(x, t) + 4 * j);
   });
@@ -85,13 +90,15 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
   SharedScales<F> shared{};
   for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
     const uint8_t* codes = panel + b * F::code_bytes;
+    ask_for(codes, F::code_bytes);
     if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
     unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
     Ints whole[tile];
     Floats products[tile];
     sum_run<F, tile, 0>(codes, block, x, whole);
-    for (int t = 0; t < tile; t++) products[t] = mul(to_floats(whole[t]), scale[0]);
+    const Floats start = mul(splat16(-kMagic), scale[0]);  // exact: a scale has 19 bits at most
+    for (int t = 0; t < tile; t++) products[t] = fma(bits_as_floats(whole[t]), scale[0], start);
     if constexpr (F::runs == 2) {
       sum_run<F, tile, 1>(codes, block, x, whole);
       for (int t = 0; t < tile; t++) products[t] = fma(to_floats(whole[t]), scale[1], products[t]);
@@ -107,7 +114,9 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
 }
 
 // Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
-int tile_of(int64_t left) { return left > 8 ? kTile : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left); }
+int tile_of(int64_t left) {
+  return left > 12 ? kTile : left > 8 ? 12 : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left);
+}
 
 template <class F>
 void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
@@ -116,6 +125,7 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
     case 2: return multiply<F, 2>(panel, layout, x, y);
     case 4: return multiply<F, 4>(panel, layout, x, y);
     case 8: return multiply<F, 8>(panel, layout, x, y);
+    case 12: return multiply<F, 12>(panel, layout, x, y);
     default: return multiply<F, kTile>(panel, layout, x, y);
   }
 }

@@ -9,6 +9,14 @@ namespace jaxserve {
 
 constexpr int kPanel = 16;  // columns of a panel, whatever the vector width
 
+constexpr int kLine = 64;  // bytes of memory that come together
+
+// Asks for what lies a page further on than these `bytes` of weights: processors that fetch ahead stop where pages end.
+inline void ask_for(const void* weights, int bytes) {
+  constexpr int kPage = 4096;
+  for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(weights) + kPage + i, 0, 2);
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes.
@@ -30,7 +38,15 @@ struct Panels {  // [columns / kPanel][depth][kPanel]
   const T* operator()(int64_t i, int64_t j) const {
     return data + (j / kPanel * depth + i) * kPanel + j % kPanel;
   }
+  void ask_for_more(int64_t i, int64_t j) const {
+    constexpr int rows = kLine / (kPanel * sizeof(T));  // in a line
+    if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j), kLine);
+  }
 };
+template <class B>
+constexpr bool is_panels = false;
+template <class T>
+constexpr bool is_panels<Panels<T>> = true;
 
 constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks: as many as the registers hold
 
@@ -45,6 +61,9 @@ void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t
   for (int64_t i = 0; i < depth; i++) {
     Vec column[cols];
     for (int j = 0; j < cols; j++) column[j] = load(b(i, from + j * kLanes));
+    if constexpr (rows == 1 && is_panels<B>) {  // more rows take longer than the memory
+      for (int j = 0; j < cols; j++) b.ask_for_more(i, from + j * kLanes);
+    }
     for (int r = 0; r < rows; r++) {
       const Vec x = splat(a[r * a_stride + i]);
       for (int j = 0; j < cols; j++) sum[r][j] = fma(x, column[j], sum[r][j]);

@@ -74,6 +74,7 @@ inline float total(Floats a) {  // in any order: for sums that are exact
 //   lookup          table[u], u < 16
 //   from_bytes      16 bytes as floats; from_nibbles: their halves
 //   store_bytes     16 whole numbers from -128 to 127, given as floats, as bytes
+//   bits_as_floats  the floats whose bits the whole numbers are
 //   dot<small>      sums of four products a row, u times the signed bytes at x; `small`: no u is above 127
 
 #if defined(JAXSERVE_AVX512)
@@ -119,6 +120,7 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
 #endif
 }
 inline Floats to_floats(Ints a) { return {{{_mm512_cvtepi32_ps(a.v)}}}; }
+inline Floats bits_as_floats(Ints a) { return {{{_mm512_castsi512_ps(a.v)}}}; }
 inline Floats from_bytes(const uint8_t* p) {
   return to_floats(Ints{_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
 }
@@ -195,6 +197,7 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
   return sum;
 }
 inline Floats to_floats(Ints a) { return {{{_mm256_cvtepi32_ps(a.v[0])}, {_mm256_cvtepi32_ps(a.v[1])}}}; }
+inline Floats bits_as_floats(Ints a) { return {{{_mm256_castsi256_ps(a.v[0])}, {_mm256_castsi256_ps(a.v[1])}}}; }
 inline Floats from_bytes(const uint8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return to_floats(Ints{{_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))}});
@@ -286,6 +289,11 @@ inline Floats to_floats(Ints a) {
   for (int i = 0; i < 4; i++) y.v[i] = {vcvtq_f32_s32(a.v[i])};
   return y;
 }
+inline Floats bits_as_floats(Ints a) {
+  Floats y;
+  for (int i = 0; i < 4; i++) y.v[i] = {vreinterpretq_f32_s32(a.v[i])};
+  return y;
+}
 inline Floats from_bytes(const uint8_t* p) {
   const uint16x8_t low = vmovl_u8(vld1_u8(p)), high = vmovl_u8(vld1_u8(p + 8));
   return {{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)))},
@@ -360,6 +368,11 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
 inline Floats to_floats(Ints a) {
   float y[16];
   for (int i = 0; i < 16; i++) y[i] = static_cast<float>(a.v[i]);
+  return load16(y);
+}
+inline Floats bits_as_floats(Ints a) {
+  float y[16];
+  std::memcpy(y, a.v, sizeof y);
   return load16(y);
 }
 template <class T>
