@@ -24,13 +24,18 @@ LIMIT_S = 800
 pytestmark = pytest.mark.timeout(900)  # each library is as much work as an installation
 
 
+WIDTHS = ("avx2", "neon", "scalar")
+"""Instruction sets that stand for their families, whose others differ in wide.h alone, which has a test of its own."""
+
+
 @pytest.fixture(scope="module")
-def libraries(compiler, tmp_path_factory):
-    """A library for each instruction set that this processor has."""
+def libraries(compiler, tmp_path_factory, pytestconfig):
+    """By instruction set: the best of this processor and one for each width of vectors, or all where slow tests run."""
     folder = tmp_path_factory.mktemp("native")
+    every = pytestconfig.option.markexpr != "not slow"
     found = {}
     for isa in build.ISAS:
-        if isa.runs_here():
+        if isa.runs_here() and (every or isa == build.best_isa() or isa.name in WIDTHS):
             if isa == build.best_isa():  # what serves, as the optimiser made it
                 found[isa.name] = build.library(prebuilt=False).path
             else:  # only the numbers count, and fuzz calls take no longer for it
