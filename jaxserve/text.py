@@ -12,7 +12,7 @@ import msgspec
 
 from jaxserve.chat import ChatTemplate, load_chat_template
 from jaxserve.client import EngineClient
-from jaxserve.errors import ConfigError, InvalidParameter, UnsupportedParameter
+from jaxserve.errors import ConfigError, InvalidParameter, PromptTooLong, UnsupportedParameter
 from jaxserve.host_memory import give_back
 from jaxserve.metrics import FrontMetrics
 from jaxserve.request import EMBED, Delta, FinishReason, Logprobs, Request, SamplingParams, check_request
@@ -28,6 +28,10 @@ _DEFAULTS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
+
+SLOW_TO_ENCODE_CHARS = 16_384
+"""A longer text is tokenised in a thread, so that other streams go on."""
+_CHARS_A_TOKEN = 8  # more than those of nearly any text that fits
 
 # What a request may not set as a variable of the template.
 _NOT_VARIABLES = frozenset(
@@ -132,6 +136,24 @@ class TextModel:
         llama.cpp; parse_special=False for text that comes from somebody else. Any thread may call this.
         """
         return tuple(self.tokenizer.encode(prompt, parse_special=parse_special))
+
+    def check_length(self, text: str, param: str) -> None:
+        """Raises PromptTooLong for a text of which a beginning has twice the tokens that there is room for.
+
+        All of a few megabytes take a core for seconds, and much memory; this says no for less. A text's tokens are
+        those of its parts but for a few, so none is refused that would fit. Any thread may call this.
+        """
+        most = self.client.info.max_model_len
+        chars = max(SLOW_TO_ENCODE_CHARS, _CHARS_A_TOKEN * most)
+        while chars < len(text):
+            count = len(self.tokenizer.encode(text[:chars], add_special_tokens=False))
+            if count > 2 * most:
+                raise PromptTooLong(
+                    f"This model's maximum context length is {most} tokens. However, the first {chars} of the "
+                    f"{len(text)} characters are {count} tokens alone. Please shorten the prompt.",
+                    param=param,
+                )
+            chars *= 4
 
     def encode_embedded(self, text: str, longest: int | None = None) -> tuple[int, ...]:
         """The ids of a text to embed, with all that the model wants around it. Any thread may call this.

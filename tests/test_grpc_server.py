@@ -28,6 +28,21 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("toy"))
 
 
+def test_what_is_no_message_is_the_callers_mistake(toy: Path) -> None:
+    async def main() -> None:
+        async with running(toy) as r:
+            for method in ("Generate", "Tokenize"):
+                kind = r.channel.unary_stream if method == "Generate" else r.channel.unary_unary
+                call = kind(f"/{SERVICE}/{method}")(b"\xff\xff no message")
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await (call.read() if method == "Generate" else call)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert f"{SERVICE}/{method}" in str(caught.value.details())
+            assert (await r.generate(text_request(max_tokens=2)))[0], "others are answered"
+
+    asyncio.run(main())
+
+
 # Cancellation and deadlines
 
 

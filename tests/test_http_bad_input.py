@@ -11,13 +11,14 @@ import grpc
 import httpx
 import msgspec
 import pytest
-from fake_engine import VOCAB_SIZE, FakeEngine
+from fake_engine import VOCAB_SIZE, FakeEngine, embeds
 from http_harness import application, call, chat, completion, http_client, in_loop, live
 
 from jaxserve import errors
 from jaxserve.client import EngineState
 from jaxserve.server.status import STATUS, error_body, status_of
 from jaxserve.server.wire import UNSUPPORTED
+from jaxserve.tokenizer.fast import FastTokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -271,6 +272,28 @@ async def test_context_overflow() -> None:
         error = check_error(await call(FakeEngine(), "POST", path, body), 400)
         assert "This model's maximum context length is 512 tokens" in error["message"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+@in_loop
+async def test_a_text_of_megabytes_is_refused_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    encode = FastTokenizer.encode
+
+    def counted(self: FastTokenizer, text: str, **rest: Any) -> list[int]:
+        read.append(len(text))
+        return encode(self, text, **rest)
+
+    monkeypatch.setattr(FastTokenizer, "encode", counted)
+    long = "ab " * 1_000_000
+    for engine, path, body, param in (
+        (FakeEngine(), TEXT, completion(long), "prompt"),
+        (FakeEngine(), CHAT, chat(long), "messages"),
+        (embeds(), "/v1/embeddings", {"input": ["a", long]}, "input"),
+    ):
+        error = check_error(await call(engine, "POST", path, body), 400)
+        assert "maximum context length is 512 tokens. However, the first 16384 of the 3000000 char" in error["message"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert read.count(16384) == 3 and max(read) == 16384
 
 
 @in_loop

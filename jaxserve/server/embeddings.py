@@ -11,11 +11,11 @@ import numpy as np
 from jaxserve.embedding import check_dimensions, cosine, finished
 from jaxserve.errors import InvalidParameter, RequestError
 from jaxserve.request import EmbeddingInfo, embedding_of
-from jaxserve.server.generation import SLOW_TO_ENCODE_CHARS, in_thread_if
+from jaxserve.server.generation import in_thread_if
 from jaxserve.server.openai import check_request_fields, texts_or_ids
 from jaxserve.server.replies import Head
 from jaxserve.server.wire import EmbeddingBody, PoolingBody, ScoreBody
-from jaxserve.text import PooledDelta, TextModel
+from jaxserve.text import SLOW_TO_ENCODE_CHARS, PooledDelta, TextModel
 
 MAX_INPUTS = 2048
 """OpenAI's limit."""
@@ -232,6 +232,8 @@ async def encoded(
         if not isinstance(text, str):
             return text if longest is None else text[:longest]
         try:
+            if longest is None:
+                model.check_length(text, "input")
             return model.encode_embedded(text, longest)
         except RequestError as error:
             if error.param in ("input", "prompt"):

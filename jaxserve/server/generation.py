@@ -20,9 +20,7 @@ from jaxserve.server.openai import (
 )
 from jaxserve.server.replies import ChatReply, CompletionReply, Echo, Head, Reply
 from jaxserve.server.wire import ChatBody, CompletionBody, SamplingBody
-from jaxserve.text import TextDelta, TextModel, TokenLogprob
-
-SLOW_TO_ENCODE_CHARS = 16_384  # a longer text is tokenised in a thread, so that other streams go on
+from jaxserve.text import SLOW_TO_ENCODE_CHARS, TextDelta, TextModel, TokenLogprob
 
 
 class Collecting[Delta](Protocol):
@@ -95,10 +93,13 @@ async def read_chat(body: ChatBody, model: TextModel, head: Head) -> Generation:
     params, options = chat_params(body, model.defaults, model.tokenizer)
     messages = chat_messages(body.messages)
     arguments = template_arguments(body)
-    prompt = await in_thread_if(
-        sum(len(str(m["content"])) for m in messages) > SLOW_TO_ENCODE_CHARS,
-        lambda: model.encode_chat(messages, **arguments),
-    )
+    text = "".join(str(m["content"]) for m in messages)
+
+    def encode() -> tuple[int, ...]:
+        model.check_length(text, "messages")
+        return model.encode_chat(messages, **arguments)
+
+    prompt = await in_thread_if(len(text) > SLOW_TO_ENCODE_CHARS, encode)
     return Generation(body, [prompt], params, ChatReply(head, [prompt], options))
 
 
@@ -107,9 +108,12 @@ async def read_completion(body: CompletionBody, model: TextModel, head: Head) ->
     params, options = completion_params(body, model.defaults, model.tokenizer)
     given = completion_prompts(body.prompt, options.n)
     texts = [p for p in given if isinstance(p, str)]
-    encoded = await in_thread_if(
-        sum(map(len, texts)) > SLOW_TO_ENCODE_CHARS, lambda: [model.encode_prompt(p) for p in texts]
-    )
+
+    def encode(text: str) -> tuple[int, ...]:
+        model.check_length(text, "prompt")
+        return model.encode_prompt(text)
+
+    encoded = await in_thread_if(sum(map(len, texts)) > SLOW_TO_ENCODE_CHARS, lambda: [encode(t) for t in texts])
     prompts = encoded if texts else [p for p in given if not isinstance(p, str)]
     tokenizer = model.tokenizer
     shown: list[str] = []

@@ -9,6 +9,7 @@ from functools import partial
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -22,13 +23,12 @@ from jaxserve.server.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.server.proto.translate import Answer, sampling_params, token_logprob
 from jaxserve.server.status import grpc_code, public_message, retry_after_s
-from jaxserve.text import TextModel, TokenLogprob
+from jaxserve.text import SLOW_TO_ENCODE_CHARS, TextModel, TokenLogprob
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Jaxserve"].full_name
 MAX_REQUEST_ID_CHARS = 128
 MAX_CONTINUATIONS = 4096
 _MAX_STATUS_CHARS = 512  # a status travels percent-encoded in HTTP/2 headers, which clients limit to 8 KiB
-_SLOW_TO_ENCODE_BYTES = 16384
 _HEALTH_POLL_S = 0.2
 _LAST_STATUS_S = 0.2
 _FOREVER_S = 1e8  # clients that want no deadline often send one years away
@@ -69,6 +69,7 @@ async def start_grpc(
     Raises ConfigError if the address cannot be had.
     """
     server = grpc.aio.server(
+        interceptors=[Unreadable()],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),  # what we send follows from what we accepted
@@ -78,7 +79,7 @@ async def start_grpc(
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-        ]
+        ],
     )
     servicer = JaxserveServicer(text_model, client)
     follower = HealthFollower(client)
@@ -95,6 +96,36 @@ async def start_grpc(
     await follower.start()
     await server.start()
     return GrpcServer(server, servicer, follower, authority(host, bound))
+
+
+class Unreadable(grpc.aio.ServerInterceptor):
+    """Answers bytes that are no message of our method's with INVALID_ARGUMENT; gRPC itself would say UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(f"/{SERVICE}/"):
+            return handler
+        streams = handler.response_streaming
+        answer = handler.unary_stream if streams else handler.unary_unary
+
+        def read(data: bytes) -> Message | None:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return None
+
+        async def call(request: Message | None, context: grpc.aio.ServicerContext) -> Message | None:
+            if request is None:
+                what = f"the request is not the message that {details.method} takes; see jaxserve_v1.proto"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, what)
+            return await answer(request, context)
+
+        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        return make(call, request_deserializer=read, response_serializer=handler.response_serializer)
 
 
 class HealthFollower:
@@ -320,9 +351,11 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         if kind == "token_ids":
             return self._checked_ids(prompt.token_ids.ids, "prompt")
         if kind == "text":
-            encode = partial(self._model.encode_prompt, prompt.text)
+            text = prompt.text
+            encode = partial(self._model.encode_prompt, text)
         elif kind == "chat":
             chat = prompt.chat
+            text = "".join(m.content for m in chat.messages)
             generation_prompt = not chat.continue_final_message
             if chat.HasField("add_generation_prompt"):
                 generation_prompt = chat.add_generation_prompt
@@ -335,8 +368,13 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             )
         else:
             raise InvalidParameter("prompt is missing: give text, token_ids or chat", param="prompt")
-        if prompt.ByteSize() > _SLOW_TO_ENCODE_BYTES:  # other calls go on meanwhile
-            return await asyncio.to_thread(encode)
+        if prompt.ByteSize() > SLOW_TO_ENCODE_CHARS:  # other calls go on meanwhile
+
+            def checked() -> tuple[int, ...]:
+                self._model.check_length(text, "prompt")
+                return encode()
+
+            return await asyncio.to_thread(checked)
         return encode()
 
     def _to_embed(self, prompt: pb.Prompt, param: str) -> str | tuple[int, ...]:

@@ -20,7 +20,6 @@ from jaxserve.server.embeddings import Pooling, read_embeddings, read_score
 from jaxserve.server.events import Ended, Mailbox, Signal, under_way
 from jaxserve.server.exchange import CLIENT_GONE, ClientGone, Exchange
 from jaxserve.server.generation import (
-    SLOW_TO_ENCODE_CHARS,
     Collecting,
     Generation,
     in_thread_if,
@@ -41,7 +40,7 @@ from jaxserve.server.wire import (
     UpdateParamsBody,
     parse_body,
 )
-from jaxserve.text import TextDelta, TextModel
+from jaxserve.text import SLOW_TO_ENCODE_CHARS, TextDelta, TextModel
 
 FIRST_DELTA_S = 5.0  # how long the status waits for the first delta, which may yet be an error
 
