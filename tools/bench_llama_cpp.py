@@ -427,9 +427,12 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="an existing GGUF file instead of made ones")
     parser.add_argument("--types", default="BF16,Q8_0,Q4_0,Q4_K_M")
     parser.add_argument("--embedded", action="store_true", help="jaxserve serves its embedded model: tries this script")
+    parser.add_argument(
+        "--without-amx", action="store_true", help="llama.cpp for AVX-512: how processors of before 2023 compare"
+    )
     parser.add_argument("--prepare", action="store_true", help="builds and makes the models, and measures nothing")
     args = parser.parse_args()
-    programs = build(args.folder)
+    programs = build(args.folder, amx=not args.without_amx)
     if args.file:
         models = {args.file.stem: args.file}
     else:

@@ -30,6 +30,11 @@ _SETTINGS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
 }
+_WITHOUT_AMX = {
+    "GGML_NATIVE": "OFF",
+    **{f"GGML_{name}": "ON" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AVX_VNNI", "BMI2")},
+}
+"""As an AVX-512 processor of before 2023 has it, and AMD's."""
 
 
 # GCC 12 takes only the first 8 of the 64 bytes of a configuration of tile registers to be read, and leaves out what
@@ -47,13 +52,16 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxserve", "llama.cpp")
 
 
-def build(folder: Path, jobs: int = 2) -> Path:
+def build(folder: Path, jobs: int = 2, *, amx: bool = True) -> Path:
     """The folder of the programs; they are built, which takes ten minutes on two cores, unless they are there.
+
+    They use what this processor has, or, without `amx`, AVX-512.
 
     A llama_cpp_python-*.tar.gz that lies in `folder` is used, otherwise one is downloaded. Raises SystemExit with the
     cure when a tool is missing, CalledProcessError when a command fails.
     """
-    programs = folder / "build" / "bin"
+    into = folder / ("build" if amx else "build-without-amx")
+    programs = into / "bin"
     if all((programs / name).is_file() for name in PROGRAMS):
         return programs
     for tool in ("cmake", "ninja", "c++"):
@@ -62,11 +70,11 @@ def build(folder: Path, jobs: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     header = folder / "whole_tile_config.h"
     header.write_text(_WHOLE_TILE_CONFIG)
-    settings = [f"-D{name}={value}" for name, value in _SETTINGS.items()]
+    settings = [f"-D{name}={value}" for name, value in (_SETTINGS | ({} if amx else _WITHOUT_AMX)).items()]
     settings.append(f"-DCMAKE_CXX_FLAGS=-include {header}")
-    configure = ["cmake", "-G", "Ninja", "-S", str(_source(folder)), "-B", str(folder / "build"), *settings]
+    configure = ["cmake", "-G", "Ninja", "-S", str(_source(folder)), "-B", str(into), *settings]
     subprocess.run(configure, check=True, stdout=sys.stderr)
-    make = ["cmake", "--build", str(folder / "build"), "-j", str(jobs), "--target", *PROGRAMS]
+    make = ["cmake", "--build", str(into), "-j", str(jobs), "--target", *PROGRAMS]
     subprocess.run(make, check=True, stdout=sys.stderr)
     return programs
 

@@ -10,24 +10,21 @@ Where llama.cpp and the checkpoint's own tokenizer part ways (normalisation to N
 tokens), this follows the checkpoint.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.gguf import GgufFile, find_gguf
-from jaxserve.tokenizer.base import BYTE_TOKEN, Settings, Tokenizer, has_control_form
+from jaxserve.tokenizer.base import BYTE_TOKEN, Settings, Tokenizer
 from jaxserve.tokenizer.fast import LibraryTokenizer, byte_level
+from jaxserve.tokenizer.gguf_vocabulary import KEY, Kind, Values, Vocabulary
 from jaxserve.tokenizer.sentencepiece import SentencePieceTokenizer
 
-_KEY = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
 _SAMPLING = {
     "temp": "temperature",
@@ -36,20 +33,6 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-# Metadata's names of the special tokens, and tokenizer_config.json's. "seperator" is the format's own spelling.
-_NAMED = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "unknown": "unk_token",
-    "padding": "pad_token",
-    "seperator": "sep_token",
-    "cls": "cls_token",
-}
-# Control tokens that end an answer where no key says so. A file has one eos; generation_config.json had several.
-_ENDS = frozenset(
-    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|endoftext|> <|end_of_text|> <end_of_turn> <turn|> "
-    "<|tool_response> <EOT> [EOT] <end_of_utterance> <｜end▁of▁sentence｜> [e~[".split()
-)
 
 
 @dataclass(frozen=True)
@@ -85,13 +68,13 @@ def gguf_text(metadata: Mapping[str, Any], where: str) -> GgufText:
 
     Raises ConfigError for a vocabulary that is not served, CheckpointError, naming the key, for one that is broken.
     """
-    values = _Values(metadata, where)
-    model = values.text(_KEY + "model")
+    values = Values(metadata, where)
+    model = values.text(KEY + "model")
     if model is None:
-        raise CheckpointError(f"{where}: there is no {_KEY}model: the file holds no tokenizer")
+        raise CheckpointError(f"{where}: there is no {KEY}model: the file holds no tokenizer")
     if model not in _BUILDERS:
-        raise ConfigError(f"{where}: {_KEY}model {model!r} is not served; {', '.join(_BUILDERS)} are")
-    vocabulary = _Vocabulary(values, model)
+        raise ConfigError(f"{where}: {KEY}model {model!r} is not served; {', '.join(_BUILDERS)} are")
+    vocabulary = Vocabulary(values, model)
     tokenizer = _BUILDERS[model](vocabulary)
     templates = {"default": values.text(_TEMPLATE)}
     templates |= {
@@ -104,163 +87,6 @@ def gguf_text(metadata: Mapping[str, Any], where: str) -> GgufText:
         named=vocabulary.named,
         generation={"eos_token_id": vocabulary.ends()} | {k: v for k, v in sampling.items() if v is not None},
     )
-
-
-class _Values:
-    """Metadata whose values are checked as they are taken; None for a key that is absent."""
-
-    def __init__(self, metadata: Mapping[str, Any], where: str):
-        self._metadata = metadata
-        self.where = where
-
-    def wrong(self, key: str, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} {what}")
-
-    def _get(self, key: str, kind: Any, name: str) -> Any:
-        value = self._metadata.get(key)
-        if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
-            raise self.wrong(key, f"must be {name}, got {type(value).__name__} {str(value)[:100]}")
-        return value
-
-    def text(self, key: str) -> str | None:
-        value: str | None = self._get(key, str, "a string")
-        if value is not None and not _is_unicode(value):
-            raise self.wrong(key, "is not UTF-8")
-        return value
-
-    def flag(self, key: str) -> bool | None:
-        value: bool | None = self._get(key, bool, "true or false")
-        return value
-
-    def number(self, key: str) -> int | float | None:
-        value: int | float | None = self._get(key, int | float, "a number")
-        # 0.6 is stored as a float32, which is not the double of that name.
-        return float(f"{value:.7g}") if isinstance(value, float) else value
-
-    def token(self, key: str, size: int) -> int | None:
-        """An id below `size`."""
-        value: int | None = self._get(key, int, "a token id")
-        if value is not None and not 0 <= value < size:
-            raise self.wrong(key, f"is {value}, and there are {size} tokens")
-        return value
-
-    def texts(self, key: str) -> list[str] | None:
-        value: list[str] | None = self._get(key, list, "an array of strings")
-        if value is None:
-            return None
-        if not all(isinstance(text, str) for text in value):
-            raise self.wrong(key, "must be an array of strings")
-        if not _is_unicode("".join(value)):
-            i = next(i for i, text in enumerate(value) if not _is_unicode(text))
-            raise self.wrong(f"{key}[{i}]", f"is not UTF-8: {value[i].encode('utf-8', 'surrogateescape')!r}")
-        return value
-
-    def numbers(self, key: str, size: int | None = None, *, whole: bool = False) -> np.ndarray | None:
-        """A vector without NaN; with `size`, one of that length."""
-        value = self._metadata.get(key)
-        if value is None or (isinstance(value, list) and not value and not size):  # an empty array has no type
-            return None
-        if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in ("iu" if whole else "iuf"):
-            raise self.wrong(key, f"must be an array of {'whole ' if whole else ''}numbers")
-        if size is not None and len(value) != size:
-            raise self.wrong(key, f"has {len(value)} entries, {_KEY}tokens has {size}")
-        if value.dtype.kind == "f" and np.isnan(value).any():
-            raise self.wrong(key, "holds NaN")
-        return value
-
-
-class _Kind(IntEnum):
-    """The format's kinds of tokens; SentencePiece's, and one for none of them."""
-
-    UNDEFINED = 0
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-_SPECIAL = (_Kind.CONTROL, _Kind.UNKNOWN)
-
-
-class _Vocabulary:
-    """The tokens, checked: their kinds, and which of them are named."""
-
-    def __init__(self, values: _Values, model: str):
-        self.values = values
-        self.where = values.where
-        tokens = values.texts(_KEY + "tokens")
-        if not tokens:
-            raise CheckpointError(f"{self.where}: {_KEY}tokens is missing or empty")
-        self.tokens = tokens
-        size = len(tokens)
-        kinds = values.numbers(_KEY + "token_type", size, whole=True)
-        self.ids: dict[str, int] = {}
-        """By metadata's names: bos, eos, ..."""
-        defaults = _DEFAULT_IDS.get(model, {})
-        for name in (*_NAMED, "eot", "eom"):
-            given, default = values.token(f"{_KEY}{name}_token_id", size), defaults.get(name, size)
-            if given is not None:
-                self.ids[name] = given
-            elif default < size and (kinds is None or kinds[default] in _SPECIAL):
-                self.ids[name] = default
-        self.kinds: list[int] = self._guessed_kinds(model) if kinds is None else kinds.tolist()
-        # Names that fill a gap in the ids; a text of that name is not the token.
-        self.gaps = {i for i, text in enumerate(tokens) if not text or text == f"[PAD{i}]"} - set(self.ids.values())
-        self.text_ids = {text: i for i, text in enumerate(tokens) if i not in self.gaps}
-        if len(self.text_ids) + len(self.gaps) != size:
-            counts = Counter(text for i, text in enumerate(tokens) if i not in self.gaps)
-            twice = counts.most_common(1)[0][0]
-            raise values.wrong(_KEY + "tokens", f"holds {twice[:100]!r} more than once")
-        self.named = {
-            theirs: tokens[self.ids[ours]]
-            for ours, theirs in _NAMED.items()
-            if ours in self.ids and tokens[self.ids[ours]]
-        }
-        self.special = {i for i, kind in enumerate(self.kinds) if kind in _SPECIAL} - self.gaps
-        # A file may call any token its bos; one that text is made of stays a part of text.
-        named = set(self.named.values())
-        self.control = {
-            text: i
-            for text, i in self.text_ids.items()
-            if i in self.special
-            or text in _ENDS
-            or ((self.kinds[i] == _Kind.USER_DEFINED or text in named) and has_control_form(text))
-        }
-        self.words = {
-            text: i
-            for text, i in self.text_ids.items()
-            if self.kinds[i] == _Kind.USER_DEFINED and text not in self.control
-        }
-        """Parts of the vocabulary that are cut out of a text before anything else."""
-
-    def _guessed_kinds(self, model: str) -> list[int]:
-        kinds: list[int] = [_Kind.NORMAL] * len(self.tokens)
-        if model == "llama":
-            kinds = [_Kind.BYTE if BYTE_TOKEN.fullmatch(text) else _Kind.NORMAL for text in self.tokens]
-        for name, i in self.ids.items():
-            kinds[i] = _Kind.UNKNOWN if name == "unknown" else _Kind.CONTROL
-        return kinds
-
-    def ends(self) -> list[int]:
-        """The ids that end an answer, eos first."""
-        texts = _ENDS & self.control.keys()
-        if {"<|return|>", "<|call|>"} <= texts:  # there, <|end|> ends only one of an answer's messages
-            texts -= {"<|end|>"}
-        known = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
-        return list(dict.fromkeys([*known, *sorted(self.control[text] for text in texts)]))
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.values.flag(_KEY + name)
-        return default if value is None else value
-
-
-_DEFAULT_IDS = {
-    "llama": {"bos": 1, "eos": 2, "unknown": 0},
-    "t5": {"eos": 1, "unknown": 2, "padding": 0},
-    "bert": {"unknown": 100, "cls": 101, "seperator": 102, "padding": 0},
-}
 
 
 # --- byte-level BPE
@@ -375,12 +201,12 @@ _BY_NAMES = {
 _FAMILIES = {name: family for names, family in _BY_NAMES.items() for name in names.split()}
 
 
-def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    pre = vocabulary.values.text(_KEY + "pre") or "default"
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    pre = vocabulary.values.text(KEY + "pre") or "default"
     family = _FAMILIES.get(pre)
     if family is None:
         raise ConfigError(
-            f"{vocabulary.where}: {_KEY}pre {pre!r} is not served: how it cuts text is not known here; "
+            f"{vocabulary.where}: {KEY}pre {pre!r} is not served: how it cuts text is not known here; "
             f"{', '.join(sorted(_FAMILIES))} are"
         )
     model = _bpe(vocabulary, ignore_merges=family.ignore_merges)
@@ -398,9 +224,9 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     return _library(vocabulary, model, table, add_bos=add_bos, add_eos=vocabulary.flag("add_eos_token", False))
 
 
-def _bpe(vocabulary: _Vocabulary, **options: Any) -> tokenizers.Tokenizer:
+def _bpe(vocabulary: Vocabulary, **options: Any) -> tokenizers.Tokenizer:
     """A BPE model of the `tokenizers` library."""
-    key = _KEY + "merges"
+    key = KEY + "merges"
     merges = vocabulary.values.texts(key)
     if merges is None:
         raise CheckpointError(f"{vocabulary.where}: {key} is missing")
@@ -415,11 +241,11 @@ def _bpe(vocabulary: _Vocabulary, **options: Any) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocabulary.text_ids, merges=pairs, **options))
     except Exception as error:  # the library raises plain Exception
-        raise vocabulary.values.wrong(key, f"and {_KEY}tokens do not fit: {error}") from error
+        raise vocabulary.values.wrong(key, f"and {KEY}tokens do not fit: {error}") from error
 
 
 def _library(
-    vocabulary: _Vocabulary,
+    vocabulary: Vocabulary,
     model: tokenizers.Tokenizer,
     table: list[bytes],
     *,
@@ -456,7 +282,7 @@ def _library(
 # --- the other models
 
 
-def _gemma4(vocabulary: _Vocabulary) -> Tokenizer:
+def _gemma4(vocabulary: Vocabulary) -> Tokenizer:
     unknown = vocabulary.named.get("unk_token")
     model = _bpe(vocabulary, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     model.normalizer = normalizers.Replace(" ", "▁")
@@ -466,15 +292,15 @@ def _gemma4(vocabulary: _Vocabulary) -> Tokenizer:
     return _library(vocabulary, model, table, add_bos=True, add_eos=vocabulary.flag("add_eos_token", False))
 
 
-def _spaced(vocabulary: _Vocabulary, i: int) -> bytes:
+def _spaced(vocabulary: Vocabulary, i: int) -> bytes:
     """The bytes of a token in which U+2581 stands for a space."""
     text = vocabulary.tokens[i]
-    if vocabulary.kinds[i] == _Kind.BYTE and (byte := BYTE_TOKEN.fullmatch(text)):
+    if vocabulary.kinds[i] == Kind.BYTE and (byte := BYTE_TOKEN.fullmatch(text)):
         return bytes([int(byte[1], 16)])
     return text.replace("▁", " ").encode()
 
 
-def _wordpiece(vocabulary: _Vocabulary) -> Tokenizer:
+def _wordpiece(vocabulary: Vocabulary) -> Tokenizer:
     values = vocabulary.values
     marked = vocabulary.special | set(vocabulary.control.values())
 
@@ -486,10 +312,10 @@ def _wordpiece(vocabulary: _Vocabulary) -> Tokenizer:
     pieces = {piece(i, text): i for text, i in vocabulary.text_ids.items()}
     unknown = vocabulary.named.get("unk_token")
     if unknown is None:
-        raise CheckpointError(f"{vocabulary.where}: {_KEY}unknown_token_id is missing")
-    lowercase = values.flag(_KEY + "normalizer.lowercase")
+        raise CheckpointError(f"{vocabulary.where}: {KEY}unknown_token_id is missing")
+    lowercase = values.flag(KEY + "normalizer.lowercase")
     lowercase = True if lowercase is None else lowercase
-    strip = values.flag(_KEY + "normalizer.strip_accents")
+    strip = values.flag(KEY + "normalizer.strip_accents")
     model = tokenizers.Tokenizer(models.WordPiece(vocab=pieces, unk_token=unknown, max_input_chars_per_word=100))
     model.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=lowercase if strip is None else strip
@@ -502,60 +328,60 @@ def _wordpiece(vocabulary: _Vocabulary) -> Tokenizer:
         vocabulary,
         model,
         table,
-        add_bos=vocabulary.values.flag(_KEY + "add_bos_token"),
-        add_eos=vocabulary.values.flag(_KEY + "add_eos_token"),
+        add_bos=vocabulary.values.flag(KEY + "add_bos_token"),
+        add_eos=vocabulary.values.flag(KEY + "add_eos_token"),
         prefix=[] if cls is None else [cls],
         suffix=[] if sep is None else [sep],
         strips_leading_space=True,
     )
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     """llama and t5: the model file that the vocabulary was taken from, but for what only a trainer reads."""
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     values, tokens = vocabulary.values, vocabulary.tokens
-    unigram = values.text(_KEY + "model") == "t5"
-    scores = values.numbers(_KEY + "scores", len(tokens))
+    unigram = values.text(KEY + "model") == "t5"
+    scores = values.numbers(KEY + "scores", len(tokens))
     if scores is None:
-        raise CheckpointError(f"{vocabulary.where}: {_KEY}scores is missing")
+        raise CheckpointError(f"{vocabulary.where}: {KEY}scores is missing")
     unknown = vocabulary.ids.get(
-        "unknown", next((i for i, k in enumerate(vocabulary.kinds) if k == _Kind.UNKNOWN), None)
+        "unknown", next((i for i, k in enumerate(vocabulary.kinds) if k == Kind.UNKNOWN), None)
     )
     # Phi-3's control tokens take the space behind them, which only tokenizer.json says.
     strips = values.text("general.architecture") == "phi3"
     added: dict[int, dict[str, Any]] = {}
 
-    def add(i: int, content: str) -> _Kind:
+    def add(i: int, content: str) -> Kind:
         added[i] = {"content": content, "special": False}
-        return _Kind.UNUSED
+        return Kind.UNUSED
 
-    def kind_of(i: int, text: str) -> _Kind:
+    def kind_of(i: int, text: str) -> Kind:
         kind = vocabulary.kinds[i]
         if i == unknown:
-            return _Kind.UNKNOWN
+            return Kind.UNKNOWN
         if i in vocabulary.gaps:
             return add(i, "")
         if i in vocabulary.special:
-            return _Kind.CONTROL
-        if kind == _Kind.USER_DEFINED and not text.strip(" ▁"):
-            return _Kind.USER_DEFINED  # runs of spaces are SentencePiece's own; other words were added later
+            return Kind.CONTROL
+        if kind == Kind.USER_DEFINED and not text.strip(" ▁"):
+            return Kind.USER_DEFINED  # runs of spaces are SentencePiece's own; other words were added later
         if text in vocabulary.words or text in vocabulary.control:
             return add(i, text)
-        return _Kind(kind) if kind in (_Kind.UNUSED, _Kind.BYTE) else _Kind.NORMAL
+        return Kind(kind) if kind in (Kind.UNUSED, Kind.BYTE) else Kind.NORMAL
 
     model = proto.ModelProto()  # type: ignore[attr-defined]
     for i, (text, score) in enumerate(zip(tokens, scores.tolist(), strict=True)):
         kind = kind_of(i, text)
-        if kind == _Kind.USER_DEFINED and (marked := text.replace(" ", "▁")) not in vocabulary.text_ids:
+        if kind == Kind.USER_DEFINED and (marked := text.replace(" ", "▁")) not in vocabulary.text_ids:
             text = marked
         model.pieces.add(piece=text or f"[EMPTY{i}]", score=score, type=int(kind))
     model.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM if unigram else proto.TrainerSpec.BPE  # type: ignore[attr-defined]
-    model.trainer_spec.byte_fallback = _Kind.BYTE in vocabulary.kinds
+    model.trainer_spec.byte_fallback = Kind.BYTE in vocabulary.kinds
     for name in ("bos", "eos", "unk", "pad"):
         if named := vocabulary.named.get(f"{name}_token"):
             setattr(model.trainer_spec, f"{name}_piece", named)
-    charsmap = values.numbers(_KEY + "precompiled_charsmap", whole=True)
+    charsmap = values.numbers(KEY + "precompiled_charsmap", whole=True)
     normalizer = model.normalizer_spec
     normalizer.add_dummy_prefix = vocabulary.flag("add_space_prefix", True)
     normalizer.remove_extra_whitespaces = vocabulary.flag("remove_extra_whitespaces", False)
@@ -586,11 +412,3 @@ _BUILDERS = {
     "bert": _wordpiece,
     "gemma4": _gemma4,
 }
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
