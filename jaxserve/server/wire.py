@@ -1,5 +1,6 @@
 """The request bodies that HTTP clients send: their fields and types, and how bytes become one of them."""
 
+import codecs
 import functools
 import json
 import re
@@ -194,6 +195,8 @@ def parse_body[Body: msgspec.Struct](data: bytes, kind: type[Body]) -> tuple[Bod
     """
     if not data.strip():
         raise InvalidParameter("the request body is empty; send a JSON object")
+    if data.startswith(codecs.BOM_UTF8):
+        raise InvalidParameter("the request body begins with a byte order mark; JSON is UTF-8 without one")
     try:
         members = _MEMBERS.decode(data)
         _refuse_duplicates(data, members)
