@@ -230,8 +230,8 @@ async def test_malformed_bodies(body: bytes) -> None:
     ("path", "body", "message", "param"),
     [
         (TEXT, b" ", "the request body is empty; send a JSON object", None),
-        (TEXT, b'\xef\xbb\xbf{"prompt": "a"}', "the request body begins with a byte order mark; JSON is UTF-8 without one",
-         None),
+        (TEXT, b'\xef\xbb\xbf{"prompt": "a"}',
+         "the request body begins with a byte order mark; JSON is UTF-8 without one", None),
         (TEXT, b'{"prompt": "a", "n": {"n": 1}, "\\u006e": 1}', "`n` is given more than once in the request body", "n"),
         (TEXT, b'{"prompt": "a", "top_k": 2147483648}', "top_k must be a number in [-1, 2147483647], got 2147483648",
          "top_k"),
