@@ -15,6 +15,7 @@ from grpc_running import running, score_request, text_request, until
 from jaxserve.client import EngineState
 from jaxserve.errors import ConfigError
 from jaxserve.server.grpc import start_grpc
+from jaxserve.server.proto import jaxserve_v1_pb2 as pb
 from jaxserve.server.proto import jaxserve_v1_pb2_grpc as pb_grpc
 from jaxserve.text import TextModel
 
@@ -39,6 +40,19 @@ def test_what_is_no_message_is_the_callers_mistake(toy: Path) -> None:
                 assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert f"{SERVICE}/{method}" in str(caught.value.details())
             assert (await r.generate(text_request(max_tokens=2)))[0], "others are answered"
+
+    asyncio.run(main())
+
+
+def test_a_text_of_megabytes_is_refused_by_its_beginning_unless_it_is_to_be_counted(toy: Path) -> None:
+    async def main() -> None:
+        async with running(toy, max_message_bytes=1 << 24) as r:
+            long = "ab " * 100_000
+            with pytest.raises(grpc.aio.AioRpcError, match="the first 16384 of the 300000 characters are") as caught:
+                await r.generate(text_request(long))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            counted = await r.api.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=long)))
+            assert len(counted.tokens) >= 300_000 > counted.max_model_len
 
     asyncio.run(main())
 

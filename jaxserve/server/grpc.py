@@ -279,7 +279,7 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         async with self._call(context):
             self._check_model(request.model)
             max_model_len = self._client.info.max_model_len
-            ids = await self._prompt_ids(request.prompt)
+            ids = await self._prompt_ids(request.prompt, to_compute=False)
             tokens = [
                 pb.Token(
                     token_id=i, token=self._model.tokenizer.token_str(i), bytes=self._model.tokenizer.token_bytes(i)
@@ -346,7 +346,7 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
             )
         return tuple(ids)
 
-    async def _prompt_ids(self, prompt: pb.Prompt) -> tuple[int, ...]:
+    async def _prompt_ids(self, prompt: pb.Prompt, *, to_compute: bool = True) -> tuple[int, ...]:
         kind = prompt.WhichOneof("kind")
         if kind == "token_ids":
             return self._checked_ids(prompt.token_ids.ids, "prompt")
@@ -371,7 +371,8 @@ class JaxserveServicer(pb_grpc.JaxserveServicer):
         if prompt.ByteSize() > SLOW_TO_ENCODE_CHARS:  # other calls go on meanwhile
 
             def checked() -> tuple[int, ...]:
-                self._model.check_length(text, "prompt")
+                if to_compute:
+                    self._model.check_length(text, "prompt")
                 return encode()
 
             return await asyncio.to_thread(checked)
