@@ -33,10 +33,10 @@ def libraries(compiler, tmp_path_factory, pytestconfig):
     """By instruction set: the best of this processor and one for each width of vectors, or all where slow tests run."""
     folder = tmp_path_factory.mktemp("native")
     every = pytestconfig.option.markexpr != "not slow"
-    found = {}
+    best, found = build.best_isa(), {}
     for isa in build.ISAS:
-        if isa.runs_here() and (every or isa == build.best_isa() or isa.name in WIDTHS):
-            if isa == build.best_isa():  # what serves, as the optimiser made it
+        if isa.runs_here() and (every or isa == best or isa.name in WIDTHS):
+            if isa == best:  # what serves, as the optimiser made it
                 found[isa.name] = build.library(prebuilt=False).path
             else:  # only the numbers count, and fuzz calls take no longer for it
                 found[isa.name] = folder / f"{isa.name}.so"

@@ -205,7 +205,7 @@ def test_a_leader_that_is_killed_is_missed_and_a_follower_ends_when_it_is_told(p
     with contextlib.suppress(AssertionError):  # it has ended: there was no engine process at that moment
         follower.wait_for("waiting for host 0 to stop", 20)
         follower.process.send_signal(signal.SIGTERM)
-    assert follower.ends(20) in (0, -signal.SIGTERM), "the second may find a process that has done all but end"
+    assert follower.ends(20) == 0
 
 
 @pytest.mark.timeout(120)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,11 @@ async def _follow(engine: EngineOptions, drain_s: float) -> int:
     from jaxserve.client.supervise import follow
     from jaxserve.hub import resolve_model
 
-    return await follow(engine, resolve_model(engine.model.model, engine.model.revision), drain_s)
+    code = await follow(engine, resolve_model(engine.model.model, engine.model.revision), drain_s)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the host has ended: one more may not change how
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
