@@ -88,9 +88,9 @@ class TileRows {
 };
 
 // sums[i][j][row][16] = the products of tile i of rows, of `a`, with panel j of `b`, both one or two. A register is
-// loaded again as soon as the last product that reads it is on its way.
+// loaded again as soon as the last product that reads it is on its way. `fresh`: nothing has read these panels yet.
 template <int a, int b>
-void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, float* sums) {
+void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, bool fresh, float* sums) {
   const int64_t x_next = rows.tile_numbers(), x_step = rows.high * kTileSteps, w_next = rows.steps * kTileNumbers;
   _tile_zero(0);
   _tile_zero(1);
@@ -103,8 +103,10 @@ void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, float* s
   for (int64_t left = rows.steps - 1; left >= 0; left--) {
     x += left > 0 ? x_step : 0;  // the last tiles are loaded twice
     w += left > 0 ? kTileNumbers : 0;
-    ask_for(w, kTileRows * kTileBytes);
-    if constexpr (b == 2) ask_for(w + w_next, kTileRows * kTileBytes);
+    if (fresh) {
+      ask_for(w, kTileRows * kTileBytes);
+      if constexpr (b == 2) ask_for(w + w_next, kTileRows * kTileBytes);
+    }
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (b == 2) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(4, x, kTileBytes);
@@ -123,14 +125,16 @@ void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, float* s
 
 // The products of `tiles` tiles of rows with `panels` panels, at most two of each: y[r][0..columns) of a group's rows.
 template <class Y>
-void multiply_some(const bf16* x, const TileRows& rows, int64_t tile, int64_t tiles, const bf16* w, int64_t panels,
-                   int64_t columns, Y* y, int64_t y_stride) {
+void multiply_some(const bf16* x, const TileRows& rows, int64_t tile, int64_t tiles, bool fresh, const bf16* w,
+                   int64_t panels, int64_t columns, Y* y, int64_t y_stride) {
   alignas(64) float sums[4][kTileRows * kPanel];
   const bf16* from = x + tile * rows.tile_numbers();
   if (tiles == 2) {
-    panels == 2 ? multiply_tiles<2, 2>(from, rows, w, sums[0]) : multiply_tiles<2, 1>(from, rows, w, sums[0]);
+    panels == 2 ? multiply_tiles<2, 2>(from, rows, w, fresh, sums[0])
+                : multiply_tiles<2, 1>(from, rows, w, fresh, sums[0]);
   } else {
-    panels == 2 ? multiply_tiles<1, 2>(from, rows, w, sums[0]) : multiply_tiles<1, 1>(from, rows, w, sums[0]);
+    panels == 2 ? multiply_tiles<1, 2>(from, rows, w, fresh, sums[0])
+                : multiply_tiles<1, 1>(from, rows, w, fresh, sums[0]);
   }
   for (int64_t i = 0; i < tiles; i++) {
     const int64_t first = (tile + i) * rows.high, end = std::min(rows.rows, first + rows.high);
@@ -198,8 +202,8 @@ void run_on_tiles(xla::ffi::ThreadPool& pool, const X* x, const bf16* w, Y* y, c
       const bf16* panel = w + (item.rows->group.matrix * panels + p) * steps * kTileNumbers;
       Y* to = y + item.rows->group.first * outputs + p * kPanel;
       for (int64_t t = item.tile; t < item.tile + item.tiles; t += 2) {
-        multiply_some(tiles + item.rows->at, layout, t, std::min<int64_t>(2, item.tile + item.tiles - t), panel,
-                      std::min<int64_t>(2, item.panel + item.panels - p), outputs - p * kPanel, to, outputs);
+        multiply_some(tiles + item.rows->at, layout, t, std::min<int64_t>(2, item.tile + item.tiles - t), t == item.tile,
+                      panel, std::min<int64_t>(2, item.panel + item.panels - p), outputs - p * kPanel, to, outputs);
       }
     }
   });
