@@ -104,8 +104,10 @@ void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, bool fre
     x += left > 0 ? x_step : 0;  // the last tiles are loaded twice
     w += left > 0 ? kTileNumbers : 0;
     if (fresh) {
-      ask_for(w, kTileRows * kTileBytes);
-      if constexpr (b == 2) ask_for(w + w_next, kTileRows * kTileBytes);
+      constexpr int tiles = kAhead / (kTileRows * kTileBytes);
+      const bf16* then = w + tiles * kTileNumbers + (left >= tiles ? 0 : (b - 1) * w_next);  // or in the panels after these
+      ask_for(then, kTileRows * kTileBytes);
+      if constexpr (b == 2) ask_for(then + w_next, kTileRows * kTileBytes);
     }
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (b == 2) _tile_dpbf16ps(1, 4, 7);

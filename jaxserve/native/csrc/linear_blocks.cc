@@ -81,6 +81,17 @@ inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, In
   });
 }
 
+// Asks for the codes that come kAhead bytes after those of block b, and for the scales of b in the next panel.
+template <class F>
+JAXSERVE_ASKS void ask_for_more(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
+  constexpr int together = std::max(1, kLine / F::scale_bytes);  // blocks whose scales share a line
+  const int64_t codes = b * F::code_bytes + kAhead;
+  ask_for(panel + codes + (codes < layout.scales() ? 0 : layout.bytes() - layout.scales()), F::code_bytes);
+  const uint8_t* next = panel + layout.bytes();
+  if (b % together == 0) ask_for(next + layout.scales() + b * F::scale_bytes, F::scale_bytes);
+  if (F::shared && b % kSharers == 0) ask_for(next + layout.shared() + b / kSharers * F::shared_bytes, F::shared_bytes);
+}
+
 // y[t][0..16) of one panel, for a tile of rows of x.
 template <class F, int tile>
 void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
@@ -90,7 +101,7 @@ void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y
   SharedScales<F> shared{};
   for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
     const uint8_t* codes = panel + b * F::code_bytes;
-    ask_for(codes, F::code_bytes);
+    ask_for_more<F>(panel, layout, b);
     if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
     Floats scale[F::runs], minimum[F::runs];
     unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);

@@ -11,10 +11,14 @@ constexpr int kPanel = 16;  // columns of a panel, whatever the vector width
 
 constexpr int kLine = 64;  // bytes of memory that come together
 
-// Asks for what lies a page further on than these `bytes` of weights: processors that fetch ahead stop where pages end.
-inline void ask_for(const void* weights, int bytes) {
-  constexpr int kPage = 4096;
-  for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(weights) + kPage + i, 0, 2);
+// Weights are asked for this many bytes before they are read: processors that fetch ahead stop where a page ends.
+constexpr int kAhead = 4096;
+
+// Inline in whatever calls it: GCC takes a function that only prefetches for one without effect, and drops its calls.
+#define JAXSERVE_ASKS inline __attribute__((always_inline))
+
+JAXSERVE_ASKS void ask_for(const void* memory, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(memory) + i, 0, 2);
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -38,9 +42,9 @@ struct Panels {  // [columns / kPanel][depth][kPanel]
   const T* operator()(int64_t i, int64_t j) const {
     return data + (j / kPanel * depth + i) * kPanel + j % kPanel;
   }
-  void ask_for_more(int64_t i, int64_t j) const {
+  JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
     constexpr int rows = kLine / (kPanel * sizeof(T));  // in a line
-    if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j), kLine);
+    if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j) + kAhead / sizeof(T), kLine);
   }
 };
 template <class B>
