@@ -189,7 +189,7 @@ def bind(
             v,
             cache,
             kv_lens[group],
-            page_tables[group] + first,  # the kernel sees the whole cache: slicing a layer out would copy it
+            page_tables[group],
             cu_q_lens,
             distribution,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -198,6 +198,7 @@ def bind(
             sinks=sinks,
             causal=causal,
             value_dim=value_dim,
+            first_page=first,  # the kernel sees the whole cache: slicing a layer out would copy it
         )
         return out.astype(q.dtype), cache
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.formats import FORMATS, SMALLER_BLOCKS, Blocks, Format, quantise
 from jaxserve.native import blocks
 from jaxserve.native import linear as dense
+from jaxserve.native.memory import aligned
 from jaxserve.scaled import Scaled, multiply, take_rows, traced_for
 from kernels_pallas.grouped_matmul.contract import (
     GroupedMatmul,
@@ -73,7 +74,7 @@ def stack(matrices: Iterable[Packed], count: int) -> Packed:
     """`count` packed matrices of one kind as one [count, ...]; each is asked for when the one before is copied."""
     given = iter(matrices)
     first = next(given)
-    panels = dense.aligned((count, *first.panels.shape), np.dtype(first.panels.dtype))
+    panels = aligned((count, *first.panels.shape), np.dtype(first.panels.dtype))
     panels[0] = first.panels
     for i, matrix in zip(range(1, count), given, strict=True):
         panels[i] = matrix.panels

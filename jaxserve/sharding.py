@@ -330,13 +330,14 @@ class Partition:
             sinks: jax.Array | None = None,
             causal: bool = True,
             value_dim: int | None = None,
+            first_page: jax.Array | int = 0,
         ) -> tuple[jax.Array, Cache]:
             options: dict[str, Any] = dict(
                 scale=scale, window=window, soft_cap=soft_cap, causal=causal, value_dim=value_dim
             )
 
-            def local(sinks: jax.Array | None, *arrays: Any) -> tuple[jax.Array, Cache]:
-                return kernel(*arrays, sinks=sinks, **options)
+            def local(sinks: jax.Array | None, first_page: jax.Array, *arrays: Any) -> tuple[jax.Array, Cache]:
+                return kernel(*arrays, sinks=sinks, first_page=first_page, **options)
 
             rows = self._cut(cache)
             return jax.shard_map(
@@ -344,6 +345,7 @@ class Partition:
                 mesh=self.mesh,
                 in_specs=(
                     None if sinks is None else P(EVERY),
+                    P(),
                     heads,
                     kv_heads,
                     None if v is None else kv_heads,
@@ -352,7 +354,7 @@ class Partition:
                 ),
                 out_specs=(heads, rows),
                 check_vma=False,  # a kernel of our own does not say how its results vary
-            )(sinks, q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution)
+            )(sinks, jnp.asarray(first_page, jnp.int32), q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution)
 
         return sharded
 

@@ -55,10 +55,11 @@ void attention(int64_t page, int64_t head_dim, int64_t window, float soft_cap, b
   for (float& scale : scales) scale *= 0.02f;
   std::vector<Q> out(queries * heads * values);
   std::vector<int32_t> table(pages);
-  for (int i = 0; i < pages; i++) table[i] = i * 7 % pages;
+  const int first_page = 3;
+  for (int i = 0; i < pages; i++) table[i] = i * 7 % pages - first_page;
   const int32_t kv_lens[] = {static_cast<int32_t>(length)}, cu_q_lens[] = {0, static_cast<int32_t>(queries)};
-  const jaxserve::Step step{heads, kv_heads, head_dim, values, page, row, pages, latent, 0.3f, soft_cap, window, causal,
-                            kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr, scales.data()};
+  const jaxserve::Step step{heads, kv_heads, head_dim, values, page, row, pages, first_page, latent, 0.3f, soft_cap,
+                            window, causal, kv_lens, table.data(), cu_q_lens, with_sinks ? sinks.data() : nullptr, scales.data()};
   for (int64_t first : {0, 7, 8}) {
     const int64_t count = first == 0 ? 7 : first == 7 ? 1 : 12, all = heads / kv_heads;
     for (int64_t h = 0; h < kv_heads; h++) {

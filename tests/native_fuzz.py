@@ -62,8 +62,13 @@ def random_case(rng):
     q = rng.normal(size=(tokens, kv_heads * group, head_dim))
     k, v = rng.normal(size=(2, tokens, kv_heads, head_dim))
     kv_lens = np.array([*lens, *[0] * (rows - seqs)], np.int32)
+    first_page = np.int32(rng.integers(0, 4))
     step = dict(
-        kv_lens=kv_lens, page_table=table, cu_q_lens=cu, distribution=np.array([decodes, decodes, seqs], np.int32)
+        kv_lens=kv_lens,
+        page_table=table - first_page,
+        first_page=np.asarray(first_page),
+        cu_q_lens=cu,
+        distribution=np.array([decodes, decodes, seqs], np.int32),
     )
     compute = rng.choice(["float32", "bfloat16"])
     held = rng.choice(["float32", "bfloat16", "float16", "int8"][: 3 if latent else 4])
@@ -363,7 +368,7 @@ def rotated(rng, digest):
 def spoil(rng, step, pages):
     """One lie in what only the device knows."""
     step, seqs = {name: array.copy() for name, array in step.items()}, step["distribution"][2]
-    which = int(rng.integers(0, 6))
+    which = int(rng.integers(0, 7))
     if which == 0:
         step["distribution"][2] = rng.choice([-1, len(step["kv_lens"]) + 1, 2**31 - 1])
     elif which == 1:
@@ -372,9 +377,12 @@ def spoil(rng, step, pages):
         step["cu_q_lens"][rng.integers(0, seqs + 1)] = rng.choice([-7, 2**31 - 1])
     elif which == 3:
         step["kv_lens"][0] = max(1, step["kv_lens"][0])
-        step["page_table"][0, 0] = rng.choice([-1, pages, 2**31 - 1, -(2**31)])
+        step["page_table"][0, 0] = rng.choice([-1 - step["first_page"], pages, 2**31 - 1, -(2**31)])
     elif which == 4:
         step["kv_lens"][0] = step["cu_q_lens"][1] - 1
+    elif which == 5:
+        step["kv_lens"][0] = max(1, step["kv_lens"][0])
+        step["first_page"][...] = rng.choice([2**31 - 1, -(2**31)])
     else:
         step["kv_lens"][0] = step["page_table"].shape[1] * 48 + 1
     return step
@@ -385,6 +393,7 @@ def misfit(rng, heads, scales):
     wrong = [(0, 4), (1, 4, 16), (4096,)] if scales.size else [(1,), (1, 4, 16)]
     return [
         ({"scales": np.zeros(wrong[rng.integers(0, len(wrong))], np.float32)}, {}),
+        ({"first_page": np.zeros(2, np.int32)}, {}),
         ({"sinks": np.zeros(heads + 1, np.float32)}, {}),
         ({"sinks": np.zeros((1, heads), np.float32)}, {}),
         ({"sinks": np.zeros(heads, np.float16)}, {}),
@@ -392,7 +401,7 @@ def misfit(rng, heads, scales):
         ({}, {"window": np.int64(-1)}),
         ({}, {"window": np.int64(3), "causal": False}),
         ({}, {"value_dim": np.int64(1000)}),
-    ][rng.integers(0, 8)]
+    ][rng.integers(0, 9)]
 
 
 def multiplied_by_head(rng, digest):

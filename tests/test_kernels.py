@@ -277,6 +277,23 @@ def test_with_a_window_only_its_pages_are_read(body, page, held):
 
 
 @pytest.mark.parametrize("body", BODIES)
+def test_pages_are_counted_from_the_first(body):
+    """A layer's pages may begin anywhere in the cache, by a number that is traced as well."""
+    kernel, first = body_of(body), 31
+    args, _ = random_batch(
+        np.random.default_rng(6), heads=4, kv_heads=2, head_dim=16, q_lens=[1, 20], pasts=[40, 30], body=body
+    )
+    run = jax.jit(lambda first_page, *a: kernel(*a, scale=0.3, first_page=first_page))
+    want, cache = run(0, *args)
+    before = jnp.full((first, *args[3].shape[1:]), jnp.nan)
+    args[3] = jnp.concatenate([before, args[3]])
+    out, moved = run(first, *args)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(moved[first:], cache)
+    assert np.isnan(moved[:first]).all()
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_contract_names_what_is_wrong(body):
     kernel = body_of(body)
     args, _ = random_batch(np.random.default_rng(0), heads=4, kv_heads=2, head_dim=8, q_lens=[2], pasts=[0])

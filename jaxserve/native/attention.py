@@ -25,6 +25,7 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
     value_dim: int | None = None,
+    first_page: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "T N V"], Cache]:
     """See kernels_pallas/ragged_paged_attention/contract.py; `jaxserve.native.load` must have been called.
 
@@ -46,7 +47,7 @@ def ragged_paged_attention(
         input_output_aliases={3: 1, 4: 2} if scales.size else {3: 1},
     )
     out, held, scales = call(
-        q, k, values, held, scales, kv_lens, page_table, cu_q_lens, distribution,
+        q, k, values, held, scales, kv_lens, page_table, jnp.asarray(first_page, jnp.int32), cu_q_lens, distribution,
         none if sinks is None else jnp.asarray(sinks, jnp.float32),
         scale=np.float32(scale), window=np.int64(window or 0), soft_cap=np.float32(soft_cap or 0), causal=causal,
         value_dim=np.int64(value_dim or 0),

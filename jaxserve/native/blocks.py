@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxserve import native
 from jaxserve.formats import Format
-from jaxserve.native.linear import aligned
+from jaxserve.native.memory import aligned
 
 
 def pack(format: Format, rows: np.ndarray, depth: int) -> np.ndarray:

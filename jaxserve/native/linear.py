@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxserve import native
+from jaxserve.native.memory import aligned
 
 PANEL = 16
 """Rows of a weight that lie side by side."""
@@ -76,11 +77,3 @@ def embed(
     """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`; ids past an end take the end's row."""
     shape = jax.ShapeDtypeStruct((tokens.shape[0], depth), dtype)
     return jax.ffi.ffi_call("jaxserve_embed", shape)(panels, tokens, outputs=np.int64(outputs))
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that begins at a cache line, which is also what lets XLA take it without a copy."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + nbytes].view(dtype).reshape(shape)

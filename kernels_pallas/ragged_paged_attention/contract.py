@@ -115,7 +115,7 @@ def narrowed(x: Float[Array, "*rows"], dtype: DTypeLike) -> Float[Array, "*rows"
 
 class RaggedPagedAttention(Protocol):
     """What every body implements. `window` None means the whole past, `soft_cap` None no cap, `sinks` None none,
-    `value_dim` None that there are values of their own."""
+    `value_dim` None that there are values of their own. `first_page` is added to every entry of page_table."""
 
     def __call__(
         self,
@@ -134,6 +134,7 @@ class RaggedPagedAttention(Protocol):
         sinks: Float[Array, " N"] | None = None,
         causal: bool = True,
         value_dim: int | None = None,
+        first_page: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "T N V"], Cache]: ...
 
 

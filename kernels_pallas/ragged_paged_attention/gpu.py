@@ -61,6 +61,7 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
     value_dim: int | None = None,
+    first_page: Int[Array, ""] | int = 0,
     chip: Chip | None = None,
     decode: GpuBlocks | None = None,
     prefill: GpuBlocks | None = None,
@@ -73,6 +74,7 @@ def ragged_paged_attention(
     has none for latents.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
+    page_table = page_table + first_page
     kept = (cache.values if isinstance(cache, Int8Cache) else cache).dtype
     if kept.itemsize > 1 and q.dtype != kept:
         raise ValueError(

@@ -42,9 +42,11 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
     value_dim: int | None = None,
+    first_page: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "T N V"], Cache]:
     """See contract.py."""
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
+    page_table = page_table + first_page
     tokens, heads, head_dim = q.shape
     seqs, page = kv_lens.shape[0], cache.shape[1]
     decodes, total = distribution[0], distribution[2]

@@ -47,6 +47,7 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     causal: bool = True,
     value_dim: int | None = None,
+    first_page: Int[Array, ""] | int = 0,
     chip: str | None = None,
     decode: Blocks | None = None,
     prefill: Blocks | None = None,
@@ -58,6 +59,7 @@ def ragged_paged_attention(
     tuning/tpu.json; `interpret` runs the kernel on a CPU.
     """
     validate(q, k, v, cache, kv_lens, page_table, cu_q_lens, distribution, window, soft_cap, sinks, causal, value_dim)
+    page_table = page_table + first_page
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a number above 0; found {scale}")
     (tokens, heads, _), kv_heads, page = q.shape, k.shape[1], cache.shape[1]

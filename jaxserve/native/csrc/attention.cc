@@ -39,7 +39,7 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLeast = 1e-30f;  // the contract's LEAST
 
 struct Step {
-  int64_t heads, kv_heads, head_dim, value_dim, page, row, table_width;
+  int64_t heads, kv_heads, head_dim, value_dim, page, row, table_width, first_page;
   bool latent;  // values are the first numbers of keys
   float scale, soft_cap;  // 0: no cap
   int64_t window;         // 0: none
@@ -48,6 +48,7 @@ struct Step {
   const float* sinks;  // [heads], or null
   float* scales;       // [pages][kv_heads][2][page] of a cache of bytes
 
+  int64_t page_of(int64_t s, int64_t i) const { return int64_t{page_table[s * table_width + i]} + first_page; }
   float* scales_of(int64_t id, int64_t offset, int64_t head) const {  // of a position's key; its value's is `page` further
     return scales + (id * kv_heads + head) * 2 * page + offset;
   }
@@ -89,7 +90,6 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
   const int64_t h = of.first, heads = of.count, group = of.group, after = p.latent ? 0 : D;  // of a row's values
   const int rows = static_cast<int>(count * group);
   const int64_t position = p.kv_lens[s] - (p.cu_q_lens[s + 1] - p.cu_q_lens[s]) + first;  // of the first token
-  const int32_t* pages = p.page_table + s * p.table_width;
 
   float* scores = scratch;                               // [rows][kBlock]
   float* keys = scores + rows * kBlock;                  // [D][kBlock]
@@ -120,10 +120,11 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
   const auto find = [&](int64_t block, Entries& at) {
     const int n = static_cast<int>(std::clamp<int64_t>(end - block, 0, kBlock));
     for (int64_t t = 0, page = block / p.page, offset = block % p.page; t < n; page++, offset = 0) {
-      const C* from = cache + (pages[page] * p.page + offset) * p.row + h * size;
+      const int64_t id = p.page_of(s, page);
+      const C* from = cache + (id * p.page + offset) * p.row + h * size;
       for (; t < n && offset < p.page; t += step, offset += step, from += step * p.row) {
         at.of[t / step] = from;
-        if constexpr (scaled) at.scales[t / step] = p.scales_of(pages[page], offset, h);
+        if constexpr (scaled) at.scales[t / step] = p.scales_of(id, offset, h);
       }
     }
     return n;
@@ -343,7 +344,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
     for (int64_t t = p.cu_q_lens[s] + first; t < p.cu_q_lens[s] + first + count; t++) {
       const int64_t i = p.kv_lens[s] - p.cu_q_lens[s + 1] + t;
       const int64_t in_page = i % p.page, lane = in_page % step;
-      const int64_t id = p.page_table[s * p.table_width + i / p.page];
+      const int64_t id = p.page_of(s, i / p.page);
       C* to = cache + (id * p.page + in_page - lane) * p.row;
       if (p.latent) {
         if constexpr (!std::is_same_v<C, int8_t>) keep(k + t * D, D, to, 1);
@@ -410,7 +411,7 @@ ffi::Error check(const Step& p, int64_t seqs, int64_t all_seqs, int64_t tokens, 
     if (begin < 0 || end < begin || end > tokens || (s == 0 && begin != 0)) return refused("cu_q_lens" + who);
     if (length < end - begin || length > p.table_width * p.page) return refused("kv_lens" + who);
     for (int64_t i = 0; i * p.page < length; i++) {
-      const int64_t id = p.page_table[s * p.table_width + i];
+      const int64_t id = p.page_of(s, i);
       if (id < 0 || id >= pages) return refused("page " + std::to_string(id) + who + " is not in the cache");
     }
   }
@@ -438,7 +439,8 @@ ffi::Error with_cache_type(ffi::ThreadPool& pool, const Step& p, int64_t seqs, i
 
 ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                                   ffi::AnyBuffer cache, ffi::Buffer<ffi::F32> scales, ffi::Buffer<ffi::S32> kv_lens,
-                                  ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cu_q_lens,
+                                  ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> first_page,
+                                  ffi::Buffer<ffi::S32> cu_q_lens,
                                   ffi::Buffer<ffi::S32> distribution, ffi::Buffer<ffi::F32> sinks,
                                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache,
                                   ffi::ResultBuffer<ffi::F32> new_scales, float scale, int64_t window,
@@ -459,8 +461,9 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
   }
   if (latent && cache.element_type() == ffi::DataType::S8) return refused("a cache of bytes for latents");
   if (static_cast<int64_t>(kv_lens.element_count()) != all_seqs ||
-      static_cast<int64_t>(cu_q_lens.element_count()) != all_seqs + 1 || distribution.element_count() != 3) {
-    return refused("kv_lens, cu_q_lens or distribution do not fit page_table " + text(ts));
+      static_cast<int64_t>(cu_q_lens.element_count()) != all_seqs + 1 || distribution.element_count() != 3 ||
+      first_page.element_count() != 1) {
+    return refused("kv_lens, cu_q_lens, distribution or first_page do not fit page_table " + text(ts));
   }
   if (k.element_type() != q.element_type() || (!latent && v.element_type() != q.element_type()) ||
       out->element_type() != q.element_type() || new_cache->element_type() != cache.element_type()) {
@@ -489,7 +492,7 @@ ffi::Error ragged_paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::A
     return refused("scales for a cache that is not of bytes");
   }
 
-  const Step p{qs[1], ks[1], qs[2], values, cs[1], cs[2], ts[1], latent, scale, soft_cap, window, causal, kv_lens.typed_data(),
+  const Step p{qs[1], ks[1], qs[2], values, cs[1], cs[2], ts[1], *first_page.typed_data(), latent, scale, soft_cap, window, causal, kv_lens.typed_data(),
                page_table.typed_data(), cu_q_lens.typed_data(), with_sinks ? sinks.typed_data() : nullptr,
                new_scales->typed_data()};
   const int64_t seqs = distribution.typed_data()[2];
@@ -512,6 +515,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_ragged_paged_attention, jaxserve::ragged_
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()

@@ -107,6 +107,7 @@ void multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, const W* w, ffi::AnyBuffe
 ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
                     const std::vector<Group>& groups) {
   if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
+  expect_pages(y);
   const bool known = with_weights(w, [&](const auto* weights) { multiply(pool, x, weights, y, groups); });
   return known ? ffi::Error::Success() : invalid(who, "weights must be float32, bfloat16 or float16");
 }

@@ -260,6 +260,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ff
     using F = decltype(f);
     fit = fits<F>(static_cast<int64_t>(w.element_count()), matrices, outputs, depth);
     if (!fit) return;
+    expect_pages(y);
     std::vector<float> copy;
     const float* rows = floats_of(x, copy);
     fill_floats(y, [&](float* to) { run<F>(pool, rows, w.typed_data(), to, groups, depth, outputs); });
