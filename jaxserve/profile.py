@@ -168,6 +168,7 @@ class _Repeat:
 
     def __init__(self, runner: Runner, case: Case):
         self._runner, self._plan = runner, case.plan(runner)
+        runner.write_pages(sum(len(pages) - pages.count(GIVEN_UP) for s in self._plan.admitted for pages in s.pages))
         self.shape = batch.pick(runner.shapes, self._plan)
         self()
         self._plan.admitted.clear()  # as in the steps after a sequence's first

@@ -274,6 +274,12 @@ class Runner:
             jax.block_until_ready(self._state)
         return output
 
+    def write_pages(self, count: int) -> None:
+        """Writes numbers into the first `count` pages of every layer, for measurements of one host's steps: memory that
+        was never written is read from the processor's cache."""
+        write = self._get(self.programs.write_pages(self.sizes, count))
+        self._state = write(self._state)
+
     def _launchable(self) -> list[Shape] | tuple[Shape, ...]:
         """Of `shapes` those that all hosts have."""
         hosts = self._hosts

@@ -132,6 +132,19 @@ class Programs:
         binding = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere) for a in no_binding(sizes))
         return Program("bind", _bind, (state, *binding), 0, _shardings(state))
 
+    def write_pages(self, sizes: Sizes, count: int) -> Program:
+        """state -> state, with ones in the first `count` pages of every layer. The state is donated."""
+        state = self.state(sizes)
+
+        def write(state: StepState) -> StepState:
+            def ones(a: jax.Array) -> jax.Array:
+                by_layer = a.reshape(-1, sizes.num_pages, *a.shape[1:])
+                return by_layer.at[:, :count].set(1).reshape(a.shape)
+
+            return replace(state, cache=jax.tree.map(ones, state.cache))
+
+        return Program(("write", sizes.num_pages, count), write, (state,), 0, _shardings(state))
+
     def new_state(self, sizes: Sizes, *, by_cpu_kernel: bool) -> Program:
         """() -> state, before any step; `by_cpu_kernel`: that is the kernel which will read the cache."""
         state = self.state(sizes)

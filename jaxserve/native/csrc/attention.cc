@@ -62,12 +62,34 @@ struct Heads {
   int64_t first, count, skip, group;
 };
 
-// The keys of one kv head in groups of 16 positions; see product.h.
+// The keys of one kv head in groups of 16 positions, and the values of a group; see product.h. `then`: where in the
+// cache those are that are read next. They lie too far apart for the processor to foresee.
 template <class T>
 struct GroupedKeys {
   const T* const* groups;
   const T* operator()(int64_t i, int64_t j) const { return groups[j / kPositions] + i * kPositions + j % kPositions; }
 };
+template <class T>
+struct CachedKeys : GroupedKeys<T> {
+  const T* const* then;
+  JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
+    constexpr int together = std::max<int>(1, kLine / (kPositions * sizeof(T)));
+    if (i % together == 0 && j % kPositions == 0) ask_for(then[j / kPositions] + i * kPositions, kLine);
+  }
+};
+template <class T>
+struct CachedValues : Strided<T> {
+  const T* then;
+  JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
+    if (j * sizeof(T) % kLine == 0) ask_for(then + i * this->stride + j, kLine);
+  }
+};
+}  // namespace
+template <class T>
+constexpr int kAsksUpTo<CachedKeys<T>> = kRows;
+template <class T>
+constexpr int kAsksUpTo<CachedValues<T>> = kRows;
+namespace {
 
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded` and
 // value_dim to `wide`.
@@ -129,8 +151,9 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
     }
     return n;
   };
-  // Entries lie too far apart for the processor to foresee; once in a long one it reads ahead by itself.
-  const int64_t ahead = std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
+  // Once in a long entry the processor reads ahead by itself; what is multiplied in place the products ask for.
+  const bool asked = in_place && step == kPositions;
+  const int64_t ahead = asked ? 0 : std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
   const auto fetch = [&](const Entries& at, int n, int64_t head) {
     for (int64_t t = 0; t < n; t += step) {
       const char* part = reinterpret_cast<const char*>(at.of[t / step] + head * size);
@@ -165,12 +188,15 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
       else if (heads > 1) fetch(found[1 - turn], next, 0);
       float *sums = results + head * rows * wide, *best = all_best + head * rows;
       float* denominators = all_denominators + head * rows * kSums;
-      const C* at[kBlock];
+      const C *at[kBlock], *then[kBlock / kPositions];
       const float* query = queries + head * rows * padded;
       if (step == kPositions) {
         for (int g = 0; g < scored / kPositions; g++) at[g] = found[turn].of[g] + head * size;
         if (in_place) {
-          product<false>(rows, scored, query, padded, D, GroupedKeys<C>{at}, scores, kBlock);
+          for (int g = 0; g < scored / kPositions; g++) {
+            then[g] = head + 1 < heads ? at[g] + size : g * kPositions < next ? found[1 - turn].of[g] : at[g];
+          }
+          product<false>(rows, scored, query, padded, D, CachedKeys<C>{{at}, then}, scores, kBlock);
         } else {
           const float* groups[kBlock / kPositions];
           for (int g = 0; g < scored / kPositions; g++) {
@@ -229,7 +255,8 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
         product<true>(rows, wide, scores + unseen, kBlock, n - unseen, seen, sums, wide);
       } else if (step == kPositions) {
         for (int t = unseen; t < n; t += kPositions) {
-          const Strided<C> part{at[t / kPositions] + kPositions * D, D};
+          const int64_t g = t / kPositions, values_at = kPositions * D;
+          const CachedValues<C> part{{at[g] + values_at, D}, then[g] + values_at};
           product<true>(rows, wide, scores + t, kBlock, std::min(kPositions, n - t), part, sums, wide);
         }
       } else if constexpr (std::is_same_v<C, float>) {
@@ -332,11 +359,9 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
          C* cache, Q* out) {
   const int64_t group = p.heads / p.kv_heads, D = p.head_dim, step = entry(p);
   std::vector<Tile> tiles;
-  int64_t longest = 1;  // tokens of a tile
   for (int64_t s = 0; s < seqs; s++) {
     const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], most = std::max<int64_t>(1, kTileRows / group);
     for (int64_t first = 0; first < q_len; first += most) tiles.push_back({s, first, std::min(most, q_len - first)});
-    longest = std::max(longest, std::min(most, q_len));
   }
   // All of the step's keys and values are written before anything is read.
   auto write = [&](int64_t tile) {
@@ -374,17 +399,26 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   }
   // All kv heads of a position lie in one row of the cache: where there is work for every thread, an item takes several.
   // Of latents, whose row is for all heads, it takes a part of these where there is not.
-  const int64_t count = static_cast<int64_t>(tiles.size()), threads = pool.num_threads();
-  int64_t heads = count < 4 * threads ? 1 : std::clamp<int64_t>(kTileRows / longest / group, 1, p.kv_heads);
-  while (p.kv_heads % heads) heads--;
-  int64_t pieces = p.latent && count < 4 * threads ? std::clamp<int64_t>(group / kLeastHeads, 1, threads) : 1;
+  struct Item {
+    const Tile* tile;
+    Heads heads;
+  };
+  const int64_t count = static_cast<int64_t>(tiles.size()), enough = 4 * pool.num_threads();
+  int64_t pieces = p.latent && count < enough ? std::clamp<int64_t>(group / kLeastHeads, 1, pool.num_threads()) : 1;
   while (group % pieces) pieces--;
-  const int64_t parts = p.kv_heads / heads * pieces;
-  parallel_for(pool, count * parts, [&](int64_t i) {
-    const Tile& tile = tiles[i / parts];
-    const int64_t part = i % parts;
-    const Heads of{part / pieces * heads, heads, part % pieces * (group / pieces), group / pieces};
-    attend_tile(p, tile.sequence, tile.first, tile.count, of, q, cache, out);
+  const int64_t each = group / pieces;
+  std::vector<Item> items;
+  for (const Tile& tile : tiles) {
+    const int64_t most = std::max<int64_t>(1, kTileRows / (tile.count * group));
+    int64_t heads = std::clamp<int64_t>(count * p.kv_heads / enough, 1, std::min(most, p.kv_heads));
+    while (p.kv_heads % heads) heads--;
+    for (int64_t first = 0; first < p.kv_heads; first += heads) {
+      for (int64_t skip = 0; skip < group; skip += each) items.push_back({&tile, {first, heads, skip, each}});
+    }
+  }
+  parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const auto& [tile, heads] = items[i];
+    attend_tile(p, tile->sequence, tile->first, tile->count, heads, q, cache, out);
   });
   std::memset(static_cast<void*>(out + used * p.heads * p.value_dim), 0,
               (tokens - used) * p.heads * p.value_dim * sizeof(Q));

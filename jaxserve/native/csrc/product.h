@@ -47,12 +47,14 @@ struct Panels {  // [columns / kPanel][depth][kPanel]
     if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j) + kAhead / sizeof(T), kLine);
   }
 };
-template <class B>
-constexpr bool is_panels = false;
-template <class T>
-constexpr bool is_panels<Panels<T>> = true;
 
 constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks: as many as the registers hold
+
+// With so many rows at most, memory takes longer than the product, which then asks for what comes after B.
+template <class B>
+constexpr int kAsksUpTo = 0;
+template <class T>
+constexpr int kAsksUpTo<Panels<T>> = 1;
 
 // c[r][j] = start + sum over i < depth of a[r][i] * b[i][j], one fused step at a time in the order of i, for `rows` rows
 // and `cols` vectors of columns from column `from` on. The start is c where `onto` is set, else 0.
@@ -65,7 +67,7 @@ void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t
   for (int64_t i = 0; i < depth; i++) {
     Vec column[cols];
     for (int j = 0; j < cols; j++) column[j] = load(b(i, from + j * kLanes));
-    if constexpr (rows == 1 && is_panels<B>) {  // more rows take longer than the memory
+    if constexpr (rows <= kAsksUpTo<B>) {
       for (int j = 0; j < cols; j++) b.ask_for_more(i, from + j * kLanes);
     }
     for (int r = 0; r < rows; r++) {
