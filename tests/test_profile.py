@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
 
 from jaxserve import cli, native, profile
@@ -72,6 +73,15 @@ def test_steps_are_timed_and_what_they_read_is_counted(runner) -> None:
     assert "Step: decode 3, context 20" in shown and re.search(r"Median step \(ms\): +\d+\.\d\d", shown)
     params = runner.params
     assert profile.weights_read(params | {"unembed": params["embed"]}) == timing.weight_bytes
+
+
+def test_the_pages_of_the_context_are_memory_that_was_written(runner) -> None:
+    """What never was is one page of zeros to the processor, and read at its cache's speed."""
+    profile.measure(runner, Case(2, 1, 20), steps=1, warm=0)
+    pages = np.asarray(runner._state.cache).reshape(LAYERS, runner.sizes.num_pages, -1)
+    assert (pages[:, 0] == 1).all() and (pages[:, [1, 3]] == 1).any(), (
+        "2 pages a sequence, and of the last the step's own"
+    )
 
 
 @pytest.mark.parametrize(
