@@ -66,11 +66,13 @@ struct Heads {
 // cache those are that are read next. They lie too far apart for the processor to foresee.
 template <class T>
 struct GroupedKeys {
+  static constexpr int asks_up_to = 0;
   const T* const* groups;
   const T* operator()(int64_t i, int64_t j) const { return groups[j / kPositions] + i * kPositions + j % kPositions; }
 };
 template <class T>
 struct CachedKeys : GroupedKeys<T> {
+  static constexpr int asks_up_to = kRows;
   const T* const* then;
   JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
     constexpr int together = std::max<int>(1, kLine / (kPositions * sizeof(T)));
@@ -79,17 +81,12 @@ struct CachedKeys : GroupedKeys<T> {
 };
 template <class T>
 struct CachedValues : Strided<T> {
+  static constexpr int asks_up_to = kRows;
   const T* then;
   JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
     if (j * sizeof(T) % kLine == 0) ask_for(then + i * this->stride + j, kLine);
   }
 };
-}  // namespace
-template <class T>
-constexpr int kAsksUpTo<CachedKeys<T>> = kRows;
-template <class T>
-constexpr int kAsksUpTo<CachedValues<T>> = kRows;
-namespace {
 
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded` and
 // value_dim to `wide`.
@@ -154,14 +151,13 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
   // Once in a long entry the processor reads ahead by itself; what is multiplied in place the products ask for.
   const bool asked = in_place && step == kPositions;
   const int64_t ahead = asked ? 0 : std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
-  const auto fetch = [&](const Entries& at, int n, int64_t head) {
+  const auto fetch = [&](const Entries& at, int n, int64_t head) JAXSERVE_ASKS {
     for (int64_t t = 0; t < n; t += step) {
-      const char* part = reinterpret_cast<const char*>(at.of[t / step] + head * size);
-      for (int64_t i = 0; i < ahead; i += 64) __builtin_prefetch(part + i, 0, 2);
+      ask_for(at.of[t / step] + head * size, ahead);
       if constexpr (scaled) {
         const float* scales = at.scales[t / step] + 2 * head * p.page;
-        __builtin_prefetch(scales, 0, 2);
-        __builtin_prefetch(scales + p.page, 0, 2);
+        ask_for(scales, kLine);
+        ask_for(scales + p.page, kLine);
       }
     }
   };

@@ -83,7 +83,7 @@ inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, In
 
 // Asks for the codes that come kAhead bytes after those of block b, and for the scales of b in the next panel.
 template <class F>
-JAXSERVE_ASKS void ask_for_more(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
+JAXSERVE_ASKS inline void ask_for_more(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
   constexpr int together = std::max(1, kLine / F::scale_bytes);  // blocks whose scales share a line
   const int64_t codes = b * F::code_bytes + kAhead;
   ask_for(panel + codes + (codes < layout.scales() ? 0 : layout.bytes() - layout.scales()), F::code_bytes);

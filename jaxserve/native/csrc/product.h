@@ -15,28 +15,34 @@ constexpr int kLine = 64;  // bytes of memory that come together
 constexpr int kAhead = 4096;
 
 // Inline in whatever calls it: GCC takes a function that only prefetches for one without effect, and drops its calls.
-#define JAXSERVE_ASKS inline __attribute__((always_inline))
+#define JAXSERVE_ASKS __attribute__((always_inline))
 
-JAXSERVE_ASKS void ask_for(const void* memory, int64_t bytes) {
+JAXSERVE_ASKS inline void ask_for(const void* memory, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(memory) + i, 0, 2);
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes.
+constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks: as many as the registers hold
+
+// Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes. Products
+// of at most `asks_up_to` rows, for which memory takes longer, ask it for what comes after.
 template <class T>
 struct Strided {
+  static constexpr int asks_up_to = 0;
   const T* data;
   int64_t stride;
   const T* operator()(int64_t i, int64_t j) const { return data + i * stride + j; }
 };
 struct Scattered {
+  static constexpr int asks_up_to = 0;
   const float* const* rows;
   int64_t offset;
   const float* operator()(int64_t i, int64_t j) const { return rows[i] + offset + j; }
 };
 template <class T>
 struct Panels {  // [columns / kPanel][depth][kPanel]
+  static constexpr int asks_up_to = 1;
   const T* data;
   int64_t depth;
   const T* operator()(int64_t i, int64_t j) const {
@@ -47,14 +53,6 @@ struct Panels {  // [columns / kPanel][depth][kPanel]
     if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j) + kAhead / sizeof(T), kLine);
   }
 };
-
-constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks: as many as the registers hold
-
-// With so many rows at most, memory takes longer than the product, which then asks for what comes after B.
-template <class B>
-constexpr int kAsksUpTo = 0;
-template <class T>
-constexpr int kAsksUpTo<Panels<T>> = 1;
 
 // c[r][j] = start + sum over i < depth of a[r][i] * b[i][j], one fused step at a time in the order of i, for `rows` rows
 // and `cols` vectors of columns from column `from` on. The start is c where `onto` is set, else 0.
@@ -67,7 +65,7 @@ void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t
   for (int64_t i = 0; i < depth; i++) {
     Vec column[cols];
     for (int j = 0; j < cols; j++) column[j] = load(b(i, from + j * kLanes));
-    if constexpr (rows <= kAsksUpTo<B>) {
+    if constexpr (rows <= B::asks_up_to) {
       for (int j = 0; j < cols; j++) b.ask_for_more(i, from + j * kLanes);
     }
     for (int r = 0; r < rows; r++) {
