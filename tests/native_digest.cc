@@ -131,7 +131,7 @@ void blocks(int64_t tokens, int64_t depth) {
     else if (half && i % 2) panel[i] = static_cast<uint8_t>(32 + panel[i] % 8);  // float16 from 1/128 to 1/2
   }
   const int tile = jaxserve::tile_of(tokens);
-  std::vector<uint8_t> rows(jaxserve::TileBlock{tile, F::runs}.bytes() * layout.blocks);
+  std::vector<uint8_t> rows(jaxserve::tile_bytes<F>(tile, depth));
   jaxserve::make_tile<F>(x.data(), tokens, depth, tile, rows.data());
   std::vector<float> y(tile * jaxserve::kPanel), row(depth);
   jaxserve::multiply_tile<F>(tile, panel.data(), layout, rows.data(), y.data());

@@ -64,6 +64,11 @@ int main() {
     add(low);
     add(high);
     const Floats whole = from_bytes(reinterpret_cast<const int8_t*>(second));
+    const Ints signed_ones = widen(reinterpret_cast<const int8_t*>(second));
+    const Ints words = add_product(signed_ones, widen(first), as_factor(splat_int(-128)));
+    const Ints others = add_product(splat_int(0), signed_ones, as_factor(splat_int(127)));
+    add(add_product(words, splat_int(-32512), as_factor(signed_ones)));
+    add(add_product(others, others, as_factor(widen(first))));
     int8_t stored[16];
     store_bytes(stored, whole);
     add(stored, 16);

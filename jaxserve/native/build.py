@@ -59,8 +59,8 @@ ISAS = (
     Isa(
         "amx",
         _X86,
-        ("amx_tile", "amx_bf16", "avx512_bf16", "avx512_vnni", *_AVX512),
-        ("-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-mavx512vnni", *_AVX512_FLAGS),
+        ("amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", *_AVX512),
+        ("-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mavx512bf16", "-mavx512vnni", *_AVX512_FLAGS),
     ),
     Isa("avx512vnni", _X86, ("avx512_vnni", *_AVX512), ("-mavx512vnni", *_AVX512_FLAGS)),
     Isa("avx512", _X86, _AVX512, _AVX512_FLAGS),
@@ -74,7 +74,8 @@ ISAS = (
 """Best first. `scalar` uses no vectors at all: it is the oracle of the others.
 
 Left out, by measurements on a Xeon of 2023: AVX512-BF16's product of vectors, 15 multiplications a cycle where a fused
-one of float32 does 26; and AMX's of bytes, whose sums must leave the tiles after each block of 32 to be scaled.
+one of float32 does 26; and AMX's of bytes for formats whose blocks of 32 have scales of their own, since sums must
+leave the tiles after each.
 """
 
 

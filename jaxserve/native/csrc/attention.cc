@@ -88,6 +88,17 @@ struct CachedValues : Strided<T> {
   }
 };
 
+// x [count] as floats, zeros up to `padded`; meanwhile asks for as many of those that are read next, line by line.
+template <class T>
+void to_floats_asking(const T* x, const T* then, int64_t count, int64_t padded, float* to) {
+  constexpr int64_t line = kLine / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) {
+    ask_for(then + i, kLine);
+    const bool last = count - i <= line;
+    to_floats(x + i, last ? count - i : line, last ? padded - i : line, to + i);
+  }
+}
+
 // Floats of scratch that a tile of `rows` rows of each of `heads` kv heads needs, head_dim rounded up to `padded` and
 // value_dim to `wide`.
 int64_t scratch_size(int64_t heads, int64_t rows, int64_t padded, int64_t wide) {
@@ -148,9 +159,7 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
     }
     return n;
   };
-  // Once in a long entry the processor reads ahead by itself; what is multiplied in place the products ask for.
-  const bool asked = in_place && step == kPositions;
-  const int64_t ahead = asked ? 0 : std::min<int64_t>(size * sizeof(C), step == kPositions ? 256 : 1 << 20);
+  const int64_t ahead = step == kPositions ? 0 : size * sizeof(C);  // groups are asked for while others are read
   const auto fetch = [&](const Entries& at, int n, int64_t head) JAXSERVE_ASKS {
     for (int64_t t = 0; t < n; t += step) {
       ask_for(at.of[t / step] + head * size, ahead);
@@ -187,17 +196,17 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
       const C *at[kBlock], *then[kBlock / kPositions];
       const float* query = queries + head * rows * padded;
       if (step == kPositions) {
-        for (int g = 0; g < scored / kPositions; g++) at[g] = found[turn].of[g] + head * size;
+        for (int g = 0; g < scored / kPositions; g++) {
+          at[g] = found[turn].of[g] + head * size;
+          then[g] = head + 1 < heads ? at[g] + size : g * kPositions < next ? found[1 - turn].of[g] : at[g];
+        }
         if (in_place) {
-          for (int g = 0; g < scored / kPositions; g++) {
-            then[g] = head + 1 < heads ? at[g] + size : g * kPositions < next ? found[1 - turn].of[g] : at[g];
-          }
           product<false>(rows, scored, query, padded, D, CachedKeys<C>{{at}, then}, scores, kBlock);
         } else {
           const float* groups[kBlock / kPositions];
           for (int g = 0; g < scored / kPositions; g++) {
             float* to = keys + g * kPositions * D;
-            to_floats(at[g], kPositions * D, kPositions * D, to);
+            to_floats_asking(at[g], then[g], kPositions * D, kPositions * D, to);
             groups[g] = to;
           }
           product<false>(rows, scored, query, padded, D, GroupedKeys<float>{groups}, scores, kBlock);
@@ -244,8 +253,12 @@ void attend(const Step& p, int64_t s, int64_t first, int64_t count, const Heads&
       }
       if (!in_place) {
         for (int t = unseen; t < n; t++) {
-          const C* from = step == kPositions ? at[t / kPositions] + (kPositions + t % kPositions) * D : at[t] + after;
-          to_floats(from, V, wide, values + t * wide);
+          if (step == kPositions) {
+            const int64_t g = t / kPositions, values_at = (kPositions + t % kPositions) * D;
+            to_floats_asking(at[g] + values_at, then[g] + values_at, V, wide, values + t * wide);
+          } else {
+            to_floats(at[t] + after, V, wide, values + t * wide);
+          }
         }
         const Strided<float> seen{values + unseen * wide, wide};
         product<true>(rows, wide, scores + unseen, kBlock, n - unseen, seen, sums, wide);

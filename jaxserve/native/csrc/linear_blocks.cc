@@ -1,128 +1,49 @@
 // Products with quantised weights for CPU, in whole numbers: y[t][n] = sum over k of x[t][k] * w[n][k]; with one matrix
 // for all rows of x, or with one for each group of them.
 //
-// Each row of x is rounded to signed bytes, 32 of them under one scale. A block's products are summed exactly, then
-// scaled and added in the order of the blocks; so a row of y is the same bit for bit whatever other rows are computed,
-// and on every instruction set.
+// Rows of x are rounded to bytes, and passed by a panel's blocks a tile at a time, as block_products.h or
+// stretch_products.h does it for the format: a row of y is the same bit for bit whatever other rows are computed, and on
+// every instruction set.
 
 #include <algorithm>
-#include <limits>
 #include <string>
+#include <type_traits>
 #include <vector>
 
-#include "blocks.h"
+#include "block_products.h"
 #include "buffers.h"
 #include "groups.h"
 #include "parallel.h"
+#include "stretch_products.h"
+#include "stretch_tiles.h"
 
 namespace jaxserve {
 namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTile = kLanes == 16 ? 16 : 12;  // rows of x that pass by a block's codes together: as registers allow
 constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
-constexpr float kSmallest = 1e-30f;  // a run of values that are all nearer to zero is kept as zeros
 
-// Whole sums are told as floats by their bits: 1.5 * 2^23 + n is the float of kMagicBits + n, for any |n| < 2^22.
-constexpr float kMagic = 12582912.0f;
-constexpr int32_t kMagicBits = 0x4b400000;
-constexpr int32_t first_of(int run) { return run == 0 ? kMagicBits : 0; }
-
-// A tile of rows of x is one stretch of memory a block: bytes [tile][32], then for each row its scale, for each run and
-// row what its whole sum begins with (the sum of the bytes times -offset, for the offset of the codes; and kMagicBits in
-// the first run), and the sum times the scale (what a minimum is multiplied by).
-struct TileBlock {
-  int tile, runs;
-  int64_t bytes() const { return tile * (kRun + 4 + 8 * runs); }
-  int8_t* values(uint8_t* at, int t) const { return reinterpret_cast<int8_t*>(at) + t * kRun; }
-  float* scale(uint8_t* at) const { return reinterpret_cast<float*>(at + tile * kRun); }
-  int32_t* first(uint8_t* at, int run) const {
-    return reinterpret_cast<int32_t*>(at + tile * (kRun + 4 + 4 * run));
-  }
-  float* weight(uint8_t* at, int run) const {
-    return reinterpret_cast<float*>(at + tile * (kRun + 4 + 4 * runs + 4 * run));
-  }
-};
-
-// One row's 32 values, to row t of a tile's block: to nearest, ties to even, the largest becoming 127.
+// On tiles many rows pass by these formats twice as fast, and few a little slower. Not by those with minima, with which
+// vectors do about as well, nor by those whose blocks have scales of their own. JAXSERVE_STRETCHES: the same arithmetic
+// without tiles, for tests.
+#if defined(JAXSERVE_TILES) || defined(JAXSERVE_STRETCHES)
 template <class F>
-void quantise(const float* x, const TileBlock& block, uint8_t* at, int t) {
-  constexpr float largest = std::numeric_limits<float>::max();
-  const Floats first = load16(x), last = load16(x + 16);
-  const float most = highest(max(magnitude(first), magnitude(last)));
-  const bool finite = !any_above(magnitude(first), largest) && !any_above(magnitude(last), largest);
-  Floats a = splat16(0.0f), b = a;
-  float scale = finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  if (finite && most > kSmallest) {
-    scale = most / 127.0f;
-    const Floats inverse = splat16(127.0f / most), magic = splat16(kMagic);  // adding it rounds
-    a = sub(add(mul(first, inverse), magic), magic);
-    b = sub(add(mul(last, inverse), magic), magic);
-  }
-  store_bytes(block.values(at, t), a);
-  store_bytes(block.values(at, t) + 16, b);
-  block.scale(at)[t] = scale;
-  const float sums[2] = {F::runs == 1 ? total(add(a, b)) : total(a), F::runs == 1 ? 0.0f : total(b)};
-  for (int r = 0; r < F::runs; r++) {
-    block.first(at, r)[t] = first_of(r) - F::offset * static_cast<int32_t>(sums[r]);
-    block.weight(at, r)[t] = scale * sums[r];
-  }
-}
-
-// whole[t] = the sum of run r's codes times the bytes of row t, less the codes' offset; of the first run as a float's bits.
-template <class F, int tile, int r>
-inline void sum_run(const uint8_t* codes, const TileBlock& block, uint8_t* x, Ints (&whole)[tile]) {
-  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
-  constexpr int count = kGroups / F::runs;
-  for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? first_of(r) : block.first(x, r)[t]);
-  for_groups<F, r * count, (r + 1) * count>(codes, [&](int j, Bytes u) {
-    for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], u, block.values(x, t) + 4 * j);
-  });
-}
-
-// Asks for the codes that come kAhead bytes after those of block b, and for the scales of b in the next panel.
+constexpr bool kStretches = F::scales == Scales::kSigned && F::table == nullptr;
+#else
 template <class F>
-JAXSERVE_ASKS inline void ask_for_more(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
-  constexpr int together = std::max(1, kLine / F::scale_bytes);  // blocks whose scales share a line
-  const int64_t codes = b * F::code_bytes + kAhead;
-  ask_for(panel + codes + (codes < layout.scales() ? 0 : layout.bytes() - layout.scales()), F::code_bytes);
-  const uint8_t* next = panel + layout.bytes();
-  if (b % together == 0) ask_for(next + layout.scales() + b * F::scale_bytes, F::scale_bytes);
-  if (F::shared && b % kSharers == 0) ask_for(next + layout.shared() + b / kSharers * F::shared_bytes, F::shared_bytes);
-}
+constexpr bool kStretches = false;
+#endif
+template <class F>
+using Products = std::conditional_t<kStretches<F>, StretchProducts<F>, BlockProducts<F>>;
 
-// y[t][0..16) of one panel, for a tile of rows of x.
-template <class F, int tile>
-void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
-  constexpr TileBlock block{tile, F::runs};
-  Floats sums[tile];
-  for (Floats& sum : sums) sum = splat16(0.0f);
-  SharedScales<F> shared{};
-  for (int64_t b = 0; b < layout.blocks; b++, x += block.bytes()) {
-    const uint8_t* codes = panel + b * F::code_bytes;
-    ask_for_more<F>(panel, layout, b);
-    if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
-    Floats scale[F::runs], minimum[F::runs];
-    unpack_scales<F>(panel + layout.scales() + b * F::scale_bytes, shared, scale, minimum);
-    Ints whole[tile];
-    Floats products[tile];
-    sum_run<F, tile, 0>(codes, block, x, whole);
-    const Floats start = mul(splat16(-kMagic), scale[0]);  // exact: a scale has 19 bits at most
-    for (int t = 0; t < tile; t++) products[t] = fma(bits_as_floats(whole[t]), scale[0], start);
-    if constexpr (F::runs == 2) {
-      sum_run<F, tile, 1>(codes, block, x, whole);
-      for (int t = 0; t < tile; t++) products[t] = fma(to_floats(whole[t]), scale[1], products[t]);
-    }
-    for (int t = 0; t < tile; t++) {
-      sums[t] = fma(products[t], splat16(block.scale(x)[t]), sums[t]);
-      if constexpr (F::minimum) {
-        for (int r = 0; r < F::runs; r++) sums[t] = fma(minimum[r], splat16(block.weight(x, r)[t]), sums[t]);
-      }
-    }
-  }
-  for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
-}
+#if defined(JAXSERVE_TILES)
+constexpr bool kOnTiles = true;
+constexpr int64_t kTileRowBytes = 1 << 20;  // of x that one item of work takes, on tiles
+constexpr int kMostTiles = 32;
+#else
+constexpr bool kOnTiles = false;
+#endif
 
 // Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
 int tile_of(int64_t left) {
@@ -132,23 +53,38 @@ int tile_of(int64_t left) {
 template <class F>
 void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8_t* x, float* y) {
   switch (tile) {
-    case 1: return multiply<F, 1>(panel, layout, x, y);
-    case 2: return multiply<F, 2>(panel, layout, x, y);
-    case 4: return multiply<F, 4>(panel, layout, x, y);
-    case 8: return multiply<F, 8>(panel, layout, x, y);
-    case 12: return multiply<F, 12>(panel, layout, x, y);
-    default: return multiply<F, kTile>(panel, layout, x, y);
+    case 1: return Products<F>::template multiply<1>(panel, layout, x, y);
+    case 2: return Products<F>::template multiply<2>(panel, layout, x, y);
+    case 4: return Products<F>::template multiply<4>(panel, layout, x, y);
+    case 8: return Products<F>::template multiply<8>(panel, layout, x, y);
+    case 12: return Products<F>::template multiply<12>(panel, layout, x, y);
+    default: return Products<F>::template multiply<kTile>(panel, layout, x, y);
   }
+}
+
+template <class F>
+int64_t tile_bytes(int tile, int64_t depth) {
+  return round_up(typename Products<F>::Rows{tile}.bytes() * (depth / Products<F>::steps), kLine);
 }
 
 // The first rows of x, `tokens` of them, as a tile; its others are zero.
 template <class F>
 void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t* to) {
-  const TileBlock block{tile, F::runs};
-  for (int64_t b = 0; b < depth / kRun; b++, to += block.bytes()) {
-    if (tokens < tile) std::fill_n(to, block.bytes(), uint8_t{0});
-    for (int64_t t = 0; t < tokens; t++) quantise<F>(x + t * depth + b * kRun, block, to, static_cast<int>(t));
+  const typename Products<F>::Rows rows{tile};
+  for (int64_t k = 0; k < depth; k += Products<F>::steps, to += rows.bytes()) {
+    if (tokens < tile) std::fill_n(to, rows.bytes(), uint8_t{0});
+    for (int64_t t = 0; t < tokens; t++) Products<F>::put(x + t * depth + k, rows, to, static_cast<int>(t));
   }
+}
+
+// Tiles of rows that one item of work takes on tile registers.
+template <class F>
+int64_t most_tiles([[maybe_unused]] int64_t depth) {
+#if defined(JAXSERVE_TILES)
+  return std::clamp<int64_t>(kTileRowBytes / tile_bytes<F>(kTile, depth), 2, kMostTiles);
+#else
+  return kTiles;
+#endif
 }
 
 // Matrices of [outputs, depth] follow one another from `w` on.
@@ -163,6 +99,7 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
   struct Item {
     const uint8_t* w;
     int64_t panel, panels, tile, tiles;
+    bool on_tiles;
   };
   const Panel<F> layout(depth);
   const int64_t panels = (outputs + kPanel - 1) / kPanel, threads = std::max<int64_t>(1, pool.num_threads());
@@ -172,18 +109,20 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
   std::vector<Item> items;
   int64_t bytes = 0, values = 0;
   for (const Group& group : groups) {
+    const bool on_tiles = kOnTiles && kStretches<F> && group.count > kTile;
     const int64_t first = static_cast<int64_t>(tiles.size());
     for (int64_t t = 0; t < group.count; t += kTile) {
-      const int size = tile_of(group.count - t);
+      const int size = on_tiles ? kTile : tile_of(group.count - t);
       tiles.push_back({group.first + t, std::min<int64_t>(size, group.count - t), size, bytes});
-      bytes += TileBlock{size, F::runs}.bytes() * layout.blocks;
+      bytes += tile_bytes<F>(size, depth);
     }
     values += group.count * depth;
     const int64_t end = static_cast<int64_t>(tiles.size());
+    const int64_t most = on_tiles ? most_tiles<F>(depth) : kTiles;
     for (int64_t p = 0; p < panels; p += together) {
-      for (int64_t i = first; i < end; i += kTiles) {
+      for (int64_t i = first; i < end; i += most) {
         items.push_back({w + (group.matrix * panels + p) * layout.bytes(), p, std::min(together, panels - p), i,
-                         std::min<int64_t>(kTiles, end - i)});
+                         std::min<int64_t>(most, end - i), on_tiles});
       }
     }
   }
@@ -199,17 +138,35 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
   }
   parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    for (int64_t p = 0; p < item.panels; p++) {
-      const int64_t column = (item.panel + p) * kPanel, count = std::min<int64_t>(kPanel, outputs - column);
-      for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
-        const Tile& tile = tiles[j];
-        float sums[kTile * kPanel];
-        multiply_tile<F>(tile.size, item.w + p * layout.bytes(), layout, rows + tile.at, sums);
-        for (int64_t t = 0; t < tile.count; t++) {
-          std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
-        }
+    const auto each_panel = [&](const auto& multiply) {
+      for (int64_t p = 0; p < item.panels; p++) multiply(item.w + p * layout.bytes(), (item.panel + p) * kPanel);
+    };
+    const auto keep = [&](const Tile& tile, int64_t column, const float* sums) {
+      const int64_t count = std::min<int64_t>(kPanel, outputs - column);
+      for (int64_t t = 0; t < tile.count; t++) {
+        std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
+      }
+    };
+#if defined(JAXSERVE_TILES)
+    if constexpr (kStretches<F>) {
+      if (item.on_tiles) {
+        const Tiles registers(kTileRows);
+        return each_panel([&](const uint8_t* panel, int64_t column) {
+          alignas(64) float sums[kMostTiles * kTile * kPanel];
+          StretchTiles<F>::multiply(panel, layout, rows + tiles[item.tile].at, tile_bytes<F>(kTile, depth),
+                                    static_cast<int>(item.tiles), sums);
+          for (int64_t j = 0; j < item.tiles; j++) keep(tiles[item.tile + j], column, sums + j * kTile * kPanel);
+        });
       }
     }
+#endif
+    each_panel([&](const uint8_t* panel, int64_t column) {
+      for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
+        float sums[kTile * kPanel];
+        multiply_tile<F>(tiles[j].size, panel, layout, rows + tiles[j].at, sums);
+        keep(tiles[j], column, sums);
+      }
+    });
   });
 }
 

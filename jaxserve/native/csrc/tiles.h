@@ -4,7 +4,7 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__) && defined(JAXSERVE_AVX512)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(JAXSERVE_AVX512)
 #define JAXSERVE_TILES
 
 namespace jaxserve {
@@ -12,9 +12,8 @@ namespace jaxserve {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 
-// The tile registers of this thread, until the end of the scope: 0 to 3 for sums [rows][16], 4 and 5 for rows of
-// bfloat16 [rows][32], 6 and 7 for a panel [16 pairs][16][2]. The process must have been granted them (native/build.py
-// does it).
+// The tile registers of this thread, until the end of the scope: 0 to 5 have `rows` rows, 6 and 7 all 16. The process
+// must have been granted them (native/build.py does it).
 class Tiles {
  public:
   explicit Tiles(int rows) {

@@ -72,10 +72,13 @@ inline float total(Floats a) {  // in any order: for sums that are exact
 //   with_bit<j, v>  u, plus v where bit j of `plane` is set
 //   with_pair       u, plus 16 times two bits
 //   lookup          table[u], u < 16
-//   from_bytes      16 bytes as floats; from_nibbles: their halves
+//   widen           16 bytes, signed or not, as whole numbers; widen_halves: their halves
+//   from_bytes      the same as floats; from_nibbles
 //   store_bytes     16 whole numbers from -128 to 127, given as floats, as bytes
 //   bits_as_floats  the floats whose bits the whole numbers are
 //   dot<small>      sums of four products a row, u times the signed bytes at x; `small`: no u is above 127
+//   as_factor       whole numbers of 16 bits as what add_product multiplies by
+//   add_product     sum + a * b, a of 16 bits, b as_factor
 
 #if defined(JAXSERVE_AVX512)
 
@@ -121,19 +124,27 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
 }
 inline Floats to_floats(Ints a) { return {{{_mm512_cvtepi32_ps(a.v)}}}; }
 inline Floats bits_as_floats(Ints a) { return {{{_mm512_castsi512_ps(a.v)}}}; }
-inline Floats from_bytes(const uint8_t* p) {
-  return to_floats(Ints{_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+inline Ints widen(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline Floats from_bytes(const int8_t* p) {
-  return to_floats(Ints{_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+inline Ints widen(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
+  const __m512i b = widen(p).v;
+  low = {_mm512_and_si512(b, _mm512_set1_epi32(15))};
+  high = {_mm512_srli_epi32(b, 4)};
+}
+inline Ints as_factor(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+inline Ints add_product(Ints sum, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#else
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
 }
 inline void store_bytes(int8_t* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v[0].v)));
-}
-inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
-  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  low = to_floats(Ints{_mm512_and_si512(b, _mm512_set1_epi32(15))});
-  high = to_floats(Ints{_mm512_srli_epi32(b, 4)});
 }
 
 #elif defined(JAXSERVE_AVX2)
@@ -198,26 +209,40 @@ Ints dot(Ints sum, Bytes u, const int8_t* x) {
 }
 inline Floats to_floats(Ints a) { return {{{_mm256_cvtepi32_ps(a.v[0])}, {_mm256_cvtepi32_ps(a.v[1])}}}; }
 inline Floats bits_as_floats(Ints a) { return {{{_mm256_castsi256_ps(a.v[0])}, {_mm256_castsi256_ps(a.v[1])}}}; }
-inline Floats from_bytes(const uint8_t* p) {
+inline Ints widen(const uint8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return to_floats(Ints{{_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))}});
+  return {{_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8))}};
 }
-inline Floats from_bytes(const int8_t* p) {
+inline Ints widen(const int8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return to_floats(Ints{{_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))}});
+  return {{_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))}};
+}
+inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
+  const Ints b = widen(p);
+  for (int i = 0; i < 2; i++) {
+    low.v[i] = _mm256_and_si256(b.v[i], _mm256_set1_epi32(15));
+    high.v[i] = _mm256_srli_epi32(b.v[i], 4);
+  }
+}
+inline Ints as_factor(Ints a) {
+  for (__m256i& v : a.v) v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+  return a;
+}
+inline Ints add_product(Ints sum, Ints a, Ints b) {
+  for (int i = 0; i < 2; i++) {
+#if defined(__AVXVNNI__)
+    sum.v[i] = _mm256_dpwssd_avx_epi32(sum.v[i], a.v[i], b.v[i]);
+#else
+    sum.v[i] = _mm256_add_epi32(sum.v[i], _mm256_madd_epi16(a.v[i], b.v[i]));
+#endif
+  }
+  return sum;
 }
 inline void store_bytes(int8_t* p, Floats a) {
   const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v[0].v), _mm256_cvtps_epi32(a.v[1].v));
   const __m256i in_order = _mm256_permute4x64_epi64(halves, 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
-}
-inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m256i first = _mm256_cvtepu8_epi32(b), last = _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8));
-  const __m256i mask = _mm256_set1_epi32(15);
-  low = to_floats(Ints{{_mm256_and_si256(first, mask), _mm256_and_si256(last, mask)}});
-  high = to_floats(Ints{{_mm256_srli_epi32(first, 4), _mm256_srli_epi32(last, 4)}});
 }
 
 #elif defined(JAXSERVE_NEON)
@@ -294,24 +319,34 @@ inline Floats bits_as_floats(Ints a) {
   for (int i = 0; i < 4; i++) y.v[i] = {vreinterpretq_f32_s32(a.v[i])};
   return y;
 }
-inline Floats from_bytes(const uint8_t* p) {
-  const uint16x8_t low = vmovl_u8(vld1_u8(p)), high = vmovl_u8(vld1_u8(p + 8));
-  return {{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(low)))},
-           {vcvtq_f32_u32(vmovl_u16(vget_low_u16(high)))}, {vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}}};
+inline Ints widen(const int8_t* p) {
+  const int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
+           vmovl_s16(vget_high_s16(high))}};
 }
-inline Floats from_bytes(const int8_t* p) { return load16(p); }
+inline Ints widen(const uint8_t* p) {
+  const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p)));
+  const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p + 8)));
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
+           vmovl_s16(vget_high_s16(high))}};
+}
+inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
+  const Ints b = widen(p);
+  for (int i = 0; i < 4; i++) {
+    low.v[i] = vandq_s32(b.v[i], vdupq_n_s32(15));
+    high.v[i] = vshrq_n_s32(b.v[i], 4);
+  }
+}
+inline Ints as_factor(Ints a) { return a; }
+inline Ints add_product(Ints sum, Ints a, Ints b) {
+  for (int i = 0; i < 4; i++) sum.v[i] = vmlaq_s32(sum.v[i], a.v[i], b.v[i]);
+  return sum;
+}
 inline void store_bytes(int8_t* p, Floats a) {
   int16x4_t whole[4];
   for (int i = 0; i < 4; i++) whole[i] = vmovn_s32(vcvtnq_s32_f32(a.v[i].v));
   vst1_s8(p, vmovn_s16(vcombine_s16(whole[0], whole[1])));
   vst1_s8(p + 8, vmovn_s16(vcombine_s16(whole[2], whole[3])));
-}
-inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
-  uint8_t halves[32];
-  vst1q_u8(halves, vandq_u8(vld1q_u8(p), vdupq_n_u8(15)));
-  vst1q_u8(halves + 16, vshrq_n_u8(vld1q_u8(p), 4));
-  low = from_bytes(halves);
-  high = from_bytes(halves + 16);
 }
 
 #else  // no vectors
@@ -376,26 +411,39 @@ inline Floats bits_as_floats(Ints a) {
   return load16(y);
 }
 template <class T>
-Floats from_bytes(const T* p) {
+Ints widen(const T* p) {
   Ints a;
   for (int i = 0; i < 16; i++) a.v[i] = p[i];
-  return to_floats(a);
+  return a;
+}
+inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
+  for (int i = 0; i < 16; i++) {
+    low.v[i] = p[i] & 15;
+    high.v[i] = p[i] >> 4;
+  }
+}
+inline Ints as_factor(Ints a) { return a; }
+inline Ints add_product(Ints sum, Ints a, Ints b) {
+  for (int i = 0; i < 16; i++) sum.v[i] += a.v[i] * b.v[i];
+  return sum;
 }
 inline void store_bytes(int8_t* p, Floats a) {
   float whole[16];
   store16(whole, a);
   for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(whole[i]);
 }
+
+#endif
+
+template <class T>
+Floats from_bytes(const T* p) {
+  return to_floats(widen(p));
+}
 inline void from_nibbles(const uint8_t* p, Floats& low, Floats& high) {
   Ints a, b;
-  for (int i = 0; i < 16; i++) {
-    a.v[i] = p[i] & 15;
-    b.v[i] = p[i] >> 4;
-  }
+  widen_halves(p, a, b);
   low = to_floats(a);
   high = to_floats(b);
 }
-
-#endif
 
 }  // namespace jaxserve
