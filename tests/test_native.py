@@ -47,7 +47,7 @@ def libraries(compiler, tmp_path_factory, pytestconfig):
 
 
 def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
-    """(digest, that of products with bfloat16, that of those with quantised weights, bad calls that were refused) of a
+    """(digest, that of products with bfloat16, that of those with Q3_K and Q6_K, bad calls that were refused) of a
     process of its own."""
     arguments = [library, seed, cases] + ([] if cpu is None else [cpu])
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # all libraries are called by the same few programs
@@ -62,15 +62,16 @@ def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
 
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(libraries):
     found = {name: fuzz(library, 1) for name, library in libraries.items()}
-    digest, with_bf16, quantised, refused = found["scalar"]
+    digest, with_bf16, in_stretches, refused = found["scalar"]
     assert refused > CASES
-    for name, (others, others_bf16, others_quantised, others_refused) in found.items():
+    for name, (others, others_bf16, others_in_stretches, others_refused) in found.items():
         assert (others, others_refused) == (digest, refused), name
         # Tile registers have an order of their own for bfloat16, which the process holds against arithmetic in numpy.
         assert others_bf16 == with_bf16 or name == "amx", name
-        # The scalar library rounds rows as the best one does; all others are alike.
+        # The scalar library rounds rows as the one for tiles does, where there is one; others the process holds against
+        # numpy's.
         if "amx" not in found or name in ("amx", "scalar"):
-            assert others_quantised == quantised, name
+            assert others_in_stretches == in_stretches, name
     best = next(iter(libraries))
     assert fuzz(libraries[best], 1, cpu=min(os.sched_getaffinity(0))) == found[best], "one thread"
 

@@ -87,7 +87,8 @@ class TileRows {
   const int64_t depth_;
 };
 
-// sums[i][j][row][16] = the products of tile i of rows, of `a`, with panel j of `b`, both one or two. A register is
+// sums[i][j][row][16] = the products of tile i of rows, of `a`, with panel j of `b`, both one or two. Registers 0 to 3
+// are for sums [rows][16], 4 and 5 for rows [rows][32], 6 and 7 for panels [16 pairs][16][2]. A register is
 // loaded again as soon as the last product that reads it is on its way. `fresh`: nothing has read these panels yet.
 template <int a, int b>
 void multiply_tiles(const bf16* x, const TileRows& rows, const bf16* w, bool fresh, float* sums) {

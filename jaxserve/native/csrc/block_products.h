@@ -8,6 +8,9 @@
 
 namespace jaxserve {
 
+// Whole sums are told as floats by their bits: kMagic + n is the float of kMagicBits + n, for any |n| < 2^22.
+constexpr int32_t kMagicBits = 0x4b400000;
+
 template <class F>
 struct BlockProducts {
   static constexpr int steps = kRun;  // of k under one scale
@@ -46,12 +49,9 @@ struct BlockProducts {
   // bits.
   template <int tile, int r>
   static inline void sum_run(const uint8_t* codes, const Rows& rows, uint8_t* x, Ints (&whole)[tile]) {
-    constexpr bool small = F::low + F::high < 8 && F::offset < 128;
     constexpr int count = kGroups / F::runs;
     for (int t = 0; t < tile; t++) whole[t] = splat_int(F::offset == 0 ? first_of(r) : rows.first(x, r)[t]);
-    for_groups<F, r * count, (r + 1) * count>(codes, [&](int j, Bytes u) {
-      for (int t = 0; t < tile; t++) whole[t] = dot<small>(whole[t], u, rows.values(x, t) + 4 * j);
-    });
+    add_groups<F, r * count, (r + 1) * count, kRun>(codes, rows.values(x, 0), whole);
   }
 
   // y[t][0..16) of one panel, for a tile of rows of x.

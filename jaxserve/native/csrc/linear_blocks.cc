@@ -2,8 +2,8 @@
 // for all rows of x, or with one for each group of them.
 //
 // Rows of x are rounded to bytes, and passed by a panel's blocks a tile at a time, as block_products.h or
-// stretch_products.h does it for the format: a row of y is the same bit for bit whatever other rows are computed, and on
-// every instruction set.
+// stretch_products.h does it for the format: a row of y is the same bit for bit whatever other rows are computed. On
+// every instruction set it is the same, too, but for the formats of stretch_products.h where there are tiles.
 
 #include <algorithm>
 #include <string>
@@ -39,11 +39,11 @@ using Products = std::conditional_t<kStretches<F>, StretchProducts<F>, BlockProd
 
 #if defined(JAXSERVE_TILES)
 constexpr bool kOnTiles = true;
-constexpr int64_t kTileRowBytes = 1 << 20;  // of x that one item of work takes, on tiles
-constexpr int kMostTiles = 32;
 #else
 constexpr bool kOnTiles = false;
 #endif
+constexpr int64_t kTileRowBytes = 1 << 20;  // of x that one item of work takes, on tiles
+constexpr int kMostTiles = 32;
 
 // Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
 int tile_of(int64_t left) {
@@ -77,16 +77,6 @@ void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t*
   }
 }
 
-// Tiles of rows that one item of work takes on tile registers.
-template <class F>
-int64_t most_tiles([[maybe_unused]] int64_t depth) {
-#if defined(JAXSERVE_TILES)
-  return std::clamp<int64_t>(kTileRowBytes / tile_bytes<F>(kTile, depth), 2, kMostTiles);
-#else
-  return kTiles;
-#endif
-}
-
 // Matrices of [outputs, depth] follow one another from `w` on.
 template <class F>
 void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, const std::vector<Group>& groups,
@@ -118,7 +108,8 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
     }
     values += group.count * depth;
     const int64_t end = static_cast<int64_t>(tiles.size());
-    const int64_t most = on_tiles ? most_tiles<F>(depth) : kTiles;
+    const int64_t most =
+        on_tiles ? std::clamp<int64_t>(kTileRowBytes / tile_bytes<F>(kTile, depth), 2, kMostTiles) : kTiles;
     for (int64_t p = 0; p < panels; p += together) {
       for (int64_t i = first; i < end; i += most) {
         items.push_back({w + (group.matrix * panels + p) * layout.bytes(), p, std::min(together, panels - p), i,
@@ -275,6 +266,13 @@ ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffe
 
 }  // namespace
 }  // namespace jaxserve
+
+// How many numbers of a row of x one scale is for, in products with ggml's format `format`; -1 if that is none of ours.
+extern "C" int64_t jaxserve_steps_of_a_scale(int64_t format) {
+  int64_t steps = -1;
+  jaxserve::with_format(format, [&](auto f) { steps = jaxserve::Products<decltype(f)>::steps; });
+  return steps;
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear_blocks, jaxserve::linear_blocks,
                               xla::ffi::Ffi::Bind()

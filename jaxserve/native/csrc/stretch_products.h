@@ -88,14 +88,12 @@ struct StretchProducts {
  private:
   // Adds to each row's whole sum those of the block's units, from the u-th on, times their runs' scales.
   template <int tile, int u>
-  static inline void add_units(const uint8_t* codes, const int8_t* x, const int32_t* first, const Ints (&scale)[F::runs],
-                               Ints (&whole)[tile]) {
+  static inline void add_units(const uint8_t* codes, const int8_t* x, const int32_t* first,
+                               const Ints (&scale)[F::runs], Ints (&whole)[tile]) {
     if constexpr (u < kRun / unit) {
       Ints sum[tile];
       for (int t = 0; t < tile; t++) sum[t] = splat_int(first[u * tile + t]);
-      for_groups<F, u * unit / 4, (u + 1) * unit / 4>(codes, [&](int j, Bytes c) {
-        for (int t = 0; t < tile; t++) sum[t] = dot<true>(sum[t], c, x + t * kBytesTogether + 4 * j);
-      });
+      add_groups<F, u * unit / 4, (u + 1) * unit / 4, kBytesTogether>(codes, x, sum);
       for (int t = 0; t < tile; t++) whole[t] = add_product(whole[t], sum[t], scale[u * unit / run]);
       add_units<tile, u + 1>(codes, x, first, scale, whole);
     }

@@ -18,7 +18,8 @@ struct StretchTiles {
   static_assert(128 * F::offset < 32768, "a weight has 16 bits");
 
   // Products of `tiles` tiles of rows of x, `apart` bytes from one to the next, with one panel: sums [tiles][16][16].
-  static void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, int64_t apart, int tiles, float* sums) {
+  static void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, int64_t apart, int tiles,
+                       float* sums) {
     constexpr typename Vectors::Rows rows{kTileRows};
     alignas(64) uint8_t weights[4 * tile_bytes];
     alignas(64) int32_t whole[2][2 * sum_size];

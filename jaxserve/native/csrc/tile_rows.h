@@ -12,9 +12,7 @@ namespace jaxserve {
 constexpr int kTile = kLanes == 16 ? 16 : 12;  // rows at most: as registers allow
 constexpr float kSmallest = 1e-30f;  // values that are all nearer to zero are kept as zeros
 
-// Whole sums are told as floats by their bits: 1.5 * 2^23 + n is the float of kMagicBits + n, for any |n| < 2^22.
-constexpr float kMagic = 12582912.0f;
-constexpr int32_t kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds, ties to even
 
 // The scale under which `count` times 16 values become bytes, the largest 127; NaN if one is not finite. In place: to
 // nearest, ties to even.
@@ -32,9 +30,19 @@ inline float round_to_bytes(Floats (&x)[count]) {
     for (Floats& v : x) v = splat16(0.0f);
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  const Floats inverse = splat16(127.0f / most), magic = splat16(kMagic);  // adding it rounds
+  const Floats inverse = splat16(127.0f / most), magic = splat16(kMagic);
   for (Floats& v : x) v = sub(add(mul(v, inverse), magic), magic);
   return most / 127.0f;
+}
+
+// Adds to sums[t] the codes of a block's groups [from, end) times the bytes of row t, which begin `apart` bytes after
+// those of the row before.
+template <class F, int from, int end, int apart, int tile>
+inline void add_groups(const uint8_t* codes, const int8_t* x, Ints (&sums)[tile]) {
+  constexpr bool small = F::low + F::high < 8 && F::offset < 128;
+  for_groups<F, from, end>(codes, [&](int j, Bytes u) {
+    for (int t = 0; t < tile; t++) sums[t] = dot<small>(sums[t], u, x + t * apart + 4 * j);
+  });
 }
 
 // Asks for the codes that come kAhead bytes after those of block b, and for the scales of b in the next panel.

@@ -319,16 +319,13 @@ inline Floats bits_as_floats(Ints a) {
   for (int i = 0; i < 4; i++) y.v[i] = {vreinterpretq_f32_s32(a.v[i])};
   return y;
 }
-inline Ints widen(const int8_t* p) {
-  const int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
+inline Ints widen(int16x8_t low, int16x8_t high) {
   return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
            vmovl_s16(vget_high_s16(high))}};
 }
+inline Ints widen(const int8_t* p) { return widen(vmovl_s8(vld1_s8(p)), vmovl_s8(vld1_s8(p + 8))); }
 inline Ints widen(const uint8_t* p) {
-  const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p)));
-  const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p + 8)));
-  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
-           vmovl_s16(vget_high_s16(high))}};
+  return widen(vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p))), vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p + 8))));
 }
 inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
   const Ints b = widen(p);
