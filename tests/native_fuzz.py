@@ -1,7 +1,7 @@
 """Random calls of the C++ kernels of one library, good ones and bad ones; prints digests of all results.
 
 One is of the products with weights of bfloat16, which tile registers round in an order of their own, and one of those
-with Q3_K and Q6_K, for which a library for tile registers rounds rows otherwise.
+with IN_STRETCHES, for which a library for tile registers rounds rows otherwise.
 
     python native_fuzz.py LIBRARY SEED CASES [CPU]
 
@@ -28,6 +28,9 @@ LINEAR_BLOCKS, EMBED_BLOCKS = "jaxserve_linear_blocks", "jaxserve_embed_blocks"
 GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_blocks"
 SAMPLE, LOGPROBS, ROTATE = "jaxserve_sample", "jaxserve_token_logprobs", "jaxserve_rotate"
 BY_HEAD = "jaxserve_by_head"
+
+IN_STRETCHES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""Formats of csrc/stretch_products.h, where there are tiles."""
 
 
 def random_case(rng):
@@ -205,9 +208,10 @@ def grouped(rng, digest, target, x, matrices, single, **attributes):
 def quantised_product(library, rng, digest, in_stretches):
     """Products with a quantised weight against its dequantised floats, and the rows of its table; bad calls refused."""
     format = rng.choice([f for f in FORMATS.values() if f.quantised])
-    if format.name in ("Q3_K", "Q6_K"):
+    if format.name in IN_STRETCHES:
         digest = in_stretches
-    tokens, depth, outputs = (int(rng.choice(sizes)) for sizes in ([1, 2, 5, 9, 20, 70], [256, 768], [1, 16, 37]))
+    depths = [32, 160, 256, 768] if format.block == 32 else [256, 768]
+    tokens, depth, outputs = (int(rng.choice(sizes)) for sizes in ([1, 2, 5, 9, 20, 70], depths, [1, 16, 37]))
     x = rng.normal(size=(tokens, depth)).astype(np.float32)
     rows = quantise(format, rng.normal(size=(outputs, depth)).astype(np.float32))
     w, code, sizes = dequantise(format, rows), np.int64(format.code), (outputs, depth)
@@ -232,9 +236,10 @@ def quantised_product(library, rng, digest, in_stretches):
 
     y = np.asarray(product(x, panels, code))
     # What rounding x to 127 steps of each 32's largest, or each 128's, leaves: at most half a step, mostly far less.
-    parts = x.reshape(tokens, -1, library.jaxserve_steps_of_a_scale(ctypes.c_int64(format.code)))
+    under_one = library.jaxserve_steps_of_a_scale(ctypes.c_int64(format.code))
+    parts = np.pad(x, [(0, 0), (0, -depth % under_one)]).reshape(tokens, -1, under_one)
     steps = np.abs(parts).max(axis=2, keepdims=True) / 127
-    rounded = (np.round(parts / steps) * steps).reshape(x.shape)
+    rounded = (np.round(parts / steps) * steps).reshape(tokens, -1)[:, :depth]
     want = rounded.astype(np.float64) @ w.T.astype(np.float64)
     near = np.abs(x).max() / 127 * np.abs(w).max()  # a tie may round the other way
     error = np.abs(y - want).max()
@@ -244,7 +249,7 @@ def quantised_product(library, rng, digest, in_stretches):
     assert (np.asarray(gather(panels, ids, outputs)) == w[ids.clip(0, outputs - 1)]).all(), format.name
     digest.update(y.tobytes())
     # Any order of the panels' first bytes, which are codes, is another matrix.
-    matrices = jnp.stack([jnp.concatenate([jnp.roll(panels[:512], 64 * e), panels[512:]]) for e in range(3)])
+    matrices = jnp.stack([jnp.concatenate([jnp.roll(panels[:256], 64 * e), panels[256:]]) for e in range(3)])
     single = partial(product, format=code)
     refused = grouped(rng, digest, GROUPED_BLOCKS, jnp.asarray(x), matrices, single, format=code)
     for wrong in (

@@ -69,6 +69,10 @@ int main() {
     const Ints others = add_product(splat_int(0), signed_ones, as_factor(splat_int(127)));
     add(add_product(words, splat_int(-32512), as_factor(signed_ones)));
     add(add_product(others, others, as_factor(widen(first))));
+    const int16_t two[] = {static_cast<int16_t>(32767 - turn), static_cast<int16_t>(-4064 + turn)};
+    add(add_products(words, two, as_factors(signed_ones, others)));
+    add(to_ints(mul(whole, splat16(255.5f))));  // ties among them
+    add(power_of_two(widen(second)));
     int8_t stored[16];
     store_bytes(stored, whole);
     add(stored, 16);

@@ -47,7 +47,7 @@ def libraries(compiler, tmp_path_factory, pytestconfig):
 
 
 def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
-    """(digest, that of products with bfloat16, that of those with Q3_K and Q6_K, bad calls that were refused) of a
+    """(digest, that of products with bfloat16, that of those in stretches, bad calls that were refused) of a
     process of its own."""
     arguments = [library, seed, cases] + ([] if cpu is None else [cpu])
     environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # all libraries are called by the same few programs
@@ -200,6 +200,37 @@ def test_a_row_of_many_is_what_it_is_alone(compiler, name):
     assert (y[3] == 0).all() and np.isnan(y[[20, 1040]]).all() and np.isfinite(y[[0, 16, 511, 512, 1049]]).all()
     want = x[:3] @ dequantise(format, rows).T
     assert np.abs(y[:3] - want).max() < 0.02 * np.abs(want).max()
+
+
+HALVES = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}
+"""Where a block's float16 scale begins; elsewhere at 0."""
+
+
+@pytest.mark.parametrize("name", [name for name, format in FORMATS.items() if format.quantised and name != "MXFP4"])
+def test_scales_of_any_size_are_kept(compiler, name):
+    """Beside blocks of weights a thousand times smaller; and one that is no number spoils its own outputs alone."""
+    native.load()
+    rng, format, (depth, outputs) = np.random.default_rng(6), FORMATS[name], (512, 20)
+    w = rng.normal(size=(outputs, depth)) * 10.0 ** rng.integers(-3, 1, (outputs, depth // format.block)).repeat(
+        format.block, axis=1
+    )
+    w[4] = 0
+    rows = quantise(format, w.astype(np.float32))
+    x = rng.normal(size=(40, depth)).astype(np.float32)
+
+    def product(rows, x):
+        panels = jnp.asarray(blocks.pack(format, rows, depth))
+        return np.asarray(blocks.linear(jnp.asarray(x), panels, format, outputs, "float32"))
+
+    y, want = product(rows, x), x @ dequantise(format, rows).T
+    assert (np.abs(y - want).max(axis=0) <= 0.02 * np.abs(want).max(axis=0)).all()
+    for half in (np.inf, np.nan):
+        spoilt, at = rows.copy(), format.nbytes + HALVES.get(name, 0)  # of the second block
+        spoilt[7, at : at + 2] = np.frombuffer(np.float16(half).tobytes(), np.uint8)
+        for some in (slice(0, 1), slice(0, 40)):
+            z = product(spoilt, x[some])
+            assert not np.isfinite(z[:, 7]).any()
+            np.testing.assert_array_equal(np.delete(z, 7, axis=1), np.delete(y[some], 7, axis=1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

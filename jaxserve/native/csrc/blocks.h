@@ -1,9 +1,9 @@
 // ggml's block formats as the kernels want them: 16 rows side by side, 32 steps of k at a time.
 //
 // A panel of 16 rows is first the codes of all its blocks, then their scales, then, for formats that share a scale among
-// 256 weights, those. A code is a small number u >= 0 and a weight is scale * (u - offset) + minimum, with scale and
-// minimum of a run of 32 weights or of 16. The codes of a block lie in 8 groups of 4 steps; byte 4 r + i of a group is
-// step i of row r.
+// 256 weights, those, and then the quanta of 256 weights, where there are any. A code is a small number u >= 0 and a
+// weight is scale * (u - offset) + minimum, with scale and minimum of a run of 32 weights or of 16. The codes of a block
+// lie in 8 groups of 4 steps; byte 4 r + i of a group is step i of row r.
 //   4 bits  64 bytes v = 0..3: group v in the low halves, group v + 4 in the high ones
 //   2 bits  64 bytes v = 0..1: group 4 v + s in bits 2 s and 2 s + 1
 //   1 bit   64 bytes: group j in bit j
@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "product.h"
+#include "tiles.h"
 #include "wide.h"
 
 namespace jaxserve {
@@ -73,6 +74,22 @@ struct MXFP4 : Format<4, 0, 32, 12, Scales::kPower> {
   static constexpr const uint8_t* table = kFloat4;
 };
 
+// Formats whose products are summed as stretch_products.h does it: on tiles many rows pass by them twice as fast. Not
+// those whose codes have 8 bits, which leave a scale 8 of the 16 that a weight can have there. JAXSERVE_STRETCHES: the
+// same arithmetic without tiles, for tests.
+#if defined(JAXSERVE_TILES) || defined(JAXSERVE_STRETCHES)
+template <class F>
+constexpr bool kStretches = F::low < 8 && F::table == nullptr;
+#else
+template <class F>
+constexpr bool kStretches = false;
+#endif
+
+// Of these, those whose scales are no whole numbers: they, and minima, are rounded to multiples of a quantum, which is
+// 2^(e - 127) for 256 weights with a byte e of their own, so that a weight is less than 2^15 of them.
+template <class F>
+constexpr bool kQuanta = kStretches<F> && F::scales != Scales::kSigned;
+
 // Calls `call(Q4_0{})` and so on for ggml's code of a format; false for a code that is none of them.
 template <class Call>
 bool with_format(int64_t code, Call&& call) {
@@ -101,9 +118,9 @@ struct Panel {
   explicit Panel(int64_t depth) : blocks(depth / kRun) {}
   int64_t scales() const { return blocks * F::code_bytes; }
   int64_t shared() const { return scales() + blocks * F::scale_bytes; }
+  int64_t quanta() const { return shared() + (F::shared ? blocks / kSharers * F::shared_bytes : 0); }
   int64_t bytes() const {
-    const int64_t end = shared() + (F::shared ? blocks / kSharers * F::shared_bytes : 0);
-    return (end + 63) / 64 * 64;
+    return round_up(quanta() + (kQuanta<F> ? (blocks + kSharers - 1) / kSharers * kPanel : 0), kLine);
   }
 };
 

@@ -2,8 +2,8 @@
 // for all rows of x, or with one for each group of them.
 //
 // Rows of x are rounded to bytes, and passed by a panel's blocks a tile at a time, as block_products.h or
-// stretch_products.h does it for the format: a row of y is the same bit for bit whatever other rows are computed. On
-// every instruction set it is the same, too, but for the formats of stretch_products.h where there are tiles.
+// stretch_products.h does it: a row of y is the same bit for bit whatever other rows are computed. On every instruction
+// set it is the same, too, but for the formats of stretch_products.h where there are tiles.
 
 #include <algorithm>
 #include <string>
@@ -24,16 +24,6 @@ namespace ffi = xla::ffi;
 
 constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
 
-// On tiles many rows pass by these formats twice as fast, and few a little slower. Not by those with minima, with which
-// vectors do about as well, nor by those whose blocks have scales of their own. JAXSERVE_STRETCHES: the same arithmetic
-// without tiles, for tests.
-#if defined(JAXSERVE_TILES) || defined(JAXSERVE_STRETCHES)
-template <class F>
-constexpr bool kStretches = F::scales == Scales::kSigned && F::table == nullptr;
-#else
-template <class F>
-constexpr bool kStretches = false;
-#endif
 template <class F>
 using Products = std::conditional_t<kStretches<F>, StretchProducts<F>, BlockProducts<F>>;
 
@@ -64,16 +54,26 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
 
 template <class F>
 int64_t tile_bytes(int tile, int64_t depth) {
-  return round_up(typename Products<F>::Rows{tile}.bytes() * (depth / Products<F>::steps), kLine);
+  const int64_t pieces = (depth + Products<F>::steps - 1) / Products<F>::steps;
+  return round_up(typename Products<F>::Rows{tile}.bytes() * pieces, kLine);
 }
 
 // The first rows of x, `tokens` of them, as a tile; its others are zero.
 template <class F>
 void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t* to) {
   const typename Products<F>::Rows rows{tile};
-  for (int64_t k = 0; k < depth; k += Products<F>::steps, to += rows.bytes()) {
+  constexpr int steps = Products<F>::steps;
+  for (int64_t k = 0; k < depth; k += steps, to += rows.bytes()) {
     if (tokens < tile) std::fill_n(to, rows.bytes(), uint8_t{0});
-    for (int64_t t = 0; t < tokens; t++) Products<F>::put(x + t * depth + k, rows, to, static_cast<int>(t));
+    for (int64_t t = 0; t < tokens; t++) {
+      const float* from = x + t * depth + k;
+      float last[steps];
+      if (depth - k < steps) {  // zeros after it
+        std::fill(std::copy_n(from, depth - k, last), last + steps, 0.0f);
+        from = last;
+      }
+      Products<F>::put(from, rows, to, static_cast<int>(t));
+    }
   }
 }
 

@@ -1,6 +1,8 @@
 // From the rows of a GGUF tensor to the panels of blocks.h: for loading, without XLA.
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "blocks.h"
 
@@ -185,6 +187,37 @@ void write_scales(const Run& run, int r, uint8_t* scales, uint8_t* shared) {
   }
 }
 
+float of_half(uint16_t bits) {
+  f16 half;
+  std::memcpy(&half, &bits, 2);
+  return to_float(half);
+}
+
+// The largest a weight of the run may be, of either sign; infinite if a scale is no number.
+template <class F>
+float largest(const Run& run) {
+  constexpr float codes = (1 << (F::low + F::high)) - 1;
+  float most = 0.0f;
+  for (int i = 0; i < F::runs; i++) {
+    const float scale = of_half(run.half) * (F::shared ? run.scale[i] : 1.0f);
+    const float minimum = F::minimum ? of_half(run.half_min) * (F::shared ? run.minimum[i] : 1.0f) : 0.0f;
+    for (const float code : {0.0f, codes}) {
+      const float weight = std::abs(scale * (code - F::offset) + minimum);
+      most = std::isfinite(weight) ? std::max(most, weight) : std::numeric_limits<float>::infinity();
+    }
+  }
+  return most;
+}
+
+// The quantum of weights of which `most` is the largest: whole scales and minima are half a quantum off at most, and
+// a weight, with up to 31 times the scale, less than 17.
+uint8_t quantum_of(float most) {
+  if (!std::isfinite(most)) return 255;
+  int e;
+  std::frexp(most / 32750.0f, &e);
+  return most == 0.0f ? 0 : static_cast<uint8_t>(127 + e);
+}
+
 template <class F>
 void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes, uint8_t* to) {
   const Panel<F> panel(depth);
@@ -194,11 +227,17 @@ void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes
     const int count = static_cast<int>(std::min<int64_t>(kPanel, outputs - n));
     std::fill(runs + count, runs + kPanel, Run{});
     std::memset(to + panel.scales(), 0, bytes - panel.scales());
+    float most[kPanel] = {};
     for (int64_t b = 0; b < panel.blocks; b++) {
+      if (b % kSharers == 0) std::fill_n(most, kPanel, 0.0f);
       for (int r = 0; r < count; r++) {
         read(F{}, rows + (n + r) * row_bytes, b, runs[r]);
         write_scales<F>(runs[r], r, to + panel.scales() + b * F::scale_bytes,
                         to + panel.shared() + b / kSharers * F::shared_bytes);
+        if constexpr (kQuanta<F>) {
+          most[r] = std::max(most[r], largest<F>(runs[r]));
+          to[panel.quanta() + b / kSharers * kPanel + r] = quantum_of(most[r]);
+        }
       }
       write_codes<F>(runs, to + b * F::code_bytes);
     }

@@ -1,32 +1,77 @@
-// Products of a tile of rows with one panel, for formats whose scales are bytes times a shared one: Q3_K and Q6_K.
+// Products of a tile of rows with one panel, for formats with small codes.
 //
-// Each row of x is rounded to signed bytes, 128 of them under one scale: a stretch. A run's sums are multiplied by the
-// run's own scale, which is a whole number too, and only the stretch's sum becomes a float. So tiles, which have
-// nothing but products of bytes, come to the same bits (stretch_tiles.h).
+// Each row of x is rounded to signed bytes, 128 of them under one scale: a stretch. Scales and minima of runs are whole
+// numbers, of themselves or as multiples of a quantum, so that only the stretch's sum becomes a float. So tiles, which
+// have nothing but products of bytes, come to the same bits (stretch_tiles.h).
 #pragma once
 
 #include "tile_rows.h"
 
 namespace jaxserve {
 
-constexpr int kStretch = 128;  // steps of k
+constexpr int kStretch = 128;  // steps of k; fewer in a row's last
 constexpr int kStretchBlocks = kStretch / kRun;
 constexpr int kBytesTogether = 64;  // of a row; the bytes of the next row follow
+
+// A weight is what the whole number scale * (code - offset) + minimum is times `step`, the two being its run's.
+template <class F>
+struct WholeScales {
+  Floats step;  // of 16 rows, for 256 weights
+  Ints scale[F::runs], minimum[F::runs];
+
+  // What the blocks of a stretch from b on share; stretches come in order.
+  void begin(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
+    if (b % kSharers != 0) return;
+    shared_.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
+    if constexpr (F::scales == Scales::kSigned) {
+      step = shared_.scale;
+    } else {
+      const Ints e = widen(panel + layout.quanta() + b / kSharers * kPanel);
+      step = power_of_two(e);
+      steps_ = power_of_two(add_product(splat_int(254), e, as_factor(splat_int(-1))));
+      if constexpr (F::shared) shared_.scale = mul(shared_.scale, steps_);
+      if constexpr (F::shared && F::minimum) shared_.minimum = mul(shared_.minimum, steps_);
+    }
+  }
+
+  // Those of block b.
+  void load(const uint8_t* panel, const Panel<F>& layout, int64_t b) {
+    const uint8_t* from = panel + layout.scales() + b * F::scale_bytes;
+    if constexpr (F::scales == Scales::kSigned) {
+      for (int r = 0; r < F::runs; r++) scale[r] = widen(reinterpret_cast<const int8_t*>(from + 16 * r));
+    } else {
+      Floats scales[F::runs], minima[F::runs];
+      unpack_scales<F>(from, shared_, scales, minima);
+      for (int r = 0; r < F::runs; r++) {
+        scale[r] = to_ints(F::shared ? scales[r] : mul(scales[r], steps_));
+        if constexpr (F::minimum) minimum[r] = to_ints(F::shared ? minima[r] : mul(minima[r], steps_));
+      }
+    }
+  }
+
+ private:
+  SharedScales<F> shared_;  // in steps, where they are no whole numbers of themselves
+  Floats steps_;            // in 1
+};
 
 template <class F>
 struct StretchProducts {
   static constexpr int steps = kStretch;  // of k under one scale
   static constexpr int run = kRun / F::runs;
-  static constexpr int unit = 127 * F::offset * run < 32768 ? run : 8;  // steps whose sum has 16 bits
+  static constexpr int centre = 1 << (F::low + F::high - 1);  // of the codes
+  // Steps whose sum of codes less the centre, times bytes, has 16 bits.
+  static constexpr int unit = 127 * centre * run < 32768 ? run : 127 * centre * run / 2 < 32768 ? run / 2 : run / 4;
   static constexpr int units = kStretch / unit;
-  static_assert(F::scales == Scales::kSigned && 2 * F::offset == 1 << (F::low + F::high));
-  static_assert(127 * F::offset * unit < 32768);
+  static constexpr int pairs = F::minimum ? kStretch / run / 2 : 0;  // of runs
+  static_assert(127 * centre * unit < 32768 && unit % 4 == 0);
+  static_assert(F::offset == (F::minimum ? 0 : centre));
 
-  // A tile is one piece of memory a stretch: bytes [2][tile][64], then for each row its scale, and for each unit and
-  // row what its sum begins with (the sum of the bytes times -offset).
+  // A tile is one piece of memory a stretch: bytes [2][tile][64], then for each row its scale, for each unit and row what
+  // its sum begins with (the sum of the bytes times -centre), and, where there are minima, for each pair of runs and row
+  // the sums of the bytes.
   struct Rows {
     int tile;
-    int64_t bytes() const { return tile * (kStretch + 4 + 4 * units); }
+    int64_t bytes() const { return tile * (kStretch + 4 + 4 * units + 4 * pairs); }
     int8_t* values(uint8_t* at, int t, int k) const {
       return reinterpret_cast<int8_t*>(at) + (k / kBytesTogether * tile + t) * kBytesTogether + k % kBytesTogether;
     }
@@ -34,6 +79,7 @@ struct StretchProducts {
     int32_t* first(uint8_t* at, int unit) const {
       return reinterpret_cast<int32_t*>(at + tile * (kStretch + 4 + 4 * unit));
     }
+    int16_t* sums(uint8_t* at, int pair) const { return reinterpret_cast<int16_t*>(first(at, units + pair)); }
   };
 
   // One row's values of a stretch, to row t of a tile.
@@ -42,23 +88,19 @@ struct StretchProducts {
     for (int i = 0; i < kStretch / 16; i++) v[i] = load16(x + 16 * i);
     rows.scale(at)[t] = round_to_bytes(v);
     for (int i = 0; i < kStretch / 16; i++) store_bytes(rows.values(at, t, 16 * i), v[i]);
-    for (int u = 0; u < units; u++) {
-      const int8_t* values = rows.values(at, t, u * unit);
+    const auto sum = [&](int from, int count) {
+      const int8_t* values = rows.values(at, t, from);
       int32_t sum = 0;
-      for (int k = 0; k < unit; k++) sum += values[k];
-      rows.first(at, u)[t] = -F::offset * sum;
-    }
-  }
-
-  // The scales of the runs of block b, of 16 rows.
-  static void whole_scales(const uint8_t* panel, const Panel<F>& layout, int64_t b, Ints (&scale)[F::runs]) {
-    const uint8_t* from = panel + layout.scales() + b * F::scale_bytes;
-    for (int r = 0; r < F::runs; r++) scale[r] = widen(reinterpret_cast<const int8_t*>(from + 16 * r));
+      for (int k = 0; k < count; k++) sum += values[k];
+      return sum;
+    };
+    for (int u = 0; u < units; u++) rows.first(at, u)[t] = -centre * sum(u * unit, unit);
+    for (int r = 0; r < 2 * pairs; r++) rows.sums(at, r / 2)[2 * t + r % 2] = static_cast<int16_t>(sum(r * run, run));
   }
 
   // `sum` and what a row's whole sum of a stretch adds to it.
-  static inline Floats add_stretch(Floats sum, Ints whole, const SharedScales<F>& shared, float scale) {
-    return fma(mul(shared.scale, to_floats(whole)), splat16(scale), sum);
+  static inline Floats add_stretch(Floats sum, Ints whole, Floats step, float scale) {
+    return fma(mul(step, to_floats(whole)), splat16(scale), sum);
   }
 
   // y[t][0..16) of one panel, for a tile of rows of x.
@@ -67,21 +109,37 @@ struct StretchProducts {
     constexpr Rows rows{tile};
     Floats sums[tile];
     for (Floats& sum : sums) sum = splat16(0.0f);
-    SharedScales<F> shared{};
-    for (int64_t b = 0; b < layout.blocks; b += kStretchBlocks, x += rows.bytes()) {
-      if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
-      Ints whole[tile];
+    WholeScales<F> scales{};
+    const auto add_blocks = [&](int64_t stretch, int count) __attribute__((always_inline)) {
+      const int64_t b = stretch * kStretchBlocks;
+      Ints whole[tile], minima[kStretch / run];  // the latter of codes less the centre
       for (Ints& sum : whole) sum = splat_int(0);
-      for (int i = 0; i < kStretchBlocks; i++) {
+      scales.begin(panel, layout, b);
+#pragma GCC unroll 4
+      for (int i = 0; i < count; i++) {
         ask_for_more<F>(panel, layout, b + i);
-        Ints scale[F::runs];
-        whole_scales(panel, layout, b + i, scale);
-        for (Ints& of : scale) of = as_factor(of);
+        scales.load(panel, layout, b + i);
+        for (int r = 0; r < F::runs; r++) {
+          const Ints scale = scales.scale[r];
+          if constexpr (F::minimum) {
+            minima[i * F::runs + r] = add_product(scales.minimum[r], scale, as_factor(splat_int(centre)));
+          }
+          scales.scale[r] = as_factor(scale);
+        }
         add_units<tile, 0>(panel + (b + i) * F::code_bytes, rows.values(x, 0, i * kRun),
-                           rows.first(x, i * kRun / unit), scale, whole);
+                           rows.first(x, i * kRun / unit), scales.scale, whole);
       }
-      for (int t = 0; t < tile; t++) sums[t] = add_stretch(sums[t], whole[t], shared, rows.scale(x)[t]);
-    }
+      for (int r = 0; F::minimum && r < count * F::runs; r += 2) {
+        const Ints both = as_factors(minima[r], r + 1 < count * F::runs ? minima[r + 1] : splat_int(0));
+        for (int t = 0; t < tile; t++) whole[t] = add_products(whole[t], rows.sums(x, r / 2) + 2 * t, both);
+      }
+      for (int t = 0; t < tile; t++) sums[t] = add_stretch(sums[t], whole[t], scales.step, rows.scale(x)[t]);
+      x += rows.bytes();
+    };
+    const int64_t stretches = layout.blocks / kStretchBlocks;
+    const int last = static_cast<int>(layout.blocks % kStretchBlocks);
+    for (int64_t stretch = 0; stretch < stretches; stretch++) add_blocks(stretch, kStretchBlocks);
+    if (!F::shared && last > 0) add_blocks(stretches, last);
     for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
   }
 

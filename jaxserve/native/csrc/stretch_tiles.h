@@ -1,5 +1,5 @@
-// What stretch_products.h computes, on AMX's tile registers, for many rows: weights times their runs' scales are whole
-// numbers of 16 bits, and tiles multiply their two bytes.
+// What stretch_products.h computes, on AMX's tile registers, for many rows: weights are whole numbers of 16 bits, and
+// tiles multiply their two bytes.
 #pragma once
 
 #include "stretch_products.h"
@@ -15,7 +15,8 @@ struct StretchTiles {
   static constexpr int tile_steps = kBytesTogether;  // of k
   static constexpr int tile_bytes = kTileRows * kTileBytes;
   static constexpr int sum_size = kTileRows * kPanel;
-  static_assert(128 * F::offset < 32768, "a weight has 16 bits");
+  static constexpr bool signed_bytes = F::scales == Scales::kSigned;  // the scales
+  static_assert(!signed_bytes || 128 * F::offset < 32768, "a weight has 16 bits");
 
   // Products of `tiles` tiles of rows of x, `apart` bytes from one to the next, with one panel: sums [tiles][16][16].
   static void multiply(const uint8_t* panel, const Panel<F>& layout, uint8_t* x, int64_t apart, int tiles,
@@ -24,10 +25,9 @@ struct StretchTiles {
     alignas(64) uint8_t weights[4 * tile_bytes];
     alignas(64) int32_t whole[2][2 * sum_size];
     std::fill_n(sums, tiles * sum_size, 0.0f);
-    SharedScales<F> shared{};
+    WholeScales<F> scales{};
     for (int64_t b = 0; b < layout.blocks; b += kStretchBlocks, x += rows.bytes()) {
-      if (b % kSharers == 0) shared.load(panel + layout.shared() + b / kSharers * F::shared_bytes);
-      unpack(panel, layout, b, weights);
+      unpack(panel, layout, b, scales, weights);
       before_tiles();
       _tile_loadd(0, weights, kTileBytes);
       _tile_loadd(1, weights + tile_bytes, kTileBytes);
@@ -35,42 +35,52 @@ struct StretchTiles {
       _tile_loadd(3, weights + 3 * tile_bytes, kTileBytes);
       for (int j = 0; j < tiles; j++) {  // while a tile's products are on their way, those of the one before are added
         multiply_tile(x + j * apart, whole[j % 2]);
-        if (j > 0) add(whole[(j - 1) % 2], shared, rows.scale(x + (j - 1) * apart), sums + (j - 1) * sum_size);
+        if (j > 0) add(whole[(j - 1) % 2], scales.step, rows.scale(x + (j - 1) * apart), sums + (j - 1) * sum_size);
       }
-      add(whole[(tiles - 1) % 2], shared, rows.scale(x + (tiles - 1) * apart), sums + (tiles - 1) * sum_size);
+      add(whole[(tiles - 1) % 2], scales.step, rows.scale(x + (tiles - 1) * apart), sums + (tiles - 1) * sum_size);
     }
   }
 
  private:
-  // A stretch of a panel as tiles [step of 64][the higher byte, signed, and the lower one][16 groups][16 rows][4].
-  static void unpack(const uint8_t* panel, const Panel<F>& layout, int64_t b, uint8_t* to) {
-    for (int i = 0; i < kStretchBlocks; i++) {
+  // A stretch of a panel as tiles [step of 64][the higher byte, signed, and the lower one][16 groups][16 rows][4]; zeros
+  // after the last block.
+  static void unpack(const uint8_t* panel, const Panel<F>& layout, int64_t b, WholeScales<F>& scales, uint8_t* to) {
+    const int count = static_cast<int>(std::min<int64_t>(kStretchBlocks, layout.blocks - b));
+    if (count < kStretchBlocks) std::fill_n(to, 4 * tile_bytes, uint8_t{0});
+    scales.begin(panel, layout, b);
+    for (int i = 0; i < count; i++) {
       ask_for_more<F>(panel, layout, b + i);
-      Ints scale[F::runs];
-      Vectors::whole_scales(panel, layout, b + i, scale);
-      unpack_runs<0>(panel + (b + i) * F::code_bytes, scale,
+      scales.load(panel, layout, b + i);
+      unpack_runs<0>(panel + (b + i) * F::code_bytes, scales,
                      to + i * kRun / tile_steps * 2 * tile_bytes + i * kRun % tile_steps / 4 * kTileBytes);
     }
   }
   template <int r>
-  static void unpack_runs(const uint8_t* codes, const Ints (&scale)[F::runs], uint8_t* to) {
+  static void unpack_runs(const uint8_t* codes, const WholeScales<F>& scales, uint8_t* to) {
     if constexpr (r < F::runs) {
-      // Of two codes in 16 bits, the first times the scale, and the second.
       const __m512i low = _mm512_set1_epi16(0xff);
-      const __m512i both = _mm512_or_si512(as_factor(scale[r]).v, _mm512_slli_epi32(scale[r].v, 16));
-      const __m512i first_of = _mm512_and_si512(both, low), second_of = _mm512_slli_epi16(both, 8);
-      const __m512i less = _mm512_mullo_epi16(both, _mm512_set1_epi16(F::offset));
+      const __m512i scale = twice(scales.scale[r]);
+      const __m512i minimum =
+          F::minimum ? twice(scales.minimum[r]) : _mm512_mullo_epi16(scale, _mm512_set1_epi16(-F::offset));
+      // Of two codes in 16 bits, the first times the scale, and the second.
+      const __m512i first_of = signed_bytes ? _mm512_and_si512(scale, low) : scale;
+      const __m512i second_of = signed_bytes ? _mm512_slli_epi16(scale, 8) : scale;
       for_groups<F, r * kGroups / F::runs, (r + 1) * kGroups / F::runs>(codes, [&](int j, Bytes u) {
-        const __m512i first = _mm512_sub_epi16(_mm512_maddubs_epi16(u.v, first_of), less);
-        const __m512i second = _mm512_sub_epi16(_mm512_maddubs_epi16(u.v, second_of), less);
+        const auto weight = [&](__m512i code, __m512i of) {
+          return _mm512_add_epi16(signed_bytes ? _mm512_maddubs_epi16(u.v, of) : _mm512_mullo_epi16(code, of), minimum);
+        };
+        const __m512i first = weight(_mm512_and_si512(u.v, low), first_of);
+        const __m512i second = weight(_mm512_srli_epi16(u.v, 8), second_of);
         const __m512i higher = _mm512_or_si512(_mm512_srli_epi16(first, 8), _mm512_andnot_si512(low, second));
         const __m512i lower = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi16(second, 8));
         _mm512_store_si512(to + j * kTileBytes, higher);
         _mm512_store_si512(to + tile_bytes + j * kTileBytes, lower);
       });
-      unpack_runs<r + 1>(codes, scale, to);
+      unpack_runs<r + 1>(codes, scales, to);
     }
   }
+  // Of 16 bits each, in both halves.
+  static __m512i twice(Ints a) { return as_factors(a, a).v; }
 
   // The products of one tile of rows with the weights of tiles 0 to 3: of the higher bytes, and of the lower.
   static void multiply_tile(const uint8_t* x, int32_t* whole) {
@@ -87,11 +97,11 @@ struct StretchTiles {
   }
 
   // Adds a tile's whole sums of a stretch to `sums`.
-  static void add(const int32_t* whole, const SharedScales<F>& shared, const float* scales, float* sums) {
+  static void add(const int32_t* whole, Floats step, const float* scales, float* sums) {
     for (int t = 0; t < kTileRows; t++, whole += kPanel, sums += kPanel) {
       const __m512i higher = _mm512_slli_epi32(_mm512_load_si512(whole), 8);
       const Ints sum{_mm512_add_epi32(higher, _mm512_load_si512(whole + sum_size))};
-      store16(sums, Vectors::add_stretch(load16(sums), sum, shared, scales[t]));
+      store16(sums, Vectors::add_stretch(load16(sums), sum, step, scales[t]));
     }
   }
 };

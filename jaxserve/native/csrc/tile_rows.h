@@ -53,7 +53,10 @@ JAXSERVE_ASKS inline void ask_for_more(const uint8_t* panel, const Panel<F>& lay
   ask_for(panel + codes + (codes < layout.scales() ? 0 : layout.bytes() - layout.scales()), F::code_bytes);
   const uint8_t* next = panel + layout.bytes();
   if (b % together == 0) ask_for(next + layout.scales() + b * F::scale_bytes, F::scale_bytes);
-  if (F::shared && b % kSharers == 0) ask_for(next + layout.shared() + b / kSharers * F::shared_bytes, F::shared_bytes);
+  if (b % kSharers == 0) {
+    ask_for(next + layout.shared() + b / kSharers * F::shared_bytes, F::shared_bytes);
+    if (kQuanta<F>) ask_for(next + layout.quanta() + b / kSharers * kPanel, kPanel);
+  }
 }
 
 }  // namespace jaxserve

@@ -76,9 +76,13 @@ inline float total(Floats a) {  // in any order: for sums that are exact
 //   from_bytes      the same as floats; from_nibbles
 //   store_bytes     16 whole numbers from -128 to 127, given as floats, as bytes
 //   bits_as_floats  the floats whose bits the whole numbers are
+//   to_ints         the nearest whole numbers, ties to even, of floats from -2^16 to 2^16
+//   power_of_two    2^(e - 127), e from 1 to 254; of 0 it is 0, of 255 and -1 infinite
 //   dot<small>      sums of four products a row, u times the signed bytes at x; `small`: no u is above 127
 //   as_factor       whole numbers of 16 bits as what add_product multiplies by
 //   add_product     sum + a * b, a of 16 bits, b as_factor
+//   as_factors      two whole numbers of 16 bits as what add_products multiplies by
+//   add_products    sum + a[0] * the first + a[1] * the second, for all rows
 
 #if defined(JAXSERVE_AVX512)
 
@@ -137,12 +141,26 @@ inline void widen_halves(const uint8_t* p, Ints& low, Ints& high) {
 }
 inline Ints as_factor(Ints a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
 inline Ints add_product(Ints sum, Ints a, Ints b) {
-#if defined(__AVX512VNNI__)
-  return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#if defined(__AVX512VNNI__)  // compilers move the sum to another register and back
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
 #else
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
 #endif
 }
+inline Ints as_factors(Ints a, Ints b) { return {_mm512_or_si512(as_factor(a).v, _mm512_slli_epi32(b.v, 16))}; }
+inline Ints add_products(Ints sum, const int16_t* a, Ints both) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpwssd %1%{1to16%}, %2, %0" : "+v"(sum.v) : "m"(*reinterpret_cast<const int16_t(*)[2]>(a)), "v"(both.v));
+  return sum;
+#else
+  int32_t two;
+  std::memcpy(&two, a, 4);
+  return add_product(sum, splat_int(two), both);
+#endif
+}
+inline Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v[0].v)}; }
+inline Floats power_of_two(Ints e) { return bits_as_floats({_mm512_slli_epi32(e.v, 23)}); }
 inline void store_bytes(int8_t* p, Floats a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v[0].v)));
 }
@@ -237,6 +255,20 @@ inline Ints add_product(Ints sum, Ints a, Ints b) {
 #endif
   }
   return sum;
+}
+inline Ints as_factors(Ints a, Ints b) {
+  for (int i = 0; i < 2; i++) a.v[i] = _mm256_blend_epi16(a.v[i], _mm256_slli_epi32(b.v[i], 16), 0xaa);
+  return a;
+}
+inline Ints add_products(Ints sum, const int16_t* a, Ints both) {
+  int32_t two;
+  std::memcpy(&two, a, 4);
+  return add_product(sum, splat_int(two), both);
+}
+inline Ints to_ints(Floats a) { return {{_mm256_cvtps_epi32(a.v[0].v), _mm256_cvtps_epi32(a.v[1].v)}}; }
+inline Floats power_of_two(Ints e) {
+  for (__m256i& v : e.v) v = _mm256_slli_epi32(v, 23);
+  return bits_as_floats(e);
 }
 inline void store_bytes(int8_t* p, Floats a) {
   const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a.v[0].v), _mm256_cvtps_epi32(a.v[1].v));
@@ -339,6 +371,24 @@ inline Ints add_product(Ints sum, Ints a, Ints b) {
   for (int i = 0; i < 4; i++) sum.v[i] = vmlaq_s32(sum.v[i], a.v[i], b.v[i]);
   return sum;
 }
+inline Ints as_factors(Ints a, Ints b) {
+  for (int i = 0; i < 4; i++) a.v[i] = vsliq_n_s32(a.v[i], b.v[i], 16);
+  return a;
+}
+inline Ints add_products(Ints sum, const int16_t* a, Ints both) {
+  for (int i = 0; i < 4; i++) {
+    const int32x4_t first = vshrq_n_s32(vshlq_n_s32(both.v[i], 16), 16);
+    sum.v[i] = vmlaq_n_s32(vmlaq_n_s32(sum.v[i], first, a[0]), vshrq_n_s32(both.v[i], 16), a[1]);
+  }
+  return sum;
+}
+inline Ints to_ints(Floats a) {
+  return {{vcvtnq_s32_f32(a.v[0].v), vcvtnq_s32_f32(a.v[1].v), vcvtnq_s32_f32(a.v[2].v), vcvtnq_s32_f32(a.v[3].v)}};
+}
+inline Floats power_of_two(Ints e) {
+  for (int32x4_t& v : e.v) v = vshlq_n_s32(v, 23);
+  return bits_as_floats(e);
+}
 inline void store_bytes(int8_t* p, Floats a) {
   int16x4_t whole[4];
   for (int i = 0; i < 4; i++) whole[i] = vmovn_s32(vcvtnq_s32_f32(a.v[i].v));
@@ -423,6 +473,33 @@ inline Ints as_factor(Ints a) { return a; }
 inline Ints add_product(Ints sum, Ints a, Ints b) {
   for (int i = 0; i < 16; i++) sum.v[i] += a.v[i] * b.v[i];
   return sum;
+}
+inline Ints as_factors(Ints a, Ints b) {
+  for (int i = 0; i < 16; i++) {
+    a.v[i] = static_cast<int32_t>((static_cast<uint32_t>(a.v[i]) & 0xffff) | static_cast<uint32_t>(b.v[i]) << 16);
+  }
+  return a;
+}
+inline Ints add_products(Ints sum, const int16_t* a, Ints both) {
+  for (int i = 0; i < 16; i++) {
+    sum.v[i] += a[0] * static_cast<int16_t>(both.v[i]) + a[1] * (both.v[i] >> 16);
+  }
+  return sum;
+}
+inline Ints to_ints(Floats a) {  // by adding 1.5 * 2^23
+  float y[16];
+  Ints n;
+  store16(y, add(a, splat16(12582912.0f)));
+  std::memcpy(n.v, y, sizeof y);
+  for (int32_t& lane : n.v) {
+    lane = static_cast<int32_t>(static_cast<uint32_t>(lane) - 0x4b400000u);
+    if (lane < -65536 || lane > 65536) lane = 0;
+  }
+  return n;
+}
+inline Floats power_of_two(Ints e) {
+  for (int32_t& lane : e.v) lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << 23);
+  return bits_as_floats(e);
 }
 inline void store_bytes(int8_t* p, Floats a) {
   float whole[16];
