@@ -135,7 +135,12 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
     const auto keep = [&](const Tile& tile, int64_t column, const float* sums) {
       const int64_t count = std::min<int64_t>(kPanel, outputs - column);
       for (int64_t t = 0; t < tile.count; t++) {
-        std::copy_n(sums + t * kPanel, count, y + (tile.first + t) * outputs + column);
+        float* to = y + (tile.first + t) * outputs + column;
+        if (count == kPanel) {
+          store16(to, load16(sums + t * kPanel));
+        } else {
+          std::copy_n(sums + t * kPanel, count, to);
+        }
       }
     };
 #if defined(JAXSERVE_TILES)

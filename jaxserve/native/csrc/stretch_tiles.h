@@ -24,7 +24,6 @@ struct StretchTiles {
     constexpr typename Vectors::Rows rows{kTileRows};
     alignas(64) uint8_t weights[4 * tile_bytes];
     alignas(64) int32_t whole[2][2 * sum_size];
-    std::fill_n(sums, tiles * sum_size, 0.0f);
     WholeScales<F> scales{};
     for (int64_t b = 0; b < layout.blocks; b += kStretchBlocks, x += rows.bytes()) {
       unpack(panel, layout, b, scales, weights);
@@ -33,11 +32,16 @@ struct StretchTiles {
       _tile_loadd(1, weights + tile_bytes, kTileBytes);
       _tile_loadd(2, weights + 2 * tile_bytes, kTileBytes);
       _tile_loadd(3, weights + 3 * tile_bytes, kTileBytes);
+      const auto add_tile = [&](int j) {
+        const float* x_scales = rows.scale(x + j * apart);
+        float* to = sums + j * sum_size;
+        b == 0 ? add<true>(whole[j % 2], scales.step, x_scales, to) : add<false>(whole[j % 2], scales.step, x_scales, to);
+      };
       for (int j = 0; j < tiles; j++) {  // while a tile's products are on their way, those of the one before are added
         multiply_tile(x + j * apart, whole[j % 2]);
-        if (j > 0) add(whole[(j - 1) % 2], scales.step, rows.scale(x + (j - 1) * apart), sums + (j - 1) * sum_size);
+        if (j > 0) add_tile(j - 1);
       }
-      add(whole[(tiles - 1) % 2], scales.step, rows.scale(x + (tiles - 1) * apart), sums + (tiles - 1) * sum_size);
+      add_tile(tiles - 1);
     }
   }
 
@@ -96,12 +100,13 @@ struct StretchTiles {
     _tile_stored(7, whole + sum_size, kTileBytes);
   }
 
-  // Adds a tile's whole sums of a stretch to `sums`.
+  // Adds a tile's whole sums of a stretch to `sums`, which are not there yet at the first.
+  template <bool first>
   static void add(const int32_t* whole, Floats step, const float* scales, float* sums) {
     for (int t = 0; t < kTileRows; t++, whole += kPanel, sums += kPanel) {
       const __m512i higher = _mm512_slli_epi32(_mm512_load_si512(whole), 8);
       const Ints sum{_mm512_add_epi32(higher, _mm512_load_si512(whole + sum_size))};
-      store16(sums, Vectors::add_stretch(load16(sums), sum, step, scales[t]));
+      store16(sums, Vectors::add_stretch(first ? splat16(0.0f) : load16(sums), sum, step, scales[t]));
     }
   }
 };
