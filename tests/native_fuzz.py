@@ -29,7 +29,7 @@ GROUPED, GROUPED_BLOCKS = "jaxserve_grouped_linear", "jaxserve_grouped_linear_bl
 SAMPLE, LOGPROBS, ROTATE = "jaxserve_sample", "jaxserve_token_logprobs", "jaxserve_rotate"
 BY_HEAD = "jaxserve_by_head"
 
-IN_STRETCHES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+IN_STRETCHES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Formats of csrc/stretch_products.h, where there are tiles."""
 
 

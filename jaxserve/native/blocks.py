@@ -47,9 +47,9 @@ def linear(
 ) -> Float[Array, "T N"]:
     """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16.
 
-    x is rounded to bytes, 32 of a row under one scale, and multiplied in whole numbers. On processors with AMX it is
-    128 of a row, and the weights' scales are rounded to 2^-15 of the largest of 256 weights, but for Q8_0, IQ4_NL,
-    IQ4_XS and MXFP4. A row of the result depends on its own row of x alone, bit for bit.
+    x is rounded to bytes, 32 of a row under one scale, and multiplied in whole numbers. For Q2_K to Q6_K on processors
+    with AMX it is 128 of a row, and scales of weights are rounded to 2^-15 of the largest of 256 weights. A row of the
+    result depends on its own row of x alone, bit for bit.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_linear_blocks", shape)(x, panels, format=np.int64(format.code))

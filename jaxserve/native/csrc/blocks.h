@@ -74,12 +74,12 @@ struct MXFP4 : Format<4, 0, 32, 12, Scales::kPower> {
   static constexpr const uint8_t* table = kFloat4;
 };
 
-// Formats whose products are summed as stretch_products.h does it: on tiles many rows pass by them twice as fast. Not
-// those whose codes have 8 bits, which leave a scale 8 of the 16 that a weight can have there. JAXSERVE_STRETCHES: the
-// same arithmetic without tiles, for tests.
+// Formats whose products are summed as stretch_products.h does it: on tiles many rows pass by them twice as fast. Only
+// those of blocks of 256, with which llama.cpp, too, rounds rows of x more coarsely. JAXSERVE_STRETCHES: the same
+// arithmetic without tiles, for tests.
 #if defined(JAXSERVE_TILES) || defined(JAXSERVE_STRETCHES)
 template <class F>
-constexpr bool kStretches = F::low < 8 && F::table == nullptr;
+constexpr bool kStretches = F::shared && F::table == nullptr;
 #else
 template <class F>
 constexpr bool kStretches = false;
@@ -120,7 +120,7 @@ struct Panel {
   int64_t shared() const { return scales() + blocks * F::scale_bytes; }
   int64_t quanta() const { return shared() + (F::shared ? blocks / kSharers * F::shared_bytes : 0); }
   int64_t bytes() const {
-    return round_up(quanta() + (kQuanta<F> ? (blocks + kSharers - 1) / kSharers * kPanel : 0), kLine);
+    return round_up(quanta() + (kQuanta<F> ? blocks / kSharers * kPanel : 0), kLine);
   }
 };
 

@@ -54,26 +54,16 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
 
 template <class F>
 int64_t tile_bytes(int tile, int64_t depth) {
-  const int64_t pieces = (depth + Products<F>::steps - 1) / Products<F>::steps;
-  return round_up(typename Products<F>::Rows{tile}.bytes() * pieces, kLine);
+  return round_up(typename Products<F>::Rows{tile}.bytes() * (depth / Products<F>::steps), kLine);
 }
 
 // The first rows of x, `tokens` of them, as a tile; its others are zero.
 template <class F>
 void make_tile(const float* x, int64_t tokens, int64_t depth, int tile, uint8_t* to) {
   const typename Products<F>::Rows rows{tile};
-  constexpr int steps = Products<F>::steps;
-  for (int64_t k = 0; k < depth; k += steps, to += rows.bytes()) {
+  for (int64_t k = 0; k < depth; k += Products<F>::steps, to += rows.bytes()) {
     if (tokens < tile) std::fill_n(to, rows.bytes(), uint8_t{0});
-    for (int64_t t = 0; t < tokens; t++) {
-      const float* from = x + t * depth + k;
-      float last[steps];
-      if (depth - k < steps) {  // zeros after it
-        std::fill(std::copy_n(from, depth - k, last), last + steps, 0.0f);
-        from = last;
-      }
-      Products<F>::put(from, rows, to, static_cast<int>(t));
-    }
+    for (int64_t t = 0; t < tokens; t++) Products<F>::put(x + t * depth + k, rows, to, static_cast<int>(t));
   }
 }
 

@@ -199,10 +199,9 @@ float largest(const Run& run) {
   constexpr float codes = (1 << (F::low + F::high)) - 1;
   float most = 0.0f;
   for (int i = 0; i < F::runs; i++) {
-    const float scale = of_half(run.half) * (F::shared ? run.scale[i] : 1.0f);
-    const float minimum = F::minimum ? of_half(run.half_min) * (F::shared ? run.minimum[i] : 1.0f) : 0.0f;
+    const float scale = of_half(run.half) * run.scale[i], minimum = of_half(run.half_min) * run.minimum[i];
     for (const float code : {0.0f, codes}) {
-      const float weight = std::abs(scale * (code - F::offset) + minimum);
+      const float weight = std::abs(scale * code + minimum);
       most = std::isfinite(weight) ? std::max(most, weight) : std::numeric_limits<float>::infinity();
     }
   }

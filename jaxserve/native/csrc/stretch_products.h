@@ -1,4 +1,4 @@
-// Products of a tile of rows with one panel, for formats with small codes.
+// Products of a tile of rows with one panel, for formats of blocks of 256 weights: Q2_K to Q6_K.
 //
 // Each row of x is rounded to signed bytes, 128 of them under one scale: a stretch. Scales and minima of runs are whole
 // numbers, of themselves or as multiples of a quantum, so that only the stretch's sum becomes a float. So tiles, which
@@ -9,7 +9,7 @@
 
 namespace jaxserve {
 
-constexpr int kStretch = 128;  // steps of k; fewer in a row's last
+constexpr int kStretch = 128;  // steps of k
 constexpr int kStretchBlocks = kStretch / kRun;
 constexpr int kBytesTogether = 64;  // of a row; the bytes of the next row follow
 
@@ -28,9 +28,9 @@ struct WholeScales {
     } else {
       const Ints e = widen(panel + layout.quanta() + b / kSharers * kPanel);
       step = power_of_two(e);
-      steps_ = power_of_two(add_product(splat_int(254), e, as_factor(splat_int(-1))));
-      if constexpr (F::shared) shared_.scale = mul(shared_.scale, steps_);
-      if constexpr (F::shared && F::minimum) shared_.minimum = mul(shared_.minimum, steps_);
+      const Floats steps = power_of_two(add_product(splat_int(254), e, as_factor(splat_int(-1))));  // in 1
+      shared_.scale = mul(shared_.scale, steps);
+      shared_.minimum = mul(shared_.minimum, steps);
     }
   }
 
@@ -43,15 +43,14 @@ struct WholeScales {
       Floats scales[F::runs], minima[F::runs];
       unpack_scales<F>(from, shared_, scales, minima);
       for (int r = 0; r < F::runs; r++) {
-        scale[r] = to_ints(F::shared ? scales[r] : mul(scales[r], steps_));
-        if constexpr (F::minimum) minimum[r] = to_ints(F::shared ? minima[r] : mul(minima[r], steps_));
+        scale[r] = to_ints(scales[r]);
+        minimum[r] = to_ints(minima[r]);
       }
     }
   }
 
  private:
-  SharedScales<F> shared_;  // in steps, where they are no whole numbers of themselves
-  Floats steps_;            // in 1
+  SharedScales<F> shared_;  // in steps, where the runs' own are no whole numbers of themselves
 };
 
 template <class F>
@@ -110,13 +109,13 @@ struct StretchProducts {
     Floats sums[tile];
     for (Floats& sum : sums) sum = splat16(0.0f);
     WholeScales<F> scales{};
-    const auto add_blocks = [&](int64_t stretch, int count) __attribute__((always_inline)) {
+    for (int64_t stretch = 0; stretch < layout.blocks / kStretchBlocks; stretch++, x += rows.bytes()) {
       const int64_t b = stretch * kStretchBlocks;
       Ints whole[tile], minima[kStretch / run];  // the latter of codes less the centre
       for (Ints& sum : whole) sum = splat_int(0);
       scales.begin(panel, layout, b);
 #pragma GCC unroll 4
-      for (int i = 0; i < count; i++) {
+      for (int i = 0; i < kStretchBlocks; i++) {
         ask_for_more<F>(panel, layout, b + i);
         scales.load(panel, layout, b + i);
         for (int r = 0; r < F::runs; r++) {
@@ -129,17 +128,12 @@ struct StretchProducts {
         add_units<tile, 0>(panel + (b + i) * F::code_bytes, rows.values(x, 0, i * kRun),
                            rows.first(x, i * kRun / unit), scales.scale, whole);
       }
-      for (int r = 0; F::minimum && r < count * F::runs; r += 2) {
-        const Ints both = as_factors(minima[r], r + 1 < count * F::runs ? minima[r + 1] : splat_int(0));
+      for (int r = 0; r < 2 * pairs; r += 2) {
+        const Ints both = as_factors(minima[r], minima[r + 1]);
         for (int t = 0; t < tile; t++) whole[t] = add_products(whole[t], rows.sums(x, r / 2) + 2 * t, both);
       }
       for (int t = 0; t < tile; t++) sums[t] = add_stretch(sums[t], whole[t], scales.step, rows.scale(x)[t]);
-      x += rows.bytes();
-    };
-    const int64_t stretches = layout.blocks / kStretchBlocks;
-    const int last = static_cast<int>(layout.blocks % kStretchBlocks);
-    for (int64_t stretch = 0; stretch < stretches; stretch++) add_blocks(stretch, kStretchBlocks);
-    if (!F::shared && last > 0) add_blocks(stretches, last);
+    }
     for (int t = 0; t < tile; t++) store16(y + t * kPanel, sums[t]);
   }
 

@@ -46,13 +46,10 @@ struct StretchTiles {
   }
 
  private:
-  // A stretch of a panel as tiles [step of 64][the higher byte, signed, and the lower one][16 groups][16 rows][4]; zeros
-  // after the last block.
+  // A stretch of a panel as tiles [step of 64][the higher byte, signed, and the lower one][16 groups][16 rows][4].
   static void unpack(const uint8_t* panel, const Panel<F>& layout, int64_t b, WholeScales<F>& scales, uint8_t* to) {
-    const int count = static_cast<int>(std::min<int64_t>(kStretchBlocks, layout.blocks - b));
-    if (count < kStretchBlocks) std::fill_n(to, 4 * tile_bytes, uint8_t{0});
     scales.begin(panel, layout, b);
-    for (int i = 0; i < count; i++) {
+    for (int i = 0; i < kStretchBlocks; i++) {
       ask_for_more<F>(panel, layout, b + i);
       scales.load(panel, layout, b + i);
       unpack_runs<0>(panel + (b + i) * F::code_bytes, scales,
