@@ -237,9 +237,9 @@ def quantised_product(library, rng, digest, in_stretches):
     y = np.asarray(product(x, panels, code))
     # What rounding x to 127 steps of each 32's largest, or each 128's, leaves: at most half a step, mostly far less.
     under_one = library.jaxserve_steps_of_a_scale(ctypes.c_int64(format.code))
-    parts = np.pad(x, [(0, 0), (0, -depth % under_one)]).reshape(tokens, -1, under_one)
+    parts = x.reshape(tokens, -1, under_one)
     steps = np.abs(parts).max(axis=2, keepdims=True) / 127
-    rounded = (np.round(parts / steps) * steps).reshape(tokens, -1)[:, :depth]
+    rounded = (np.round(parts / steps) * steps).reshape(x.shape)
     want = rounded.astype(np.float64) @ w.T.astype(np.float64)
     near = np.abs(x).max() / 127 * np.abs(w).max()  # a tie may round the other way
     error = np.abs(y - want).max()

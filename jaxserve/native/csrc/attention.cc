@@ -353,12 +353,12 @@ float keep_bytes(const Q* x, int64_t count, int8_t* to, int64_t apart) {
     for (int64_t i = 0; i < count; i++) to[i * apart] = 0;
     return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
-  const Vec inverse = splat(127.0f / most), magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds, ties to even
+  const Vec inverse = splat(127.0f / most), magic = splat(kMagic);
   for (int64_t i = 0; i < padded; i += kLanes) store(y + i, add(mul(load(y + i), inverse), magic));
   for (int64_t i = 0; i < count; i++) {
     int32_t bits;
     std::memcpy(&bits, y + i, 4);
-    to[i * apart] = static_cast<int8_t>(bits - 0x4b400000);
+    to[i * apart] = static_cast<int8_t>(bits - kMagicBits);
   }
   return most * (1.0f / 127.0f);
 }

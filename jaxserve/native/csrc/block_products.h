@@ -8,9 +8,6 @@
 
 namespace jaxserve {
 
-// Whole sums are told as floats by their bits: kMagic + n is the float of kMagicBits + n, for any |n| < 2^22.
-constexpr int32_t kMagicBits = 0x4b400000;
-
 template <class F>
 struct BlockProducts {
   static constexpr int steps = kRun;  // of k under one scale

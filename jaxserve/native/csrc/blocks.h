@@ -75,8 +75,8 @@ struct MXFP4 : Format<4, 0, 32, 12, Scales::kPower> {
 };
 
 // Formats whose products are summed as stretch_products.h does it: on tiles many rows pass by them twice as fast. Only
-// those of blocks of 256, with which llama.cpp, too, rounds rows of x more coarsely. JAXSERVE_STRETCHES: the same
-// arithmetic without tiles, for tests.
+// those of blocks of 256, with which llama.cpp, too, rounds rows of x more coarsely, and with codes of 6 bits at most.
+// JAXSERVE_STRETCHES: the same arithmetic without tiles, for tests.
 #if defined(JAXSERVE_TILES) || defined(JAXSERVE_STRETCHES)
 template <class F>
 constexpr bool kStretches = F::shared && F::table == nullptr;
@@ -118,7 +118,7 @@ struct Panel {
   explicit Panel(int64_t depth) : blocks(depth / kRun) {}
   int64_t scales() const { return blocks * F::code_bytes; }
   int64_t shared() const { return scales() + blocks * F::scale_bytes; }
-  int64_t quanta() const { return shared() + (F::shared ? blocks / kSharers * F::shared_bytes : 0); }
+  int64_t quanta() const { return shared() + blocks / kSharers * F::shared_bytes; }
   int64_t bytes() const {
     return round_up(quanta() + (kQuanta<F> ? blocks / kSharers * kPanel : 0), kLine);
   }

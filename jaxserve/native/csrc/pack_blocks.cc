@@ -187,19 +187,13 @@ void write_scales(const Run& run, int r, uint8_t* scales, uint8_t* shared) {
   }
 }
 
-float of_half(uint16_t bits) {
-  f16 half;
-  std::memcpy(&half, &bits, 2);
-  return to_float(half);
-}
-
 // The largest a weight of the run may be, of either sign; infinite if a scale is no number.
 template <class F>
 float largest(const Run& run) {
   constexpr float codes = (1 << (F::low + F::high)) - 1;
   float most = 0.0f;
   for (int i = 0; i < F::runs; i++) {
-    const float scale = of_half(run.half) * run.scale[i], minimum = of_half(run.half_min) * run.minimum[i];
+    const float scale = to_float(f16{run.half}) * run.scale[i], minimum = to_float(f16{run.half_min}) * run.minimum[i];
     for (const float code : {0.0f, codes}) {
       const float weight = std::abs(scale * code + minimum);
       most = std::isfinite(weight) ? std::max(most, weight) : std::numeric_limits<float>::infinity();
@@ -226,7 +220,7 @@ void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes
     const int count = static_cast<int>(std::min<int64_t>(kPanel, outputs - n));
     std::fill(runs + count, runs + kPanel, Run{});
     std::memset(to + panel.scales(), 0, bytes - panel.scales());
-    float most[kPanel] = {};
+    float most[kPanel];  // of the 256 weights so far
     for (int64_t b = 0; b < panel.blocks; b++) {
       if (b % kSharers == 0) std::fill_n(most, kPanel, 0.0f);
       for (int r = 0; r < count; r++) {
@@ -235,7 +229,7 @@ void pack(const uint8_t* rows, int64_t outputs, int64_t depth, int64_t row_bytes
                         to + panel.shared() + b / kSharers * F::shared_bytes);
         if constexpr (kQuanta<F>) {
           most[r] = std::max(most[r], largest<F>(runs[r]));
-          to[panel.quanta() + b / kSharers * kPanel + r] = quantum_of(most[r]);
+          if ((b + 1) % kSharers == 0) to[panel.quanta() + b / kSharers * kPanel + r] = quantum_of(most[r]);
         }
       }
       write_codes<F>(runs, to + b * F::code_bytes);

@@ -33,6 +33,11 @@ using half = __fp16;
 using half = _Float16;
 #endif
 
+// 1.5 * 2^23: adding it rounds to a whole number, ties to even. kMagic + n is the float of the bits kMagicBits + n, for
+// any whole |n| < 2^22.
+constexpr float kMagic = 12582912.0f;
+constexpr int32_t kMagicBits = 0x4b400000;
+
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) {
@@ -225,7 +230,7 @@ struct Exponential {
   Vec n, r, q;
 };
 inline Exponential exponential(Vec x) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec magic = splat(kMagic);
   const Vec n = sub(fma(x, splat(1.44269504f), magic), magic);
   const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
   Vec q = splat(1.0f / 5040);

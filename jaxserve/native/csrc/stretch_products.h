@@ -87,14 +87,15 @@ struct StretchProducts {
     for (int i = 0; i < kStretch / 16; i++) v[i] = load16(x + 16 * i);
     rows.scale(at)[t] = round_to_bytes(v);
     for (int i = 0; i < kStretch / 16; i++) store_bytes(rows.values(at, t, 16 * i), v[i]);
-    const auto sum = [&](int from, int count) {
-      const int8_t* values = rows.values(at, t, from);
+    int32_t sums[kStretch / run] = {};
+    for (int u = 0; u < units; u++) {
+      const int8_t* values = rows.values(at, t, u * unit);
       int32_t sum = 0;
-      for (int k = 0; k < count; k++) sum += values[k];
-      return sum;
-    };
-    for (int u = 0; u < units; u++) rows.first(at, u)[t] = -centre * sum(u * unit, unit);
-    for (int r = 0; r < 2 * pairs; r++) rows.sums(at, r / 2)[2 * t + r % 2] = static_cast<int16_t>(sum(r * run, run));
+      for (int k = 0; k < unit; k++) sum += values[k];
+      rows.first(at, u)[t] = -centre * sum;
+      sums[u * unit / run] += sum;
+    }
+    for (int r = 0; r < 2 * pairs; r++) rows.sums(at, r / 2)[2 * t + r % 2] = static_cast<int16_t>(sums[r]);
   }
 
   // `sum` and what a row's whole sum of a stretch adds to it.

@@ -12,8 +12,6 @@ namespace jaxserve {
 constexpr int kTile = kLanes == 16 ? 16 : 12;  // rows at most: as registers allow
 constexpr float kSmallest = 1e-30f;  // values that are all nearer to zero are kept as zeros
 
-constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds, ties to even
-
 // The scale under which `count` times 16 values become bytes, the largest 127; NaN if one is not finite. In place: to
 // nearest, ties to even.
 template <int count>
@@ -53,7 +51,7 @@ JAXSERVE_ASKS inline void ask_for_more(const uint8_t* panel, const Panel<F>& lay
   ask_for(panel + codes + (codes < layout.scales() ? 0 : layout.bytes() - layout.scales()), F::code_bytes);
   const uint8_t* next = panel + layout.bytes();
   if (b % together == 0) ask_for(next + layout.scales() + b * F::scale_bytes, F::scale_bytes);
-  if (b % kSharers == 0) {
+  if (F::shared && b % kSharers == 0) {
     ask_for(next + layout.shared() + b / kSharers * F::shared_bytes, F::shared_bytes);
     if (kQuanta<F>) ask_for(next + layout.quanta() + b / kSharers * kPanel, kPanel);
   }

@@ -486,13 +486,13 @@ inline Ints add_products(Ints sum, const int16_t* a, Ints both) {
   }
   return sum;
 }
-inline Ints to_ints(Floats a) {  // by adding 1.5 * 2^23
+inline Ints to_ints(Floats a) {
   float y[16];
   Ints n;
-  store16(y, add(a, splat16(12582912.0f)));
+  store16(y, add(a, splat16(kMagic)));
   std::memcpy(n.v, y, sizeof y);
   for (int32_t& lane : n.v) {
-    lane = static_cast<int32_t>(static_cast<uint32_t>(lane) - 0x4b400000u);
+    lane = static_cast<int32_t>(static_cast<uint32_t>(lane) - kMagicBits);
     if (lane < -65536 || lane > 65536) lane = 0;
   }
   return n;
