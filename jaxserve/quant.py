@@ -179,7 +179,11 @@ def ragged(
 
 @jax.named_scope("embed")
 def embed(w: Weight, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
-    """Rows of an embedding table: w [V, D], tokens [T] -> [T, D]."""
+    """Rows of an embedding table: w [V, D], tokens [T] -> [T, D].
+
+    A token below 0 is nobody's, and its row anything finite. The CPU's kernels make it zeros, and do no work for rows
+    that stay zeros.
+    """
     if isinstance(w, Packed):
         if w.format is not None:
             return blocks.embed(w.panels, tokens, w.format, w.outputs, w.depth, w.dtype)

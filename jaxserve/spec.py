@@ -240,7 +240,9 @@ class Model:
     config_from_hf: Callable[[Mapping[str, Any]], Any]
     param_specs: Callable[[Any], Any]
     forward: Callable[..., tuple[Float[Array, "T D"], Cache]]
-    """forward(params, config, tokens [T], positions [T], cache, attend) -> hidden [T, D], cache"""
+    """forward(params, config, tokens [T], positions [T], cache, attend) -> hidden [T, D], cache
+
+    A token of -1 is nobody's: it fills the step up, and what becomes of it does not matter."""
     logits: Callable[[Params, Any, Float[Array, "S D"]], Float[Array, "S V"]]
     """logits(params, config, hidden [S, D]) -> float32 [S, V]"""
 

@@ -275,6 +275,7 @@ def _whole_step(
     # One read before the write: fused into each of its users, the old history would have to be kept as a copy.
     tokens, history = jax.lax.optimization_barrier((tokens, history))
     history = _remember(history, slot, positions, tokens)
+    tokens = jnp.where(live, tokens, -1)
 
     with jax.named_scope("forward"):
         kernel, groups = partition.over_heads(programs.kernel), programs.groups
@@ -294,7 +295,8 @@ def _whole_step(
         with jax.named_scope("pool"):
             pooled = partition.whole(pool(hidden, step.cu_q_lens, programs.pooling))
         return StepState(cache, replace(state.slots, history=history)), pooled
-    last = hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)]  # [S, D]
+    somebody = jnp.arange(seqs) < step.distribution[2]
+    last = jnp.where(somebody[:, None], hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)], 0)  # [S, D]
     slots = replace(state.slots, history=history)
 
     def to_logits(hidden: jax.Array) -> jax.Array:

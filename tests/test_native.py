@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jaxserve import attention, native
 from jaxserve.errors import ConfigError
 from jaxserve.formats import FORMATS, dequantise, quantise
 from jaxserve.native import blocks, build
+from jaxserve.native import linear as dense
 from jaxserve.native.attention import ragged_paged_attention
 from jaxserve.native.norm import rms_norm
 
@@ -200,6 +202,37 @@ def test_a_row_of_many_is_what_it_is_alone(compiler, name):
     assert (y[3] == 0).all() and np.isnan(y[[20, 1040]]).all() and np.isfinite(y[[0, 16, 511, 512, 1049]]).all()
     want = x[:3] @ dequantise(format, rows).T
     assert np.abs(y[:3] - want).max() < 0.02 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_zeros_at_the_end_cost_nothing(compiler, name, dtype):
+    """What a step is filled up with: not even a weight that is no number is read for them."""
+    native.load()
+    rng, format, (depth, outputs) = np.random.default_rng(7), FORMATS[name], (256, 20)
+    x = rng.normal(size=(40, depth)).astype(dtype)
+    x[7] = x[21:] = 0
+    x[30:] *= -1
+    w = rng.normal(size=(2, outputs, depth)).astype(np.float32)
+    if format.quantised:
+        matrices = [jnp.asarray(blocks.pack(format, quantise(format, one), depth)) for one in w]
+        linear = partial(blocks.linear, format=format, outputs=outputs, dtype=dtype)
+        grouped = partial(blocks.grouped_linear, format=format, outputs=outputs, dtype=dtype)
+    else:
+        w[:, 5] = np.nan
+        (stored,) = (dtype for dtype, code in dense.WEIGHT_TYPES.items() if code == format.code)
+        matrices = [jnp.asarray(dense.pack(one.astype(stored))) for one in w]
+        linear = partial(dense.linear, outputs=outputs, dtype=dtype)
+        grouped = partial(dense.grouped_linear, outputs=outputs, dtype=dtype)
+    y = np.asarray(linear(x, matrices[0]))
+    assert not y[21:].any() and not y[7, :5].any() and y[20, :5].all()
+    assert y[:21].tobytes() == np.asarray(linear(x[:21], matrices[0])).tobytes()
+    assert not np.asarray(linear(x[21:], matrices[0])).any()
+    for first in (0, 8, 15, 40):  # rows 7 and from 21 on end a group, or do not
+        sizes = np.array([first, 40 - first], np.int32)
+        got = np.asarray(grouped(x, jnp.stack(matrices), sizes))
+        both = [linear(x[:first], matrices[0]), linear(x[first:], matrices[1])]
+        assert got.tobytes() == np.concatenate([np.asarray(part) for part in both]).tobytes()
 
 
 HALVES = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}

@@ -49,7 +49,7 @@ def linear(
 
     x is rounded to bytes, 32 of a row under one scale, and multiplied in whole numbers. For Q2_K to Q6_K on processors
     with AMX it is 128 of a row, and scales of weights are rounded to 2^-15 of the largest of 256 weights. A row of the
-    result depends on its own row of x alone, bit for bit.
+    result depends on its own row of x alone, bit for bit. Rows of zeros at the end cost nothing.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_linear_blocks", shape)(x, panels, format=np.int64(format.code))
@@ -65,7 +65,8 @@ def grouped_linear(
 ) -> Float[Array, "R N"]:
     """The same with E packed matrices: the first sizes[0] rows of x by the first one, and so on up to the last row.
 
-    Only the matrices that have rows are read. Sizes that do not add up to R are an error when the program runs.
+    Only the matrices that have rows are read, and of a matrix's rows those of zeros at the end cost nothing. Sizes that
+    do not add up to R are an error when the program runs.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_grouped_linear_blocks", shape)(x, panels, sizes, format=np.int64(format.code))
@@ -74,7 +75,10 @@ def grouped_linear(
 def embed(
     panels: UInt8[Array, " B"], tokens: Int[Array, " T"], format: Format, outputs: int, depth: int, dtype: DTypeLike
 ) -> Float[Array, "T K"]:
-    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`; ids past an end take the end's row."""
+    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`.
+
+    Ids past the end take the last row; those below 0 are nobody's and take zeros.
+    """
     shape = jax.ShapeDtypeStruct((tokens.shape[0], depth), dtype)
     call = jax.ffi.ffi_call("jaxserve_embed_blocks", shape)
     return call(panels, tokens, format=np.int64(format.code), outputs=np.int64(outputs))

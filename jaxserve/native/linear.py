@@ -54,7 +54,8 @@ def linear(
     """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16, summed in float32.
 
     Where weights of bfloat16 are multiplied by the processor's own products of such numbers, rows of float32 are
-    rounded to 16 bits of mantissa. A row of the result depends on its own row of x alone, bit for bit.
+    rounded to 16 bits of mantissa. A row of the result depends on its own row of x alone, bit for bit. Rows of zeros at
+    the end cost nothing.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_linear", shape)(x, panels)
@@ -65,7 +66,8 @@ def grouped_linear(
 ) -> Float[Array, "R N"]:
     """The same with E packed matrices: the first sizes[0] rows of x by the first one, and so on up to the last row.
 
-    Only the matrices that have rows are read. Sizes that do not add up to R are an error when the program runs.
+    Only the matrices that have rows are read, and of a matrix's rows those of zeros at the end cost nothing. Sizes that
+    do not add up to R are an error when the program runs.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_grouped_linear", shape)(x, panels, sizes)
@@ -74,6 +76,9 @@ def grouped_linear(
 def embed(
     panels: Float[Array, "P K 16"], tokens: Int[Array, " T"], outputs: int, depth: int, dtype: DTypeLike
 ) -> Float[Array, "T D"]:
-    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`; ids past an end take the end's row."""
+    """Rows `tokens` [T] of a packed w [outputs, depth] -> [T, depth] of `dtype`.
+
+    Ids past the end take the last row; those below 0 are nobody's and take zeros.
+    """
     shape = jax.ShapeDtypeStruct((tokens.shape[0], depth), dtype)
     return jax.ffi.ffi_call("jaxserve_embed", shape)(panels, tokens, outputs=np.int64(outputs))

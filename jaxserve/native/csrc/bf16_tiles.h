@@ -167,10 +167,6 @@ void run_on_tiles(xla::ffi::ThreadPool& pool, const X* x, const bf16* w, Y* y, c
     const Rows* rows;
     int64_t tile, tiles, panel, panels;
   };
-  if (depth == 0) {  // there is no tile to begin with
-    for (const Group& group : groups) std::fill_n(y + group.first * outputs, group.count * outputs, Y{});
-    return;
-  }
   const int each = std::is_same_v<X, float> ? 2 : 1;
   const int64_t panels = (outputs + kPanel - 1) / kPanel, steps = tile_steps(depth);
   // Of the rows, as many tiles as stay in the second-level cache.

@@ -105,9 +105,10 @@ void multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, const W* w, ffi::AnyBuffe
 }
 
 ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer y,
-                    const std::vector<Group>& groups) {
+                    std::vector<Group> groups) {
   if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
   expect_pages(y);
+  leave_out_zeros(x, y, groups);
   const bool known = with_weights(w, [&](const auto* weights) { multiply(pool, x, weights, y, groups); });
   return known ? ffi::Error::Success() : invalid(who, "weights must be float32, bfloat16 or float16");
 }
@@ -137,7 +138,11 @@ ffi::Error grouped_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 template <class W>
 void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64_t outputs, float* y) {
   for (int64_t t = 0; t < tokens; t++) {
-    const int64_t n = std::clamp<int64_t>(ids[t], 0, outputs - 1);
+    if (ids[t] < 0) {
+      std::fill_n(y + t * depth, depth, 0.0f);
+      continue;
+    }
+    const int64_t n = std::min<int64_t>(ids[t], outputs - 1);
 #if defined(JAXSERVE_TILES)
     if constexpr (std::is_same_v<W, bf16>) {
       row_of_tiles(w, n, depth, y + t * depth);

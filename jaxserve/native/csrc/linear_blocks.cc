@@ -195,7 +195,7 @@ std::string text(int64_t count, int64_t outputs, int64_t depth) {
 }
 
 ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w, ffi::AnyBuffer y,
-                    int64_t matrices, const std::vector<Group>& groups, int64_t format) {
+                    int64_t matrices, std::vector<Group> groups, int64_t format) {
   if (!is_float(x) || !is_float(y)) return invalid(who, "x and the result must be float32 or bfloat16");
   const int64_t outputs = y.dimensions()[1], depth = x.dimensions()[1];
   bool fit = false;
@@ -204,6 +204,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, const char* who, ffi::AnyBuffer x, ff
     fit = fits<F>(static_cast<int64_t>(w.element_count()), matrices, outputs, depth);
     if (!fit) return;
     expect_pages(y);
+    leave_out_zeros(x, y, groups);
     std::vector<float> copy;
     const float* rows = floats_of(x, copy);
     fill_floats(y, [&](float* to) { run<F>(pool, rows, w.typed_data(), to, groups, depth, outputs); });
@@ -246,7 +247,12 @@ ffi::Error embed_blocks(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> w, ffi::Buffe
     if (!fit) return;
     fill_floats(*y, [&](float* to) {
       const auto one = [&](int64_t t) {
-        row_of<F>(w.typed_data(), std::clamp<int64_t>(ids.typed_data()[t], 0, outputs - 1), depth, to + t * depth);
+        const int64_t id = ids.typed_data()[t];
+        if (id < 0) {
+          std::fill_n(to + t * depth, depth, 0.0f);
+        } else {
+          row_of<F>(w.typed_data(), std::min(id, outputs - 1), depth, to + t * depth);
+        }
       };
       if (tokens > 8) {
         parallel_for(pool, tokens, one);
