@@ -4,7 +4,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,49 @@ class TensorInfo:
     offset: int
     """First byte of the tensor, counted from the start of `file`."""
     nbytes: int
+
+
+@dataclass(frozen=True)
+class _Strings:
+    """An array of strings that has been checked, but for what the strings are."""
+
+    data: mmap.mmap
+    at: int
+    count: int
+
+    def decoded(self) -> list[str]:
+        data, at, unpack, found = self.data, self.at, _U64.unpack_from, []
+        for _ in range(self.count):  # a hundred thousand of a vocabulary: no more calls than it takes
+            end = at + 8 + unpack(data, at)[0]
+            found.append(data[at + 8 : end].decode("utf-8", "surrogateescape"))
+            at = end
+        return found
+
+
+class Metadata(Mapping[str, Any]):
+    """The values of a file by key.
+
+    An array of strings is decoded when it is first asked for, which an engine never does: a large vocabulary takes a
+    tenth of a second and tens of megabytes.
+    """
+
+    def __init__(self, values: dict[str, Any]):
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        if isinstance(value, _Strings):
+            value = self._values[key] = value.decoded()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
 
 
 class GgufFile:
@@ -138,7 +181,7 @@ class _Shard:
     path: Path
     map: mmap.mmap
     version: int
-    metadata: dict[str, Any]
+    metadata: Metadata
     tensors: dict[str, TensorInfo]
 
 
@@ -248,17 +291,16 @@ class _Cursor:
         self.at += length
         return self.data[self.at - length : self.at]
 
-    def strings(self, count: int, what: str) -> list[str]:
-        # Vocabularies have a hundred thousand, so this loop calls as little as it can.
+    def strings(self, count: int, what: str) -> _Strings:
         data, at, size, unpack = self.data, self.at, self.size, _U64.unpack_from
-        found = []
-        for i in range(count):
-            begin = at + 8
-            end = begin + unpack(data, at)[0] if begin <= size else begin
+        found = _Strings(data, at, count)
+        for i in range(count):  # as there
+            end = at + 8
+            if end <= size:
+                end += unpack(data, at)[0]
             if end > size:
                 self.at = at
                 self.need(end - at, f"{what}, element {i} of {count},")
-            found.append(data[begin:end].decode("utf-8", "surrogateescape"))
             at = end
         self.at = at
         return found
@@ -278,7 +320,8 @@ class _Cursor:
             raise _BadFile(f"{what} at byte {begin} is an array of unknown type {of}")
         self.need(count * _LEAST[of], f"{what}, an array of {count},")
         if of == _STRING:
-            return self.strings(count, what)
+            strings = self.strings(count, what)
+            return strings.decoded() if depth else strings
         if of == _ARRAY:
             return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
         dtype = _NUMBERS.get(of, np.dtype(np.uint8))
@@ -291,14 +334,15 @@ def _parse(path: Path, data: mmap.mmap) -> _Shard:
     cursor = _Cursor(data, 4)
     version, tensor_count, entry_count = (cursor.one(kind, "the header") for kind in (_U32, _U64, _U64))
     cursor.need(entry_count * _LEAST_ENTRY, f"the metadata, {entry_count} entries,")
-    metadata: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for i in range(entry_count):
         begin = cursor.at
         key = cursor.name(f"key {i} of the metadata")
-        if key in metadata:
+        if key in values:
             raise _BadFile(f"key {key!r} at byte {begin} occurs twice")
         kind = cursor.one(_U32, repr(key))
-        metadata[key] = cursor.value(kind, repr(key))
+        values[key] = cursor.value(kind, repr(key))
+    metadata = Metadata(values)
     alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 8 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise _BadFile(f"{_ALIGNMENT} is {alignment!r}, not a power of two from 8 to {_MAX_ALIGNMENT}")

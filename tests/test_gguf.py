@@ -92,8 +92,10 @@ def test_a_large_vocabulary_is_read_at_once(tmp_path) -> None:
     path = saved(tmp_path / "m.gguf", file_bytes([*entries, entry("types", ARRAY, (U32, range(151_936)))]))
     begun = time.process_time()
     metadata = GgufFile(path).metadata
+    found = dict(metadata)
     assert time.process_time() - begun < 1
-    assert metadata["tokens"] == words and metadata["merges"] == merges and metadata["types"][-1] == 151_935
+    assert found["tokens"] == words and found["merges"] == merges and found["types"][-1] == 151_935
+    assert metadata["tokens"] is found["tokens"] and "merges" in metadata and len(metadata) == 3, "decoded once"
 
 
 def good(code: int = 0, dims=(4,), offset: int = 0, name="x") -> bytes:

@@ -327,7 +327,7 @@ def test_a_split_becomes_one_file(tmp_path) -> None:
         tensors = [
             TensorToWrite(n, whole.tensors[n].format, whole.tensors[n].shape, lambda n=n: [whole.raw(n)]) for n in part
         ]
-        write_gguf(tmp_path / f"m-0000{i + 1}-of-00002.gguf", (whole.metadata if i == 0 else {}) | about, tensors)
+        write_gguf(tmp_path / f"m-0000{i + 1}-of-00002.gguf", (dict(whole.metadata) if i == 0 else {}) | about, tensors)
     assert quantize(tmp_path / "m-00001-of-00002.gguf", tmp_path / "joined.gguf", "F16") == 0
     assert (tmp_path / "joined.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
