@@ -292,9 +292,9 @@ class _Cursor:
         return self.data[self.at - length : self.at]
 
     def strings(self, count: int, what: str) -> _Strings:
-        data, at, size, unpack = self.data, self.at, self.size, _U64.unpack_from
-        found = _Strings(data, at, count)
-        for i in range(count):  # as there
+        data, begin, size, unpack = self.data, self.at, self.size, _U64.unpack_from
+        at = begin
+        for i in range(count):  # no more calls than it takes here, too
             end = at + 8
             if end <= size:
                 end += unpack(data, at)[0]
@@ -303,7 +303,7 @@ class _Cursor:
                 self.need(end - at, f"{what}, element {i} of {count},")
             at = end
         self.at = at
-        return found
+        return _Strings(data, begin, count)
 
     def value(self, kind: int, what: str, depth: int = 0) -> Any:
         if kind in _SCALARS:

@@ -295,7 +295,7 @@ def _whole_step(
         with jax.named_scope("pool"):
             pooled = partition.whole(pool(hidden, step.cu_q_lens, programs.pooling))
         return StepState(cache, replace(state.slots, history=history)), pooled
-    somebody = jnp.arange(seqs) < step.distribution[2]
+    somebody = jnp.arange(seqs) < step.distribution[2]  # rows of nobody are zeros, as those of hidden are on CPU
     last = jnp.where(somebody[:, None], hidden[jnp.clip(step.cu_q_lens[1:] - 1, 0, size - 1)], 0)  # [S, D]
     slots = replace(state.slots, history=history)
 

@@ -39,20 +39,14 @@ inline std::vector<Group> one_group(int64_t rows) {
   return rows == 0 ? std::vector<Group>() : std::vector<Group>{{0, 0, rows}};
 }
 
-inline uint32_t bits_of(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof(bits));
-  return bits;
-}
-
 // Whether all of them are 0 or -0.
 template <class T>
 bool all_zeros(const T* numbers, int64_t count) {
-  constexpr int64_t kTogether = 64;
+  constexpr int64_t kTogether = 64;  // in vectors, and nearly always the first that tell
   for (int64_t i = 0; i < count; i += kTogether) {
-    uint32_t some = 0;
-    for (int64_t j = i; j < std::min(count, i + kTogether); j++) some |= bits_of(to_float(numbers[j])) << 1;
-    if (some != 0) return false;
+    int some = 0;
+    for (int64_t j = i; j < std::min(count, i + kTogether); j++) some |= to_float(numbers[j]) != 0.0f;
+    if (some) return false;
   }
   return true;
 }
