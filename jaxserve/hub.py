@@ -177,7 +177,9 @@ def _files(model: str, revision: str | None) -> list[str]:
     from huggingface_hub import errors
 
     try:
-        return hf.HfApi().list_repo_files(model, revision=revision)
+        # Not list_repo_files, which asks a hub that cannot be reached six times, for half a minute.
+        found = hf.HfApi().model_info(model, revision=revision).siblings
+        return [file.rfilename for file in found or ()]
     except Exception as error:
         if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError)):
             raise ConfigError(_explain(model, revision, error)) from error
@@ -186,7 +188,7 @@ def _files(model: str, revision: str | None) -> list[str]:
             folder = hf.snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=nothing)
         except Exception as absent:
             raise ConfigError(_explain(model, revision, absent)) from error
-        return [found.relative_to(folder).as_posix() for found in Path(folder).rglob("*") if found.is_file()]
+        return [file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file()]
 
 
 def _explain(model: str, revision: str | None, error: Exception) -> str:
