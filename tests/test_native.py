@@ -41,11 +41,20 @@ def libraries(compiler, tmp_path_factory, pytestconfig):
         if isa.runs_here() and (every or isa == best or isa.name in WIDTHS):
             if isa == best:  # what serves, as the optimiser made it
                 found[isa.name] = build.library(prebuilt=False).path
-            else:  # only the numbers count, and fuzz calls take no longer for it
+            else:  # only the numbers count, and calls take no longer for it
                 found[isa.name] = folder / f"{isa.name}.so"
                 as_tiles = ("-DJAXSERVE_STRETCHES",) if isa.name == "scalar" and best.name == "amx" else ()
-                build.build(isa, compiler, found[isa.name], ("-O0", *as_tiles))
+                compile_at_once(compiler, isa, found[isa.name], *as_tiles)
     return found
+
+
+def compile_at_once(compiler, isa, library, *more):
+    """All sources as one and as they stand: headers are most of the work then, and are read once."""
+    source = library.with_suffix(".cc")
+    source.write_text("".join(f'#include "{path.name}"\n' for path in sorted(build.SOURCES.glob("*.cc"))))
+    flags = [*build.FLAGS, *isa.compiler_flags, "-O0", *more, "-shared"]
+    include = ["-isystem", jax.ffi.include_dir(), "-I", str(build.SOURCES)]
+    subprocess.run([*compiler, *flags, *include, "-o", str(library), str(source)], check=True, timeout=LIMIT_S)
 
 
 def fuzz(library, seed, *, cases=CASES, cpu=None, **environ):
@@ -82,9 +91,8 @@ def digest(compiler, isa, program, runner=()):
     """What the kernels' arithmetic gives when it is compiled for `isa`."""
     sources = [FUZZ.with_name("native_digest.cc"), build.SOURCES / "parallel.cc"]
     include = ["-isystem", jax.ffi.include_dir(), "-I", str(build.SOURCES)]
-    # One set of flags but for the vectors, and little optimised, since only the numbers count; more where each
-    # instruction is emulated.
-    flags = [*build.FLAGS, *isa.compiler_flags, "-O1" if runner else "-O0", "-w", "-static"]
+    # One set of flags but for the vectors; not optimised, since only the numbers count.
+    flags = [*build.FLAGS, *isa.compiler_flags, "-O0", "-w", "-static"]
     subprocess.run([*compiler, *flags, *include, "-o", str(program), *map(str, sources)], check=True, timeout=LIMIT_S)
     return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout
 
@@ -162,9 +170,9 @@ def test_sanitizers_find_nothing(compiler, tmp_path):
     if not Path(runtime).is_absolute():
         pytest.skip(f"{compiler[0]} has no address sanitizer here")
     library = tmp_path / "sanitized.so"
-    # -O0: the optimiser takes minutes over what the sanitizers add, and the calls no less time.
-    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    build.build(build.best_isa(), compiler, library, flags)
+    # The optimiser would take minutes over what the sanitizers add, and the calls no less time.
+    flags = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    compile_at_once(compiler, build.best_isa(), library, *flags)
     # The C++ runtime has to be there before the sanitizer looks for its exceptions.
     stdcxx = subprocess.run([*compiler, "-print-file-name=libstdc++.so"], capture_output=True, text=True).stdout.strip()
     options = "detect_leaks=0,allocator_may_return_null=1"

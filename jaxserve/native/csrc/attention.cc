@@ -31,7 +31,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kBlock = 64;     // positions scored at once; half the contract's KV_BLOCK
-constexpr int kTileRows = 32;  // rows (query tokens times heads) of a prefill tile
+constexpr int kQueryRows = 32;  // rows (query tokens times heads) of a prefill tile
 constexpr int kPositions = 16;     // positions whose keys lie side by side
 constexpr int kLeastHeads = 4;  // of a latent that are worth reading it once more
 constexpr int kSums = 16;      // partial sums of the softmax's denominator, whatever the vector width
@@ -369,7 +369,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   const int64_t group = p.heads / p.kv_heads, D = p.head_dim, step = entry(p);
   std::vector<Tile> tiles;
   for (int64_t s = 0; s < seqs; s++) {
-    const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], most = std::max<int64_t>(1, kTileRows / group);
+    const int64_t q_len = p.cu_q_lens[s + 1] - p.cu_q_lens[s], most = std::max<int64_t>(1, kQueryRows / group);
     for (int64_t first = 0; first < q_len; first += most) tiles.push_back({s, first, std::min(most, q_len - first)});
   }
   // All of the step's keys and values are written before anything is read.
@@ -418,7 +418,7 @@ void run(ffi::ThreadPool& pool, const Step& p, int64_t seqs, int64_t tokens, con
   const int64_t each = group / pieces;
   std::vector<Item> items;
   for (const Tile& tile : tiles) {
-    const int64_t most = std::max<int64_t>(1, kTileRows / (tile.count * group));
+    const int64_t most = std::max<int64_t>(1, kQueryRows / (tile.count * group));
     int64_t heads = std::clamp<int64_t>(count * p.kv_heads / enough, 1, std::min(most, p.kv_heads));
     while (p.kv_heads % heads) heads--;
     for (int64_t first = 0; first < p.kv_heads; first += heads) {
