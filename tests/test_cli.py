@@ -41,7 +41,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Engi
     def parse(*argv: str) -> tuple[EngineOptions, ServerOptions, str]:
         told: list[tuple[EngineOptions, ServerOptions, str]] = []
 
-        async def instead(engine: EngineOptions, server: ServerOptions, name: str) -> None:
+        async def instead(engine: EngineOptions, server: ServerOptions, name: str, begun: object) -> None:
+            assert begun is None
             told.append((engine, server, name))
 
         monkeypatch.setattr(serve, "_serve", instead)

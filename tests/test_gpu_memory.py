@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,11 @@ async def following(options):
 def test_every_engine_process_is_told(environ, start, given):
     seen = []
 
-    async def instead(*command, env, **rest):
+    def instead(*command, env, **rest):
         seen.append(env)
         raise OSError("enough")
 
+    environ.setattr(subprocess, "Popen", instead)
     environ.setattr(asyncio, "create_subprocess_exec", instead)
     for name, value in given.items():
         environ.setenv(name, value)

@@ -15,7 +15,7 @@ RANKS = {
     "errors": -1,
     "request": 0, "metrics": 0, "host_memory": 0, "config": 0, "formats": 0, "page_groups": 0,
     "fingerprint": 0, "gpu_memory": 0,
-    "spec": 1, "native": 1, "gguf": 1, "embedding": 1, "captured": 1, "scaled": 1,
+    "engine_process": 1, "spec": 1, "native": 1, "gguf": 1, "embedding": 1, "captured": 1, "scaled": 1,
     "quant": 2, "compile_cache": 2, "model_code": 2, "taps": 2,
     "layers": 3, "sharding": 3, "dry_run": 3, "baked": 3, "hosts": 3,
     "models": 4, "attention": 4, "sampling": 4, "weights": 4, "hub": 4, "tokenizer": 4, "chat": 4, "pages": 4,
@@ -42,8 +42,8 @@ JAX_FREE = [
     "errors", "request", "metrics", "host_memory", "gpu_memory", "config", "tokenizer", "chat", "hub", "page_groups",
     "pages", "lookahead", "packing", "plans", "scheduler", "embedding", "captured", "perplexity", "logits_file",
     "client",
-    "client.remote", "client.routing", "client.supervise", "fingerprint", "hosts.leader", "hosts.follower",
-    "hosts.places", "text", "score", "server", "batch_job", "ray", "cli", "cli.plan",
+    "client.remote", "client.routing", "client.supervise", "engine_process", "fingerprint", "hosts.leader",
+    "hosts.follower", "hosts.places", "text", "score", "server", "batch_job", "ray", "cli", "cli.plan",
     "planning.topology",
 ]  # fmt: skip
 

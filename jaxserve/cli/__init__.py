@@ -1,4 +1,7 @@
-"""The command line: the only reader of argv and of the environment. Heavy imports happen inside the commands."""
+"""The command line: the only reader of the environment and, but for its first word, of argv.
+
+Heavy imports happen inside the commands.
+"""
 
 import os
 import sys
@@ -9,6 +12,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from jaxserve import __version__
 from jaxserve.cli import options
 from jaxserve.cli.streams import with_dashes_as_paths
+from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError
 from jaxserve.gpu_memory import pool_variables
 
@@ -54,7 +58,6 @@ def make_app() -> App:
         "or as a key of a --config file (port = 9000); a flag wins over a variable over the file.",
         version=__version__,
         config=options.sources(),
-        result_action="return_value",
         group_parameters=Group("Options", sort_key=0),
         default_parameter=Parameter(show_env_var=False),
     )
@@ -72,17 +75,22 @@ def make_app() -> App:
     return app
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str], begun: EngineProcess | None = None) -> None:
     """Runs a command and exits: 0 done, 1 failed, 2 wrong usage, configuration or checkpoint, 130 interrupted.
 
     `batch` also exits with 3: done, and some rows have an error for an answer.
     """
     os.environ.update(pool_variables())  # the process is ours, and in most commands the engine's
-    sys.exit(call(sys.argv[1:] if argv is None else argv))
+    try:
+        code = call(argv, begun)
+    finally:
+        if begun is not None:
+            begun.dismiss()
+    sys.exit(code)
 
 
-def call(argv: Sequence[str]) -> int:
-    """Runs a command; its exit code.
+def call(argv: Sequence[str], begun: EngineProcess | None = None) -> int:
+    """Runs a command; its exit code. `begun` is for a command that has such a parameter.
 
     An error that the user can cure is a message on stderr; with JAXSERVE_DEBUG=1 it is a traceback.
     """
@@ -94,7 +102,8 @@ def call(argv: Sequence[str]) -> int:
         for name in options.unknown_variables(_every_option(app)):
             print(f"jaxserve: warning: unknown environment variable {name}", file=sys.stderr)
     try:
-        code = app(list(argv), exit_on_error=False, print_error=False)
+        command, bound, ours = app.parse_args(list(argv), exit_on_error=False, print_error=False)
+        code = command(*bound.args, **bound.kwargs, **({"begun": begun} if "begun" in ours else {}))
         return code if isinstance(code, int) else 0
     except (CycloptsError, JaxserveError) as e:
         if os.environ.get("JAXSERVE_DEBUG", "0") not in ("", "0"):

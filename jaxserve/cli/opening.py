@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineOptions
+from jaxserve.engine_process import EngineProcess
 from jaxserve.host_memory import keep_objects
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ def run[Result](main: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(main, loop_factory=new_event_loop)
 
 
-async def start_model(options: EngineOptions, name: str, *, in_process: bool) -> "TextModel":
-    """The model's text over an engine that is loading meanwhile.
+async def start_model(
+    options: EngineOptions, name: str, *, in_process: bool, begun: EngineProcess | None = None
+) -> "TextModel":
+    """The model's text over an engine that is loading meanwhile, in the process `begun` if there is one already.
 
     Raises ConfigError when there is no such model or its text cannot be had, CheckpointError for a broken .gguf file;
     the engine is stopped then.
@@ -40,7 +43,7 @@ async def start_model(options: EngineOptions, name: str, *, in_process: bool) ->
     else:
         from jaxserve.client.remote import RemoteEngine
 
-        client = RemoteEngine(options, path, model_name=name)
+        client = RemoteEngine(options, path, model_name=name, begun=begun)
     await client.start()
     try:
         return await asyncio.to_thread(_open_text, path, client, name)  # a large vocabulary takes a second

@@ -7,12 +7,15 @@ import os
 import shlex
 import signal
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from jaxserve.cli import options as cli
 from jaxserve.cli.opening import run, start_model
 from jaxserve.client import EngineClient
 from jaxserve.config import DeviceOptions, EngineOptions, HostOptions, ScheduleOptions, ServerOptions
+from jaxserve.engine_process import EngineProcess
 from jaxserve.host_memory import keep_objects
 from jaxserve.hosts.places import check_served, place
 from jaxserve.page_groups import capacity
@@ -31,6 +34,7 @@ def serve(
     device: cli.Device = DeviceOptions(),
     hosts: cli.Hosts = HostOptions(),
     server: cli.Server = ServerOptions(),
+    begun: Annotated[EngineProcess | None, Parameter(parse=False)] = None,
 ) -> int:
     """Serve a model over HTTP (OpenAI's API) and gRPC until SIGTERM or Ctrl-C.
 
@@ -44,6 +48,8 @@ def serve(
     config
         TOML file with any of these settings, flat or in the sections [model], [schedule], [device], [hosts],
         [server].
+    begun
+        A process for the engine that was begun before the command line was read.
     """
     # The engine process is started when gRPC runs already; without this gRPC logs that it does not mind.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -56,9 +62,12 @@ def serve(
     if here is not None:
         engine = replace(engine, place=here)
         check_served(engine, server)
-    if here is not None and here.index > 0:
+    follows = here is not None and here.index > 0
+    if begun is not None and (follows or server.in_process):
+        begun.dismiss()
+    if follows:
         return run(_follow(engine, server.shutdown_timeout))
-    run(_serve(engine, server, name))
+    run(_serve(engine, server, name, begun))
     return 0
 
 
@@ -73,13 +82,13 @@ async def _follow(engine: EngineOptions, drain_s: float) -> int:
     return code
 
 
-async def _serve(engine: EngineOptions, options: ServerOptions, name: str) -> None:
+async def _serve(engine: EngineOptions, options: ServerOptions, name: str, begun: EngineProcess | None) -> None:
     reloader = None
     if options.reload:  # which has to know the file as it was before the engine reads it
         from jaxserve.server.reload import Reloader
 
         reloader = Reloader(engine.model.model_code)
-    text = await start_model(engine, name, in_process=options.in_process)
+    text = await start_model(engine, name, in_process=options.in_process, begun=begun)
     client = text.client
     # Only now, since the engine's process takes longer to import what it needs, and does so meanwhile.
     from jaxserve.server import serve as run_server

@@ -1,6 +1,6 @@
 """The engine process: one engine, served to its front end over one gRPC stream on a Unix socket.
 
-Started by client/remote.py; ends when its front end goes away.
+Begun as an EngineProcess (engine_process.py); ends when its front end goes away.
 """
 
 import asyncio
@@ -160,7 +160,10 @@ def main() -> None:
     """Reads a wire.Launch from standard input and serves it until the front end is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal's Ctrl-C reaches us too; the front end decides
-    launch = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=wire.Launch)
+    told = sys.stdin.buffer.read()
+    if not told:  # the front end had nothing to serve after all, or has ended
+        _exit(0)
+    launch = msgspec.msgpack.decode(told, type=wire.Launch)
     try:
         asyncio.run(_serve(launch))
     except TimeoutError:

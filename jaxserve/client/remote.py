@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -15,8 +15,8 @@ import grpc
 from jaxserve.client import EngineState, EngineStatus, wire
 from jaxserve.client.streams import Streams
 from jaxserve.config import EngineOptions
+from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import EngineStopped, JaxserveError
-from jaxserve.gpu_memory import pool_variables
 from jaxserve.request import Delta, EngineInfo, Request, Update, Updated
 
 log = logging.getLogger("jaxserve.engine")
@@ -35,7 +35,10 @@ class RemoteEngine:
     time is not: its error is the user's to mend.
     """
 
-    def __init__(self, options: EngineOptions, path: Path, *, model_name: str = "model"):
+    def __init__(
+        self, options: EngineOptions, path: Path, *, model_name: str = "model", begun: EngineProcess | None = None
+    ):
+        """`begun`: a process to be the first, if there is one already."""
         self._options, self._path, self._model_name = options, path, model_name
         self._status = EngineStatus(EngineState.LOADING, "starting the engine process")
         self._info: EngineInfo | None = None
@@ -44,7 +47,7 @@ class RemoteEngine:
         self._streams = Streams()
         self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._begun, self._process = begun, begun
         self._supervisor: asyncio.Task[None] | None = None
         self._draining = self._stopping = False
 
@@ -63,7 +66,7 @@ class RemoteEngine:
     @property
     def pid(self) -> int | None:
         """The engine process, while there is one."""
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
+        return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
         self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
@@ -173,32 +176,22 @@ class RemoteEngine:
         parent = None if len(os.fsencode(tempfile.gettempdir())) < 70 else "/tmp"
         with tempfile.TemporaryDirectory(prefix="jaxserve-", dir=parent) as directory:
             socket = f"{directory}/engine.sock"
-            process = self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "jaxserve.client.host",
-                stdin=asyncio.subprocess.PIPE,
-                env=os.environ | pool_variables(),
-                start_new_session=True,  # a terminal's Ctrl-C is for the front end to act on
-            )
+            process = self._process = self._begun or EngineProcess()
+            self._begun = None
+            ended = asyncio.create_task(_end_of(process))
             try:
-                assert process.stdin is not None
                 version = 0 if self._info is None else self._info.weights_version
                 again = self._settled.is_set()
                 launch = wire.Launch(self._options, str(self._path), self._model_name, socket, version, again)
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    process.stdin.write(wire.encode(launch))
-                    await process.stdin.drain()
-                process.stdin.close()
-                await self._converse(process, socket)
+                process.tell(wire.encode(launch))
+                await self._converse(ended, socket)
             finally:
-                self._kill()
-                await process.wait()
+                process.kill()
+                await ended
                 self._channel = None
 
-    async def _converse(self, process: asyncio.subprocess.Process, socket: str) -> None:
+    async def _converse(self, exited: asyncio.Task[None], socket: str) -> None:
         """Reads the engine's stream until it or the process ends; what was in flight then fails."""
-        exited = asyncio.create_task(process.wait())
         # One attempt a moment, since the socket appears when the process has imported what it needs.
         options = (*wire.UNLIMITED, ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
         async with grpc.aio.insecure_channel(f"unix:{socket}", options=options) as channel:
@@ -239,6 +232,18 @@ class RemoteEngine:
         self._status = EngineStatus(message.state, message.detail)
 
     def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None:
+            self._process.kill()
+
+
+async def _end_of(process: EngineProcess) -> None:
+    """Returns when it has ended. A thread of its own waits for that, as long as the engine lives."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def wait() -> None:
+        process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=wait, name="end of the engine process", daemon=True).start()
+    await ended.wait()
