@@ -19,7 +19,8 @@ class EngineProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jaxserve.client.host"],
             stdin=subprocess.PIPE,
-            env=os.environ | pool_variables(),
+            # It may have to compile the kernels when gRPC runs already, which else logs that it does not mind.
+            env={"GRPC_ENABLE_FORK_SUPPORT": "0"} | os.environ | pool_variables(),
             start_new_session=True,  # a terminal's Ctrl-C is for the front end to act on
         )
 

@@ -51,7 +51,7 @@ def serve(
     begun
         A process for the engine that was begun before the command line was read.
     """
-    # The engine process is started when gRPC runs already; without this gRPC logs that it does not mind.
+    # An engine that died is started again when gRPC runs already; without this gRPC logs that it does not mind.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("uvicorn", "httpx", "jax"):
