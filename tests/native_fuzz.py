@@ -1,7 +1,7 @@
 """Random calls of the C++ kernels of one library, good ones and bad ones; prints digests of all results.
 
-One is of the products with weights of bfloat16, which tile registers round in an order of their own, and one of those
-with IN_STRETCHES, for which a library for tile registers rounds rows otherwise.
+One is of the products with weights of bfloat16, which processors that multiply such numbers round in an order of their
+own, and one of those with IN_STRETCHES, for which a library for tile registers rounds rows otherwise.
 
     python native_fuzz.py LIBRARY SEED CASES [CPU]
 
@@ -113,16 +113,16 @@ def random_product(rng):
 
 
 GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
-TILE = 32  # steps of k in a tile
+TILE, PAIR = 32, 2  # steps of k
 
 
-def has_tiles(library):
-    """Whether it multiplies weights of bfloat16 on tile registers."""
-    return library.jaxserve_panel_depth(ctypes.c_int64(30), ctypes.c_int64(1)) > 1
+def steps_together(library):
+    """Steps of k that it takes at once of weights of bfloat16: a tile's, a pair's, or 1."""
+    return library.jaxserve_panel_depth(ctypes.c_int64(30), ctypes.c_int64(1))
 
 
 def packed(library, w):
-    """w [N, K] as the library lays it out: panels [N / 16, K, 16], zeros after the last row; or tiles of bfloat16."""
+    """w [N, K] as the library lays it out: panels [N / 16, K, 16], zeros after the last row; or bfloat16 in pairs."""
     rows = np.asarray(w)
     (outputs, depth), code = rows.shape, GGML_TYPES[rows.dtype.name]
     wide = library.jaxserve_panel_depth(ctypes.c_int64(code), ctypes.c_int64(depth))
@@ -134,8 +134,8 @@ def packed(library, w):
     )
     want = np.zeros((panels.shape[0] * 16, wide), rows.dtype)
     want[:outputs, :depth] = rows
-    if code == 30 and has_tiles(library):  # [N / 16, K / 32, 16 pairs, 16, 2]
-        found = panels.reshape(len(panels), -1, TILE // 2, 16, 2).transpose(0, 3, 1, 2, 4)
+    if code == 30 and steps_together(library) > 1:  # [N / 16, K / 2, 16, 2]
+        found = panels.reshape(len(panels), -1, 16, 2).transpose(0, 2, 1, 3)
     else:
         found = panels.transpose(0, 2, 1)
     assert (found.reshape(want.shape) == want).all(), "a packed weight is another weight"
@@ -162,6 +162,20 @@ def on_tiles(x, w):
                 halves[k % 2] = halves[k % 2] + part[:, k : k + 1] * w[:, k]  # in float64, then rounded
             sums += halves[0] + halves[1]
         total += sums
+    return total
+
+
+def in_pairs(x, w):
+    """x [T, K] times bfloat16 w [N, K] -> float32 [T, N] with every rounding of vectors that multiply pairs.
+
+    Intel's Architecture Instruction Set Extensions reference, VDPBF16PS: the second product of a pair is fused with the
+    sum, then the first.
+    """
+    x, w = np.asarray(x).astype(jnp.bfloat16).astype(np.float64), np.asarray(w, np.float64)
+    total = np.zeros((len(x), len(w)), np.float32)
+    for start in range(0, x.shape[1], PAIR):
+        for k in reversed(range(start, min(start + PAIR, x.shape[1]))):
+            total = (total + x[:, k : k + 1] * w[:, k]).astype(np.float32)  # in float64, then rounded
     return total
 
 
@@ -508,13 +522,16 @@ def main() -> None:
         panels = packed(handlers, w)
         product = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), dtype))
         y = np.asarray(product(x, panels))
-        want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+        together = steps_together(handlers) if w.dtype == jnp.bfloat16 else 1
+        multiplied = x.astype(jnp.bfloat16) if together == PAIR else x
+        want = np.asarray(multiplied, np.float64) @ np.asarray(w, np.float64).T
         error = np.abs(y.astype(np.float64) - want).max() / np.abs(want).max()
         assert error < (1e-5 if dtype == "float32" else 1e-2), (x.shape, w.shape, dtype, error)
         alone = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), dtype))(x[-1:], panels)
         assert np.asarray(alone).tobytes() == y[-1:].tobytes(), "a row depends on its neighbours"
-        if w.dtype == jnp.bfloat16 and has_tiles(handlers):
-            assert y.tobytes() == on_tiles(x, w).astype(y.dtype).tobytes(), (x.shape, x.dtype, w.shape, dtype)
+        if together > 1:
+            rounded = on_tiles(x, w) if together == TILE else in_pairs(x, w)
+            assert y.tobytes() == rounded.astype(y.dtype).tobytes(), (x.shape, x.dtype, w.shape, dtype)
         of_products = with_bf16 if w.dtype == jnp.bfloat16 else digest
         of_products.update(y.tobytes())
         single = jax.ffi.ffi_call(LINEAR, jax.ShapeDtypeStruct((1, w.shape[0]), "float32"))

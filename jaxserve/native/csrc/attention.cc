@@ -74,6 +74,7 @@ template <class T>
 struct CachedKeys : GroupedKeys<T> {
   static constexpr int asks_up_to = kRows;
   const T* const* then;
+  EachTurn turns{};
   JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
     constexpr int together = std::max<int>(1, kLine / (kPositions * sizeof(T)));
     if (i % together == 0 && j % kPositions == 0) ask_for(then[j / kPositions] + i * kPositions, kLine);
@@ -83,6 +84,7 @@ template <class T>
 struct CachedValues : Strided<T> {
   static constexpr int asks_up_to = kRows;
   const T* then;
+  EachTurn turns{};
   JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
     if (j * sizeof(T) % kLine == 0) ask_for(then + i * this->stride + j, kLine);
   }

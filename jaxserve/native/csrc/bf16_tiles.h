@@ -1,8 +1,8 @@
 // Rows of numbers times a panel of bfloat16 weights on tile registers.
 //
-// A panel [16][K] lies in tiles of 32 steps of k, zeros after the last: [K / 32][16 pairs of k][16 rows][2]. Rows of
-// float32 are two rows of bfloat16 each, the nearest and the nearest to what that leaves out, so that no more is lost than
-// 2^-17 of a number; the sums of both are added. Each is summed in tiles of k in order, in float32.
+// A tile is 32 steps of a panel in pairs (bf16_pairs.h): [16 pairs of k][16 rows][2]. Rows of float32 are two rows of
+// bfloat16 each, the nearest and the nearest to what that leaves out, so that no more is lost than 2^-17 of a number; the
+// sums of both are added. Each is summed in tiles of k in order, in float32.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bf16_pairs.h"
 #include "groups.h"
 #include "parallel.h"
 #include "product.h"
@@ -19,10 +20,10 @@
 
 namespace jaxserve {
 
-constexpr int kTileSteps = 32;  // of k
+constexpr int kTileSteps = kDepthStep;  // of k
 constexpr int kTileNumbers = kTileRows * kTileSteps;
 
-inline int64_t tile_steps(int64_t depth) { return (depth + kTileSteps - 1) / kTileSteps; }
+inline int64_t tile_steps(int64_t depth) { return paired_depth(depth) / kTileSteps; }
 
 // Rows of x as tiles [tile of rows][K / 32][rows in a tile][32].
 class TileRows {
@@ -206,28 +207,6 @@ void run_on_tiles(xla::ffi::ThreadPool& pool, const X* x, const bf16* w, Y* y, c
       }
     }
   });
-}
-
-// w [outputs][depth] to panels of tiles.
-inline void pack_tiles(const bf16* from, int64_t outputs, int64_t depth, bf16* to) {
-  for (int64_t n = 0; n < outputs; n += kPanel) {
-    for (int64_t k = 0; k < depth; k += kTileSteps, to += kTileNumbers) {
-      const int64_t rows = std::min<int64_t>(kPanel, outputs - n), count = std::min<int64_t>(kTileSteps, depth - k);
-      bf16 tile[kPanel][kTileSteps] = {};
-      for (int64_t i = 0; i < rows; i++) std::copy_n(from + (n + i) * depth + k, count, tile[i]);
-      for (int64_t pair = 0; pair < kTileSteps / 2; pair++) {
-        for (int64_t i = 0; i < kPanel; i++) std::memcpy(to + (pair * kPanel + i) * 2, &tile[i][2 * pair], 4);
-      }
-    }
-  }
-}
-
-// Row n of panels of [outputs][depth] as floats.
-inline void row_of_tiles(const bf16* w, int64_t n, int64_t depth, float* to) {
-  const bf16* tile = w + n / kPanel * tile_steps(depth) * kTileNumbers + n % kPanel * 2;
-  for (int64_t k = 0; k < depth; k++) {
-    to[k] = to_float(tile[k / kTileSteps * kTileNumbers + k % kTileSteps / 2 * 2 * kPanel + k % 2]);
-  }
 }
 
 }  // namespace jaxserve

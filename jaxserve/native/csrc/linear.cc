@@ -2,13 +2,14 @@
 // all rows of x, or with one for each group of them.
 //
 // A panel holds 16 rows of w side by side, [K][16], so that a row of y grows in vectors, one k after the other. That
-// order is the same for every row: a row of y is the same bit for bit whatever other rows are computed. With tile
-// registers weights of bfloat16 are multiplied by bf16_tiles.h, in an order and a layout of its own.
+// order is the same for every row: a row of y is the same bit for bit whatever other rows are computed. Processors that
+// multiply bfloat16 take weights of it in pairs of k (bf16_pairs.h), on vectors or on tile registers (bf16_tiles.h).
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "bf16_pairs.h"
 #include "bf16_tiles.h"
 #include "buffers.h"
 #include "groups.h"
@@ -21,34 +22,43 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kDepth = 128;   // k of a piece of w that stays in the first-level cache while rows of x pass by
+constexpr int kDepth = 256;   // steps of a piece of w that stays in the second-level cache while rows of x pass by
 constexpr int kTokens = 96;   // rows of x that one item of work takes
-constexpr int kOutputs = 64;  // rows of w that one item of work takes
+constexpr int kOutputs = 64;  // rows of w that they are multiplied by together
 constexpr int kOutputsOfOne = 128;  // the same for a single row of x
 
-// One item of work: the product of `tokens` rows of x and the panels of w from `w` on, `columns` rows of w.
-template <class W>
-void block(const float* x, int64_t tokens, const W* w, int64_t depth, int64_t columns, float* y) {
-  const int64_t first = tokens == 1 ? depth : std::min<int64_t>(kDepth, depth);
-  product<false>(tokens, columns, x, depth, first, Panels<W>{w, depth}, y, columns);
-  for (int64_t k = first; k < depth; k += kDepth) {
+// The product of `tokens` rows of x and the panels of w from `w` on, `columns` rows of w. A step is a number of x and w,
+// or a pair.
+template <class X, class W>
+void block(const X* x, int64_t tokens, const W* w, int64_t depth, int64_t columns, float* y) {
+  if (tokens == 1) {
+    return product<false>(1, columns, x, depth, depth, Panels<W>{w, depth, kAhead / int64_t{sizeof(W)}}, y, columns);
+  }
+  for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t count = std::min<int64_t>(kDepth, depth - k);
-    product<true>(tokens, columns, x + k, depth, count, Panels<W>{w + k * kPanel, depth}, y, columns);
+    // After the last piece come the next columns.
+    const int64_t ahead = kPanel * (k + count < depth ? count : (columns / kPanel - 1) * depth + count);
+    const Panels<W> piece{w + k * kPanel, depth, ahead};
+    if (k == 0) {
+      product<false>(tokens, columns, x, depth, count, piece, y, columns);
+    } else {
+      product<true>(tokens, columns, x + k, depth, count, piece, y, columns);
+    }
   }
 }
 
 // Matrices of [outputs, depth] follow one another from `w` on.
-template <class W>
-void run(ffi::ThreadPool& pool, const float* x, const W* w, float* y, const std::vector<Group>& groups, int64_t depth,
+template <class X, class W>
+void run(ffi::ThreadPool& pool, const X* x, const W* w, float* y, const std::vector<Group>& groups, int64_t depth,
          int64_t outputs) {
   struct Item {
     const W* w;
     int64_t t, n, tokens, outputs;
   };
   std::vector<Item> items;
-  const int64_t padded = (outputs + kPanel - 1) / kPanel * kPanel;
+  const int64_t padded = round_up(outputs, kPanel), threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t wide = std::clamp<int64_t>(outputs / (8 * threads) / kOutputs, 1, 4) * kOutputs;
   for (const Group& group : groups) {
-    const int64_t wide = group.count == 1 ? kOutputsOfOne : kOutputs;
     for (int64_t n = 0; n < outputs; n += wide) {
       for (int64_t t = 0; t < group.count; t += kTokens) {
         items.push_back({w + (group.matrix * padded + n) * depth, group.first + t, n,
@@ -58,11 +68,14 @@ void run(ffi::ThreadPool& pool, const float* x, const W* w, float* y, const std:
   }
   parallel_for(pool, static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    const int64_t columns = (item.outputs + kPanel - 1) / kPanel * kPanel;
-    float* sums = scratch(kTokens * kOutputs);
-    block(x + item.t * depth, item.tokens, item.w, depth, columns, sums);
-    for (int64_t t = 0; t < item.tokens; t++) {
-      std::copy_n(sums + t * columns, item.outputs, y + (item.t + t) * outputs + item.n);
+    const int64_t together = item.tokens == 1 ? kOutputsOfOne : kOutputs;
+    for (int64_t n = 0; n < item.outputs; n += together) {
+      const int64_t count = std::min(together, item.outputs - n), columns = round_up(count, kPanel);
+      alignas(64) float sums[kTokens * kOutputs];
+      block(x + item.t * depth, item.tokens, item.w + n * depth, depth, columns, sums);
+      for (int64_t t = 0; t < item.tokens; t++) {
+        std::copy_n(sums + t * columns, count, y + (item.t + t) * outputs + item.n + n);
+      }
     }
   });
 }
@@ -78,10 +91,31 @@ bool with_weights(ffi::AnyBuffer w, Call&& call) {
   }
 }
 
+#if defined(JAXSERVE_TILES)
+template <class X>
+void run_in_pairs(ffi::ThreadPool& pool, const X* x, const bf16* w, ffi::AnyBuffer y, const std::vector<Group>& groups,
+                  int64_t depth, int64_t outputs) {
+  with_floats(y, [&](auto* to) { run_on_tiles(pool, x, w, to, groups, depth, outputs); });
+}
+#elif defined(JAXSERVE_PAIRS)
+template <class X>
+void run_in_pairs(ffi::ThreadPool& pool, const X* x, const bf16* w, ffi::AnyBuffer y, const std::vector<Group>& groups,
+                  int64_t depth, int64_t outputs) {
+  const int64_t count = y.dimensions()[0], pairs = paired_depth(depth) / 2;
+  const Pair* rows = reinterpret_cast<const Pair*>(x);
+  if (std::is_same_v<X, float> || depth % 2 != 0) {
+    Pair* const copy = reinterpret_cast<Pair*>(scratch(count * pairs));
+    each_row(pool, count, depth, [&](int64_t r) { put_pairs(x + r * depth, depth, copy + r * pairs); });
+    rows = copy;
+  }
+  fill_floats(y, [&](float* to) { run(pool, rows, reinterpret_cast<const Pair*>(w), to, groups, pairs, outputs); });
+}
+#endif
+
 // K of the panels of weights with `depth` steps of k.
 int64_t panel_depth([[maybe_unused]] bool is_bf16, int64_t depth) {
-#if defined(JAXSERVE_TILES)
-  if (is_bf16) return tile_steps(depth) * kTileSteps;
+#if defined(JAXSERVE_PAIRS)
+  if (is_bf16) return paired_depth(depth);
 #endif
   return depth;
 }
@@ -92,11 +126,9 @@ int64_t panel_depth(ffi::AnyBuffer w, int64_t depth) {
 template <class W>
 void multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, const W* w, ffi::AnyBuffer y, const std::vector<Group>& groups) {
   const int64_t depth = x.dimensions()[1], outputs = y.dimensions()[1];
-#if defined(JAXSERVE_TILES)
+#if defined(JAXSERVE_PAIRS)
   if constexpr (std::is_same_v<W, bf16>) {
-    return with_floats(x, [&](const auto* rows) {
-      with_floats(y, [&](auto* to) { run_on_tiles(pool, rows, w, to, groups, depth, outputs); });
-    });
+    return with_floats(x, [&](const auto* rows) { run_in_pairs(pool, rows, w, y, groups, depth, outputs); });
   }
 #endif
   std::vector<float> copy;
@@ -143,9 +175,9 @@ void gather(const W* w, const int32_t* ids, int64_t tokens, int64_t depth, int64
       continue;
     }
     const int64_t n = std::min<int64_t>(ids[t], outputs - 1);
-#if defined(JAXSERVE_TILES)
+#if defined(JAXSERVE_PAIRS)
     if constexpr (std::is_same_v<W, bf16>) {
-      row_of_tiles(w, n, depth, y + t * depth);
+      row_of_pairs(w, n, depth, y + t * depth);
       continue;
     }
 #endif
@@ -190,9 +222,9 @@ extern "C" int64_t jaxserve_panel_depth(int64_t type, int64_t depth) { return ja
 
 // w [N][K] to panels [N / 16][that K][16], zeros after the last row. Without XLA: for loading.
 extern "C" void jaxserve_pack(const void* w, int64_t outputs, int64_t depth, int64_t type, void* panels) {
-#if defined(JAXSERVE_TILES)
+#if defined(JAXSERVE_PAIRS)
   if (type == 30) {
-    return jaxserve::pack_tiles(static_cast<const jaxserve::bf16*>(w), outputs, depth,
+    return jaxserve::pack_pairs(static_cast<const jaxserve::bf16*>(w), outputs, depth,
                                 static_cast<jaxserve::bf16*>(panels));
   }
 #endif

@@ -25,8 +25,24 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 constexpr int kRows = kLanes == 8 ? 2 : 6;  // of the register blocks: as many as the registers hold
 
-// Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes. Products
-// of at most `asks_up_to` rows, for which memory takes longer, ask it for what comes after.
+// Ways for a matrix to lie in memory; each gives the address of row i from column j on, j a multiple of kLanes. Blocks of
+// at most `asks_up_to` rows ask memory for what comes after, at each row of the matrix where it is the block's turn.
+struct EachTurn {
+  void begin(int64_t, int64_t) {}
+  bool now() { return true; }
+};
+struct Turns {  // blocks that pass by the same matrix share its rows
+  int64_t others = 0, until = 0;
+  void begin(int64_t block, int64_t blocks) {
+    until = block;
+    others = blocks - 1;
+  }
+  bool now() {
+    if (until-- > 0) return false;
+    until = others;
+    return true;
+  }
+};
 template <class T>
 struct Strided {
   static constexpr int asks_up_to = 0;
@@ -42,34 +58,36 @@ struct Scattered {
 };
 template <class T>
 struct Panels {  // [columns / kPanel][depth][kPanel]
-  static constexpr int asks_up_to = 1;
+  static constexpr int asks_up_to = kRows;
   const T* data;
-  int64_t depth;
+  int64_t depth, ahead;  // how much further on lies what comes after
+  Turns turns{};
   const T* operator()(int64_t i, int64_t j) const {
     return data + (j / kPanel * depth + i) * kPanel + j % kPanel;
   }
   JAXSERVE_ASKS void ask_for_more(int64_t i, int64_t j) const {
-    constexpr int rows = kLine / (kPanel * sizeof(T));  // in a line
-    if (i % rows == 0 && j % kPanel == 0) ask_for((*this)(i, j) + kAhead / sizeof(T), kLine);
+    if (j % kPanel == 0) ask_for((*this)(i, j) + ahead, kLine);
   }
 };
 
 // c[r][j] = start + sum over i < depth of a[r][i] * b[i][j], one fused step at a time in the order of i, for `rows` rows
 // and `cols` vectors of columns from column `from` on. The start is c where `onto` is set, else 0.
-template <int rows, int cols, bool onto, class B>
-void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c, int64_t c_stride) {
+template <int rows, int cols, bool onto, class A, class B>
+void block_product(const A* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c, int64_t c_stride) {
   Vec sum[rows][cols];
   for (int r = 0; r < rows; r++) {
     for (int j = 0; j < cols; j++) sum[r][j] = onto ? load(c + r * c_stride + from + j * kLanes) : splat(0.0f);
   }
   for (int64_t i = 0; i < depth; i++) {
-    Vec column[cols];
+    decltype(load(b(0, 0))) column[cols];
     for (int j = 0; j < cols; j++) column[j] = load(b(i, from + j * kLanes));
     if constexpr (rows <= B::asks_up_to) {
-      for (int j = 0; j < cols; j++) b.ask_for_more(i, from + j * kLanes);
+      if (b.turns.now()) {
+        for (int j = 0; j < cols; j++) b.ask_for_more(i, from + j * kLanes);
+      }
     }
     for (int r = 0; r < rows; r++) {
-      const Vec x = splat(a[r * a_stride + i]);
+      const auto x = splat(a[r * a_stride + i]);
       for (int j = 0; j < cols; j++) sum[r][j] = fma(x, column[j], sum[r][j]);
     }
   }
@@ -78,22 +96,29 @@ void block_product(const float* a, int64_t a_stride, int64_t depth, B b, int64_t
   }
 }
 
-template <int cols, bool onto, class B>
-void all_rows(int64_t rows, const float* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c,
+template <int cols, bool onto, class A, class B>
+void all_rows(int64_t rows, const A* a, int64_t a_stride, int64_t depth, B b, int64_t from, float* c,
               int64_t c_stride) {
-  int64_t r = 0;
+  const int64_t blocks = rows / kRows + (rows % kRows + 1) / 2;
+  int64_t r = 0, block = 0;
+  const auto begin = [&] {
+    if constexpr (B::asks_up_to > 0) b.turns.begin(block++, blocks);
+  };
   for (; r + kRows <= rows; r += kRows) {
+    begin();
     block_product<kRows, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
   }
   for (; r + 2 <= rows; r += 2) {
+    begin();
     block_product<2, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
   }
+  begin();
   if (r < rows) block_product<1, cols, onto>(a + r * a_stride, a_stride, depth, b, from, c + r * c_stride, c_stride);
 }
 
 // The same for all of `columns` columns, a multiple of kLanes.
-template <bool onto, class B>
-void product(int64_t rows, int64_t columns, const float* a, int64_t a_stride, int64_t depth, B b, float* c,
+template <bool onto, class A, class B>
+void product(int64_t rows, int64_t columns, const A* a, int64_t a_stride, int64_t depth, B b, float* c,
              int64_t c_stride) {
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / kLanes;

@@ -103,6 +103,24 @@ inline Vec times_power_of_two(Vec a, Vec n) {  // a * 2^n for whole n, where no 
       _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23)))};
 }
 
+#if defined(__AVX512BF16__)
+#define JAXSERVE_PAIRS
+// Two steps of k, whose products are added to one sum: c + a.odd * b.odd + a.even * b.even.
+struct Pair {
+  bf16 even, odd;
+};
+struct Pairs {
+  __m512bh v;
+};
+inline Pairs splat(Pair x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits))};
+}
+inline Pairs load(const Pair* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+inline Vec fma(Pairs a, Pairs b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+#endif
+
 #elif defined(JAXSERVE_AVX2)
 
 constexpr int kLanes = 8;
