@@ -53,9 +53,9 @@ def linear(
 ) -> Float[Array, "T N"]:
     """x [T, K] times a packed w of `outputs` rows -> [T, outputs] of `dtype`, float32 or bfloat16, summed in float32.
 
-    Where weights of bfloat16 are multiplied by the processor's own products of such numbers, rows of float32 are
-    rounded to 16 bits of mantissa. A row of the result depends on its own row of x alone, bit for bit. Rows of zeros at
-    the end cost nothing.
+    Where the processor multiplies weights of bfloat16 by such numbers, rows of float32 are rounded: to 16 bits of
+    mantissa with AMX, to bfloat16 with AVX512-BF16. A row of the result depends on its own row of x alone, bit for bit.
+    Rows of zeros at the end cost nothing.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], outputs), dtype)
     return jax.ffi.ffi_call("jaxserve_linear", shape)(x, panels)
