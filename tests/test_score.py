@@ -21,7 +21,7 @@ GOLDEN = json.loads((Path(__file__).parent / "goldens" / "score.json").read_text
 def llm():
     with LLM(
         max_num_seqs=8, max_num_batched_tokens=64, block_size=1, num_kv_pages=512, max_model_len=96,
-        kv_cache_dtype="float32",
+        dtype="float32", kv_cache_dtype="float32",
     ) as model:  # fmt: skip
         yield model
 
@@ -241,7 +241,8 @@ def test_the_command(tmp_path, capsys, llm):
     source, out, table = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "tokens.parquet"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     engine = ["--max-num-seqs=8", "--max-num-batched-tokens=64", "--num-kv-pages=512", "--max-model-len=96"]
-    argv = ["score", str(source), str(out), *engine, "--kv-cache-dtype=float32", "--logprobs", str(table)]
+    exact = ["--dtype=float32", "--kv-cache-dtype=float32"]
+    argv = ["score", str(source), str(out), *engine, *exact, "--logprobs", str(table)]
     assert cli.call(argv) == 1, "a row was too long"
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "rows        5, of which 1 failed" and said[2].startswith("acc ") and len(said) == 5
