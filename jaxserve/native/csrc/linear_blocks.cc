@@ -22,7 +22,13 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kTiles = 6;  // tiles that one item of work takes: they stay in the second-level cache
+constexpr int64_t kRowBytes = 256 << 10;  // of x that one item of work takes: they stay in the second-level cache
+
+// How many of `count` things each part has: as few parts as can be, of at most `most`, and as even.
+constexpr int64_t evenly(int64_t count, int64_t most) {
+  const int64_t parts = std::max<int64_t>(1, (count + most - 1) / most);
+  return (count + parts - 1) / parts;
+}
 
 template <class F>
 using Products = std::conditional_t<kStretches<F>, StretchProducts<F>, BlockProducts<F>>;
@@ -37,7 +43,7 @@ constexpr int kMostTiles = 32;
 
 // Rows in the next tile, when there are `left`: no more than needed, and at most kTile.
 int tile_of(int64_t left) {
-  return left > 12 ? kTile : left > 8 ? 12 : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left);
+  return std::min<int>(kTile, left > 12 ? 16 : left > 8 ? 12 : left > 4 ? 8 : left > 2 ? 4 : static_cast<int>(left));
 }
 
 template <class F>
@@ -47,7 +53,7 @@ void multiply_tile(int tile, const uint8_t* panel, const Panel<F>& layout, uint8
     case 2: return Products<F>::template multiply<2>(panel, layout, x, y);
     case 4: return Products<F>::template multiply<4>(panel, layout, x, y);
     case 8: return Products<F>::template multiply<8>(panel, layout, x, y);
-    case 12: return Products<F>::template multiply<12>(panel, layout, x, y);
+    case 12: return Products<F>::template multiply<std::min(12, kTile)>(panel, layout, x, y);
     default: return Products<F>::template multiply<kTile>(panel, layout, x, y);
   }
 }
@@ -99,7 +105,8 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
     values += group.count * depth;
     const int64_t end = static_cast<int64_t>(tiles.size());
     const int64_t most =
-        on_tiles ? std::clamp<int64_t>(kTileRowBytes / tile_bytes<F>(kTile, depth), 2, kMostTiles) : kTiles;
+        on_tiles ? std::clamp<int64_t>(kTileRowBytes / tile_bytes<F>(kTile, depth), 2, kMostTiles)
+                 : evenly(end - first, std::clamp<int64_t>(kRowBytes / tile_bytes<F>(kTile, depth), 4, 16));
     for (int64_t p = 0; p < panels; p += together) {
       for (int64_t i = first; i < end; i += most) {
         items.push_back({w + (group.matrix * panels + p) * layout.bytes(), p, std::min(together, panels - p), i,
@@ -148,7 +155,8 @@ void run(ffi::ThreadPool& pool, const float* x, const uint8_t* w, float* y, cons
 #endif
     each_panel([&](const uint8_t* panel, int64_t column) {
       for (int64_t j = item.tile; j < item.tile + item.tiles; j++) {
-        float sums[kTile * kPanel];
+        float sums[kTile * kPanel];  // where they go comes from memory meanwhile
+        for (int64_t t = 0; t < tiles[j].count; t++) __builtin_prefetch(y + (tiles[j].first + t) * outputs + column, 1);
         multiply_tile<F>(tiles[j].size, panel, layout, rows + tiles[j].at, sums);
         keep(tiles[j], column, sums);
       }
