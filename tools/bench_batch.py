@@ -42,14 +42,33 @@ INFO = EngineInfo(
 
 
 class Instant:
-    """An EngineClient whose answer is the prompt's last token, over and over, all of it at once."""
+    """An EngineClient whose answer is the prompt's last token, over and over, all of it at once.
+
+    Prints the process's memory after every `every` rows: by rows and not by time, so that a fast machine prints as
+    many lines as a slow one.
+    """
 
     status = EngineStatus(EngineState.READY)
     info = INFO
 
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.answered = 0
+        self.begun_cpu = 0.0
+
+    def begin(self) -> None:
+        """Prints the memory that every later line is compared with."""
+        self.begun_cpu = time.process_time()
+        print(f"{0:>9} rows  {resident_mib():7.1f} MiB")
+
     async def generate(self, request: Request) -> AsyncIterator[Delta]:
         await asyncio.sleep(0)
         tokens = (request.prompt_token_ids[-1],) * (request.params.max_tokens or 1)
+        self.answered += 1
+        if self.answered % self.every == 0:
+            cpu_s = time.process_time() - self.begun_cpu
+            a_row = f"{1e6 * cpu_s / self.answered:6.1f} us of CPU a row"
+            print(f"{self.answered:>9} rows  {resident_mib():7.1f} MiB  {a_row}")
         yield Delta(request.id, token_ids=tokens, finish=FinishReason.LENGTH)
 
 
@@ -76,32 +95,16 @@ def main() -> None:
 
     @contextlib.asynccontextmanager
     async def opened() -> AsyncIterator[TextModel]:
-        yield TextModel.open(path, Instant(), "instant")  # type: ignore[arg-type]
-
-    @contextlib.asynccontextmanager
-    async def watch(job: object, store: object, total: int) -> AsyncIterator[None]:
-        async def report() -> None:
-            said = 0
-            while True:
-                await asyncio.sleep(0.2)
-                if store.finished >= said + rows // 10:  # type: ignore[attr-defined]
-                    said = store.finished  # type: ignore[attr-defined]
-                    cpu_s = time.process_time() - begun_cpu
-                    print(f"{said:>9} rows  {resident_mib():7.1f} MiB  {1e6 * cpu_s / said:6.1f} us of CPU a row")
-
-        begun_cpu = time.process_time()
-        print(f"{0:>9} rows  {resident_mib():7.1f} MiB")
-        reporting = asyncio.create_task(report())
-        try:
-            yield
-        finally:
-            reporting.cancel()
+        instant = Instant(max(rows // 10, 1))
+        text = TextModel.open(path, instant, "instant")  # type: ignore[arg-type]
+        instant.begin()
+        yield text
 
     with tempfile.TemporaryDirectory() as folder:
         write_input(Path(folder, "in.jsonl"), rows)
         options = BatchOptions(input=f"{folder}/in.jsonl", output=f"{folder}/out.jsonl")
         begun, begun_cpu = time.perf_counter(), time.process_time()
-        result = asyncio.run(run_job(options, EngineOptions(), path, "instant", in_one_engine(opened, watch)))
+        result = asyncio.run(run_job(options, EngineOptions(), path, "instant", in_one_engine(opened)))
         elapsed, cpu_s = time.perf_counter() - begun, time.process_time() - begun_cpu
         assert result.complete and not result.failed and result.rows == rows
         size = Path(folder, "out.jsonl").stat().st_size
