@@ -22,6 +22,9 @@ from jaxserve.pages import PagePool, PageTables, Tables, extend_hashes
 from jaxserve.plans import Plan, Row, Sampled, Sequence
 from jaxserve.request import Delta, ErrorInfo, FinishReason, Logprobs, Request
 
+REST_FROM, REST_STEPS = 4, 2
+"""See Scheduler._rest."""
+
 
 @dataclass(slots=True)
 class Stats:
@@ -40,6 +43,9 @@ class Stats:
 
 class Scheduler:
     """Fills each step's token budget: running sequences of one token first, then prompts in chunks, then new ones.
+
+    Where the running ones would take much of a budget that prompts could fill by themselves, they sit steps out; see
+    `_rest`.
 
     `windows`: of each group of layers, as PageTables has them.
     """
@@ -93,6 +99,7 @@ class Scheduler:
         """Requests none of whose sequences has ever run."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = 0
+        self._rested = 0
 
     @property
     def idle(self) -> bool:
@@ -201,6 +208,8 @@ class Scheduler:
                 prompts.append(sequence)
             else:
                 ending = True  # with this commit
+        if resting := self._rest(len(decodes), prompts):
+            decodes = []
         for sequence in decodes:  # nearly all of a busy step: no more than it takes
             start = sequence.num_computed
             room = sequence.slot >= 0 and (start < len(sequence.pages[-1]) * size or self._grow(sequence, singles))
@@ -239,7 +248,10 @@ class Scheduler:
             self._register(sequence)
         rows = singles + chunks
         if not rows:
-            return None
+            if not resting:
+                return None
+            self._rested = REST_STEPS  # nobody else can go on after all
+            return self.plan(now)
         full = (short or not self._free_slots) and not ending  # nobody who waits could come in with the next plan
         if not prompts and not admitted and (full or not self.waiting):
             self._look_ahead(rows)
@@ -353,6 +365,29 @@ class Scheduler:
             self.stats.cached_tokens += start
             self.stats.prompt_tokens += sequence.num_prompt
         return count
+
+    def _rest(self, decodes: int, prompts: list[Sequence]) -> bool:
+        """Whether so many decodes sit this step out, for prompts that wait.
+
+        The last of many prompts that came together waits for all that is computed before it, and a step of prompts
+        alone has few rows to sample. So decodes that would take 1/REST_FROM of a step or more, which prompts can fill
+        without them, come along in one step of REST_STEPS + 1. With priorities a decode may outrank who waits, and
+        with few pages there is no knowing that prompts fill a step: they come along always.
+        """
+        budget, size = self.max_num_batched_tokens, self.pages.page_size
+        free = self.pages.available // len(self.tables.windows) * size
+        if decodes * REST_FROM >= budget and self._rested < REST_STEPS and free >= 2 * budget and not self.priorities:
+            left = budget - sum(s.num_wanted - s.num_computed for s in prompts)
+            for s in self.waiting[: len(self._free_slots)]:
+                if left <= 0:
+                    break
+                if not (self.holding and s.request.id in self._queued):
+                    left -= s.num_wanted - self.tables.known(self._sharable(s)) * size
+            if left <= 0:
+                self._rested += 1
+                return True
+        self._rested = 0
+        return False
 
     def _grow(self, sequence: Sequence, planned: list[Row]) -> bool:
         """Takes the pages of one more token, preempting from the lowest rank up; False if this one had to go itself."""

@@ -364,6 +364,88 @@ def test_pages_that_are_short_give_fewer_steps():
     assert output(deltas, "a") == expected("a", 3, 12) and output(deltas, "b") == expected("b", 3, 12)
 
 
+def crowd(s, device, count, max_tokens=12):
+    """Has `count` sequences decode; their prompts are of one token each."""
+    for i in range(count):
+        s.add(request(f"decode{i}", [i], max_tokens=max_tokens), 0.0)
+    plan = s.plan(0.0)
+    s.commit(plan, device.launch(plan), 0.0)
+
+
+def steps(s, device, count):
+    """The decodes and the prompts' tokens of the next steps."""
+    found = []
+    for _ in range(count):
+        plan = s.plan(0.0)
+        found.append((plan.num_single, plan.num_tokens - plan.num_single))
+        s.commit(plan, device.launch(plan), 0.0)
+        s.check_integrity()
+    return found
+
+
+def test_decodes_sit_out_two_steps_of_three_that_prompts_fill():
+    s, device = scheduler(pages=100, seqs=6, budget=16, length=64), Device(100, 4)
+    crowd(s, device, 4)
+    s.add(request("long", range(50), max_tokens=2), 0.0)
+    assert steps(s, device, 5) == [(0, 16), (0, 16), (4, 12), (4, 6), (5, 0)]
+    deltas = run(s, device)
+    assert s.stats.generated_tokens == 4 * 12 + 2
+    assert output(deltas, "decode3") == expected("decode3", 1, 12)[4:]
+
+
+def test_few_decodes_never_sit_out():
+    s, device = scheduler(pages=100, seqs=6, budget=16, length=64), Device(100, 4)
+    crowd(s, device, 3)
+    s.add(request("long", range(50), max_tokens=2), 0.0)
+    assert steps(s, device, 2) == [(3, 13), (3, 13)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": 15},  # fills no step
+        {"priorities": True},
+        {"pages": 11},  # four of them are taken, seven hold less than two steps
+    ],
+    ids=str,
+)
+def test_decodes_sit_out_for_nothing_less(options):
+    prompt = options.pop("prompt", 20)
+    s, device = scheduler(**{"pages": 100, "seqs": 6, "budget": 16, **options}), Device(100, 4)
+    crowd(s, device, 4)
+    s.add(request("next", range(prompt), max_tokens=2), 0.0)
+    assert [single for single, _ in steps(s, device, 2)] == [4] * 2
+
+
+def test_decodes_sit_out_for_what_is_not_in_the_cache_already():
+    s, device = scheduler(pages=100, seqs=7, budget=16), Device(100, 4)
+    s.add(request("first", range(32), max_tokens=1), 0.0)
+    run(s, device)
+    crowd(s, device, 4)
+    s.add(request("again", range(32), max_tokens=2), 0.0)
+    assert steps(s, device, 1) == [(4, 4)]
+    s.add(request("other", range(1, 33), max_tokens=2), 0.0)
+    assert steps(s, device, 1) == [(0, 16)]
+
+
+def test_decodes_do_not_sit_out_for_who_has_no_slot():
+    s, device = scheduler(pages=100, seqs=5, budget=16), Device(100, 4)
+    crowd(s, device, 4)
+    s.add(request("last", range(20), max_tokens=2), 0.0)
+    s.add(request("next", range(20, 40), max_tokens=2), 0.0)
+    assert steps(s, device, 2) == [(0, 16), (4, 4)]
+
+
+def test_decodes_go_on_when_the_prompts_they_would_sit_out_for_cannot():
+    """The prompt needs more pages than are free, though its first steps would not."""
+    s, device = scheduler(pages=22, seqs=6, budget=16, length=80), Device(22, 4)
+    crowd(s, device, 4)
+    s.add(request("long", range(76), max_tokens=2), 0.0)
+    assert steps(s, device, 3) == [(4, 0)] * 3
+    deltas = run(s, device)
+    assert output(deltas, "long") == expected("long", 76, 2)
+
+
 def test_a_long_prompt_passes_through_a_window():
     """200 tokens take 50 pages of the layers that see all, and of those that see 8 only what a chunk does."""
     windows = (None, 8)
