@@ -312,22 +312,14 @@ class HttpTarget:
 
     async def _request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[bytes]:
         """The parts of the response's body. Raises JaxserveError unless the status is 200."""
-        if self._idle:
-            reader, writer = self._idle.pop()
-        else:
-            try:
-                reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
-            except OSError as error:
-                raise JaxserveError(f"cannot connect to {self._authority}: {error}") from error
+        key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
+        head = (
+            f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._authority}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{key}\r\n"
+        )
+        reader, writer, status, headers = await self._ask(head.encode() + body)
         whole = False
         try:
-            key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
-            head = (
-                f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._authority}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{key}\r\n"
-            )
-            writer.write(head.encode() + body)
-            status, headers = await _read_head(reader)
             parts = _body(reader, headers)
             if status != 200:
                 text = b"".join([part async for part in parts]).decode(errors="replace")
@@ -342,6 +334,30 @@ class HttpTarget:
                 self._idle.append((reader, writer))
             else:
                 writer.close()
+
+    async def _ask(self, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int, dict[str, str]]:
+        """Sends a request and reads its response's head: status and headers.
+
+        A server may end a connection that it kept just as the next request comes: then it is sent once more by another.
+        """
+        while True:
+            kept = bool(self._idle)
+            reader, writer = self._idle.pop() if kept else await self._connect()
+            try:
+                writer.write(request)
+                return reader, writer, *await _read_head(reader)
+            except BaseException as error:
+                writer.close()
+                if not isinstance(error, ConnectionError | asyncio.IncompleteReadError):
+                    raise
+                if not kept or (isinstance(error, asyncio.IncompleteReadError) and error.partial):
+                    raise JaxserveError(f"{self._authority} closed the connection") from error
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+        except OSError as error:
+            raise JaxserveError(f"cannot connect to {self._authority}: {error}") from error
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:

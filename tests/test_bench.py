@@ -179,3 +179,31 @@ def test_a_body_that_ends_early_is_an_error() -> None:
             return (await bench.measure(target.send, [bench.Sample((5,), 4)])).errors()
 
     assert len(asyncio.run(work())) == 1
+
+
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 "], ids=["silent", "begun"])
+def test_a_kept_connection_that_the_server_ends_is_replaced(begun: bytes) -> None:
+    """One answer a connection; then it ends it when the next request comes, or in the middle of its answer."""
+    event = b'data: {"choices": [{"text": "a"}]}\n\n'
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(event), event)
+    asked: list[bytes] = []
+
+    async def work() -> bench.Report:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError):  # the last one is not used again
+                for answers in (whole, begun):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    asked.append(await reader.readexactly(int(head.split(b"Content-Length: ")[1].split()[0])))
+                    writer.write(answers)
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, bench.HttpTarget(f"http://127.0.0.1:{port}", "m") as target:
+            return await bench.measure(target.send, [bench.Sample((5,), 1)] * 3, concurrency=1)
+
+    report = asyncio.run(work())
+    if begun:
+        assert list(report.errors().values()) == [1] and len(asked) == 3
+    else:
+        assert not report.errors() and len(report.done) == 3 and len(asked) == 5
