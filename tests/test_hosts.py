@@ -253,6 +253,23 @@ def test_a_silent_host_is_named():
     assert clock.run(6, alive=(2,)) == "host 1 (one) has not been heard of for 6 s"
 
 
+def test_a_host_that_falls_silent_before_a_step_is_named_with_it():
+    clock = Clock()
+    assert clock.run(2, alive=(2,)) == ""
+    clock.watch.announced(9)
+    clock.watch.begun(2, 9)
+    words = "host 1 (one) has not confirmed step 9 for 4 s and not been heard of for 6 s"
+    assert clock.run(4, alive=(2,)) == words
+
+
+def test_one_that_falls_silent_as_it_compiles_is_not_blamed_for_a_step():
+    clock = Clock()
+    clock.watch.heard(1, "compiling")
+    clock.watch.announced(9)
+    clock.watch.begun(2, 9)
+    assert clock.run(6, alive=(2,)) == "host 1 (one) has not been heard of for 6 s"
+
+
 @pytest.mark.parametrize("first", ["here", "there"])
 def test_a_host_that_samples_other_tokens_is_named(first):
     clock = Clock()
