@@ -117,6 +117,16 @@ class PagePool:
                 else:
                     self._cached[page] = None
 
+    def discard(self, hashes: Iterable[bytes]) -> None:
+        """Takes the pages of some blocks their names: nobody will ask for them. Those that nobody holds are free."""
+        for block_hash in hashes:
+            page = self._by_hash.get(block_hash)
+            if page is not None:
+                self._forget(page)
+                if self._references[page] == 0:
+                    del self._cached[page]
+                    self._free.append(page)
+
     def forget(self) -> None:
         """Takes every page its name: what they hold is of no use to anyone who comes from now on."""
         self._free += self._cached
@@ -244,6 +254,11 @@ class PageTables:
         """Drops all of them."""
         for pages in tables:
             self.pool.release(_held(pages))
+
+    def discard(self, hashes: Sequence[bytes]) -> None:
+        """Nobody will ask for these blocks: see `PagePool.discard`."""
+        for group in range(len(self.windows)):
+            self.pool.discard(_named(h, group) for h in reversed(hashes))
 
     def check_integrity(self, tables: Sequence[Tables], positions: Sequence[int]) -> None:
         """Asserts that every page is where it should be, given all live sequences' tables, and that each sequence has

@@ -457,6 +457,18 @@ class Scheduler:
         if not group:
             del self._requests[sequence.request.id]
             self._queued.discard(sequence.request.id)
+        if not self.prefix_caching:
+            self._discard(sequence, siblings=bool(group))
+
+    def _discard(self, sequence: Sequence, siblings: bool) -> None:
+        """Takes an ended sequence's blocks their names, which its siblings' share of alone is of use to anybody.
+
+        Kept, they would have every page of the pool used in turn: memory that was touched stays this process's.
+        """
+        if not siblings and sequence.request.params.n > 1:
+            self._extend_hashes(sequence)  # it may have ended before it was to begin
+        shared = sequence.num_prompt // self.pages.page_size if siblings else 0
+        self.tables.discard(sequence.hashes[shared:])
 
     def _register(self, sequence: Sequence) -> None:
         """Names the blocks that are full and whose tokens the host knows, so that others can share them."""

@@ -70,3 +70,19 @@ def test_what_is_forgotten_is_not_found_and_its_pages_are_free():
     pool.release(owned)
     pool.check_integrity([])
     assert sorted(pool.take(4)) == [0, 1, 2, 3]
+
+
+def test_pages_that_are_discarded_are_free_as_soon_as_nobody_holds_them():
+    pool = PagePool(6, 4)
+    a, b, c = block_hashes(range(12), 4, "")
+    pages = pool.take(3)
+    for page, h in zip(pages, (a, b, c), strict=True):
+        pool.register(page, h)
+    pool.release(pages[1:])  # cached, both
+    pool.discard([b"of no page", a, c])
+    assert pool.match([a]) == [] and pool.find(c) is None and pool.find(b) == pages[1]
+    pool.check_integrity([pages[:1]])
+    assert pool.take(1) == pages[2:], "the last to be free is the first to be taken"
+    pool.release(pages[:1])
+    assert pool.available == 5
+    pool.check_integrity([pages[2:]])

@@ -214,6 +214,27 @@ def test_n_shares_the_prompts_pages(caching):
     assert run(s, device)[0].num_cached_tokens == (28 if caching else 0)
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 6)], ids=str)
+def test_without_a_cache_the_same_pages_are_used_again(windows):
+    s = scheduler(pages=40, seqs=2, prefix_caching=False, windows=windows)
+    device, touched = Device(40, 4, windows), []
+    for name in "abcdef":
+        s.add(request(name, [*range(10), ord(name)], max_tokens=5), 0.0)
+        run(s, device)
+        touched.append(sum(page != [None] * 4 for page in device.kv))
+    assert touched == touched[:1] * 6, "what a request leaves is of no use to any other"
+
+
+def test_without_a_cache_siblings_that_come_one_by_one_still_share_their_prompt():
+    s, device = scheduler(pages=16, size=4, seqs=1, prefix_caching=False), Device(16, 4)
+    prompt = list(range(10))
+    s.add(request("a", prompt, max_tokens=9, n=3), 0.0)
+    deltas = run(s, device)
+    assert [d.num_cached_tokens for d in deltas if d.num_cached_tokens is not None] == [0, 8, 8]
+    assert sum(page != [None] * 4 for page in device.kv) == 5, "two of the prompt, three of each answer"
+    assert s.tables.known(block_hashes(prompt, 4, "request a")) == 0, "and then it has gone"
+
+
 def test_preemption_recomputes_and_nobody_notices():
     s, device = scheduler(pages=8, size=2, seqs=4, budget=8, length=16), Device(8, 2)
     for name in "abcd":
@@ -571,6 +592,7 @@ def test_thousands_of_random_events(seed, windows, events):
     hear(s.commit(*pending, now) if pending else [])
     hear(run(s, device))
     assert len(ended) > 50 and s.pages.usage == 0
+    assert s.prefix_caching or not s.pages._by_hash, "pages are named for nobody"
     for (name, index), tokens in got.items():
         r = asked[name]
         if index == 0 and r.params.prompt_logprobs is not None:
