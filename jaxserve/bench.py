@@ -317,28 +317,29 @@ class HttpTarget:
             f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._authority}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{key}\r\n"
         )
-        reader, writer, status, headers = await self._ask(head.encode() + body)
-        whole = False
         try:
-            parts = _body(reader, headers)
-            if status != 200:
-                text = b"".join([part async for part in parts]).decode(errors="replace")
-                raise JaxserveError(f"{method} {path}: HTTP {status}: {text[:500]}")
-            async for part in parts:
-                yield part
-            whole = headers.get("connection", "").lower() != "close"
+            reader, writer, status, headers = await self._ask(head.encode() + body)
+            whole = False
+            try:
+                parts = _body(reader, headers)
+                if status != 200:
+                    text = b"".join([part async for part in parts]).decode(errors="replace")
+                    raise JaxserveError(f"{method} {path}: HTTP {status}: {text[:500]}")
+                async for part in parts:
+                    yield part
+                whole = headers.get("connection", "").lower() != "close"
+            finally:
+                if whole:
+                    self._idle.append((reader, writer))
+                else:
+                    writer.close()
         except (ConnectionError, asyncio.IncompleteReadError) as error:
             raise JaxserveError(f"{self._authority} closed the connection") from error
-        finally:
-            if whole:
-                self._idle.append((reader, writer))
-            else:
-                writer.close()
 
     async def _ask(self, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, int, dict[str, str]]:
         """Sends a request and reads its response's head: status and headers.
 
-        A server may end a connection that it kept just as the next request comes: then it is sent once more by another.
+        A server may end a connection that it kept just as the next request comes: then it is sent again by another.
         """
         while True:
             kept = bool(self._idle)
@@ -346,12 +347,14 @@ class HttpTarget:
             try:
                 writer.write(request)
                 return reader, writer, *await _read_head(reader)
-            except BaseException as error:
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
                 writer.close()
-                if not isinstance(error, ConnectionError | asyncio.IncompleteReadError):
+                begun = isinstance(error, asyncio.IncompleteReadError) and error.partial
+                if not kept or begun:
                     raise
-                if not kept or (isinstance(error, asyncio.IncompleteReadError) and error.partial):
-                    raise JaxserveError(f"{self._authority} closed the connection") from error
+            except BaseException:
+                writer.close()
+                raise
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:

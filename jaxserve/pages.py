@@ -120,7 +120,7 @@ class PagePool:
     def discard(self, hashes: Iterable[bytes]) -> None:
         """Takes the pages of some blocks their names: nobody will ask for them. Those that nobody holds are free."""
         for block_hash in hashes:
-            page = self._by_hash.get(block_hash)
+            page = self.find(block_hash)
             if page is not None:
                 self._forget(page)
                 if self._references[page] == 0:

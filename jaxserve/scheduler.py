@@ -225,7 +225,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not budget or not self._free_slots:
                 break
-            if self.holding and sequence.request.id in self._queued:
+            if not self._may_begin(sequence):
                 continue
             if sequence.in_flight:
                 break  # just preempted; nobody of lower rank may take its pages before its token has come back
@@ -366,6 +366,10 @@ class Scheduler:
             self.stats.prompt_tokens += sequence.num_prompt
         return count
 
+    def _may_begin(self, sequence: Sequence) -> bool:
+        """Whether one that waits need not wait for `renew`."""
+        return not (self.holding and sequence.request.id in self._queued)
+
     def _rest(self, decodes: int, prompts: list[Sequence]) -> bool:
         """Whether so many decodes sit this step out, for prompts that wait.
 
@@ -381,7 +385,7 @@ class Scheduler:
             for s in self.waiting[: len(self._free_slots)]:
                 if left <= 0:
                     break
-                if not (self.holding and s.request.id in self._queued):
+                if self._may_begin(s):
                     left -= s.num_wanted - self.tables.known(self._sharable(s)) * size
             if left <= 0:
                 self._rested += 1

@@ -88,15 +88,16 @@ class Watch:
     def late(self) -> str:
         """What is wrong with a host, which it names; '' if nothing is."""
         for index, host in self._hosts.items():
-            silence = f"not been heard of for {self._now - host.heard:.0f} s" if self._overdue(host.heard) else ""
+            silent, undone = self._overdue(host.heard), []
             if host.to_begin and not host.doing:
                 number, announced = host.to_begin[0]
                 since = max(announced, host.progressed)
-                if silence or self._overdue(since):
-                    what = f"has not confirmed step {number} for {self._now - since:.0f} s"
-                    self._say(index, f"{what} and {silence}" if silence else what)
-            if silence:
-                self._say(index, f"has {silence}")
+                if silent or self._overdue(since):
+                    undone.append(f"not confirmed step {number} for {self._now - since:.0f} s")
+            if silent:
+                undone.append(f"not been heard of for {self._now - host.heard:.0f} s")
+            if undone:
+                self._say(index, f"has {' and '.join(undone)}")
             if host.to_finish:
                 number, (ended, _) = next(iter(host.to_finish.items()))
                 if self._overdue(max(ended, host.progressed)):
